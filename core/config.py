@@ -1,0 +1,334 @@
+"""The one YAML: its schema, how it is read, and how its mistakes are told.
+
+This is the only module that reads the process's environment.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from .errors import ConfigError
+from .units import parse_bytes
+
+ByteSize = Annotated[int, BeforeValidator(parse_bytes), Field(ge=0, json_schema_extra={"examples": ["512MiB", "8GiB"]})]
+
+DEMO_MODEL = "demo"
+"""The value of ``model.path`` that means the model that ships with Tandem."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class ModelConfig(_Section):
+    path: str = DEMO_MODEL
+    """A checkpoint folder in Hugging Face format, or "demo" for the model that ships with Tandem."""
+    name: str | None = None
+    """What clients call the model. Default: the folder's name, or "tandem-demo"."""
+    load: Literal["auto", "dummy"] = "auto"
+    """auto reads the weights; dummy makes random ones from config.json alone, for benchmarks."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """auto: the checkpoint's own on a GPU, float32 on a CPU."""
+    max_model_len: int | None = Field(default=None, ge=16, le=1 << 22)
+    """Longest prompt + output, in tokens. Default: what the model was made for."""
+    seed: int = Field(default=0, ge=0, lt=1 << 63)
+    """Seed of dummy weights."""
+
+
+class PrefillPool(_Section):
+    replicas: int = Field(default=1, ge=1, le=1024)
+    """Prefill workers."""
+    cpus_per_replica: float = Field(default=1, ge=0)
+    """Logical CPUs that Ray reserves for each."""
+    gpus_per_replica: int = Field(default=0, ge=0, le=1)
+    """0 runs on the CPU."""
+    threads: int | None = Field(default=None, ge=1, le=1024)
+    """Threads of one CPU operation. Default: the node's cores (see docs/yaml.md)."""
+    max_batched_tokens: int = Field(default=2048, ge=16, le=1 << 20)
+    """Tokens of one step; a longer prompt runs in chunks of this."""
+    max_running: int = Field(default=256, ge=1, le=1 << 16)
+    """Prompts that hold blocks at a time, those being computed and those waiting to be fetched."""
+
+
+class DecodePool(_Section):
+    replicas: int = Field(default=1, ge=1, le=1024)
+    """Decode workers."""
+    cpus_per_replica: float = Field(default=1, ge=0)
+    """Logical CPUs that Ray reserves for each."""
+    gpus_per_replica: int = Field(default=0, ge=0, le=1)
+    """0 runs on the CPU."""
+    threads: int | None = Field(default=None, ge=1, le=1024)
+    """Threads of one CPU operation. Default: the node's cores (see docs/yaml.md)."""
+    max_running: int = Field(default=64, ge=1, le=1 << 16)
+    """Sequences that decode, or wait for their KV, at a time; more wait in the queue."""
+    max_batched_tokens: int = Field(default=512, ge=16, le=1 << 20)
+    """Tokens of one step when some of them are a prompt's (a short prompt, or a lost prefix, computed locally)."""
+
+
+class ColocatedPool(DecodePool):
+    max_batched_tokens: int = Field(default=2048, ge=16, le=1 << 20)
+    """Tokens of one step, prompts' and outputs' together."""
+
+
+class PoolsConfig(_Section):
+    prefill: PrefillPool | None = None
+    """Workers that compute prompts."""
+    decode: DecodePool | None = None
+    """Workers that stream tokens."""
+    colocated: ColocatedPool | None = None
+    """Workers that do both: the baseline. Excludes prefill and decode."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.get("colocated") is None:
+            return {"prefill": {}, "decode": {}} | value
+        return value
+
+    @model_validator(mode="after")
+    def _check(self) -> PoolsConfig:
+        if self.colocated is not None and (self.prefill or self.decode):
+            raise ValueError("colocated workers do prefill and decode: give either colocated, or prefill and decode")
+        if self.colocated is None and not (self.prefill and self.decode):
+            raise ValueError("both prefill and decode are needed, or colocated instead of them")
+        return self
+
+
+class KVConfig(_Section):
+    block_tokens: int = Field(default=16, ge=1, le=1024)
+    """Tokens of one KV block."""
+    capacity: ByteSize | Literal["auto"] = "auto"
+    """Memory for KV blocks of one worker. auto: what max_running sequences of max_model_len can use, at most a
+    quarter of the memory that is free when the worker starts."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """auto: the model's."""
+    transport: Literal["auto", "shm", "zmq"] = "auto"
+    """How KV travels from prefill to decode. auto: shared memory on one host, ZMQ between hosts."""
+    layer_groups: int = Field(default=2, ge=1, le=256)
+    """Groups of layers whose KV is handed over as soon as they are computed, while later layers still compute."""
+    lease_s: float = Field(default=30, gt=0, le=3600)
+    """How long prefill holds finished blocks for a reader that gives no sign of life."""
+    handoff_timeout_s: float = Field(default=60, gt=0, le=3600)
+    """How long decode waits for a prefill to move on before it computes the prompt itself."""
+    on_load_failure: Literal["recompute", "fail"] = "recompute"
+    """When KV does not arrive: compute the missing part again, or fail the request."""
+    prefix_cache: bool = True
+    """Reuse the blocks of equal prefixes."""
+
+
+class RoutingConfig(_Section):
+    policy: Literal["least_loaded", "round_robin"] = "least_loaded"
+    """How a gateway picks the workers of a request."""
+    local_prefill: Literal["auto", "never", "always"] = "auto"
+    """Whether a decode worker computes a short rest of a prompt itself: auto when that is sooner."""
+
+
+class GatewayConfig(_Section):
+    host: str = "127.0.0.1"
+    """Address to listen on."""
+    port: int = Field(default=8000, ge=1, le=65535)
+    """Port to listen on."""
+    max_queued: int = Field(default=1024, ge=1, le=1 << 20)
+    """Requests in flight; one more is answered 429 with Retry-After."""
+    max_body: ByteSize = 8 << 20
+    """Largest request body."""
+    api_keys: tuple[str, ...] = ()
+    """Keys that clients must send as `Authorization: Bearer …`. Empty: everyone is served."""
+    failover_timeout_s: float = Field(default=60, gt=0, le=3600)
+    """How long a request whose workers are gone waits for others before it fails."""
+
+
+class LogConfig(_Section):
+    level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    """Least severity that is written."""
+    format: Literal["text", "json"] = "text"
+    """One line of text, or one JSON object, a record."""
+
+
+class Config(_Section):
+    """Tandem's configuration: everything has a default, and the empty file serves the demo model."""
+
+    model: ModelConfig = ModelConfig()
+    pools: PoolsConfig = Field(default_factory=lambda: PoolsConfig.model_validate({}))
+    kv: KVConfig = KVConfig()
+    routing: RoutingConfig = RoutingConfig()
+    gateway: GatewayConfig = GatewayConfig()
+    log: LogConfig = LogConfig()
+
+
+def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """Read and check a configuration. Reads one file; blocks for that long.
+
+    Args:
+        path: the YAML file, or None for the defaults.
+        overrides: "kv.block_tokens=32" each; the value is YAML.
+
+    Raises:
+        ConfigError: with file, line, the offending key, and its nearest neighbour if the key is unknown.
+    """
+    tree: dict[str, Any] = {}
+    lines: dict[tuple[str, ...], int] = {}
+    if path is not None:
+        tree, lines = _read_yaml(path)
+    for override in overrides:
+        _apply_override(tree, override)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(error, path, lines))) from None
+
+
+def model_folder(config: Config) -> Path:
+    """Where the model's files are: ``model.path`` with ``~`` expanded, or the demo model's folder.
+
+    Raises:
+        ConfigError: the folder, or its config.json, is not there.
+    """
+    if config.model.path == DEMO_MODEL:
+        folder = Path(__file__).resolve().parent.parent / "deploy" / "demo-model"
+    else:
+        folder = Path(config.model.path).expanduser()
+    if not (folder / "config.json").is_file():
+        found = "the folder does not exist" if not folder.is_dir() else "it has no config.json"
+        raise ConfigError(
+            f"model.path: {folder}: {found}",
+            fix='give a checkpoint folder in Hugging Face format, or "demo"',
+        )
+    return folder
+
+
+def model_name(config: Config) -> str:
+    """The name under which the gateway serves the model."""
+    if config.model.name:
+        return config.model.name
+    return "tandem-demo" if config.model.path == DEMO_MODEL else model_folder(config).resolve().name
+
+
+def cache_folder() -> Path:
+    """Where Tandem may keep logs and compiled kernels: $XDG_CACHE_HOME/tandem or ~/.cache/tandem."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "tandem"
+
+
+def ray_address() -> str | None:
+    """The Ray cluster that the environment names (RAY_ADDRESS), or None."""
+    return os.environ.get("RAY_ADDRESS") or None
+
+
+def ray_authenticates() -> bool:
+    """Whether the environment asks Ray for token authentication."""
+    return os.environ.get("RAY_AUTH_MODE") == "token"
+
+
+def worker_environment() -> dict[str, str]:
+    """Variables that every worker process starts with: idle threads sleep instead of spinning on a shared core."""
+    quiet = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "TOKENIZERS_PARALLELISM": "false"}
+    return {name: os.environ.get(name, value) for name, value in quiet.items()} | {"PYTHONUNBUFFERED": "1"}
+
+
+def prepare_environment(values: dict[str, str]) -> None:
+    """Set variables of this process that a library reads when it is imported."""
+    os.environ.update(values)
+
+
+def python_path() -> str:
+    """The interpreter that this process runs on."""
+    return sys.executable
+
+
+def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file", fix="`tandem serve` without a file serves the demo model") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        lines = dict(_key_lines(path, node)) if node is not None else {}
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if tree is None:
+        return {}, {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected a mapping of sections, found {type(tree).__name__}")
+    return tree, lines
+
+
+def _key_lines(path: Path, node: yaml.Node, above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], int]]:
+    """Line numbers of all keys; refuses a key that is written twice, where YAML would keep the last."""
+    if isinstance(node, yaml.MappingNode):
+        seen = set()
+        for key, value in node.value:
+            here = (*above, str(key.value))
+            if here in seen:
+                raise ConfigError(f"{path}:{key.start_mark.line + 1}: {'.'.join(here)} is given twice")
+            seen.add(here)
+            yield here, key.start_mark.line + 1
+            yield from _key_lines(path, value, here)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            yield from _key_lines(path, value, (*above, str(index)))
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    names = key.strip().split(".")
+    if not equals or not all(names):
+        raise ConfigError(f"--set {override}: expected KEY=VALUE", fix="for example --set kv.block_tokens=32")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"--set {override}: the value is not YAML") from None
+    for name in names[:-1]:
+        below = tree.setdefault(name, {})
+        if below is None:
+            below = tree[name] = {}
+        if not isinstance(below, dict):
+            raise ConfigError(f"--set {override}: {name} is a value, not a section")
+        tree = below
+    tree[names[-1]] = value
+
+
+def _explain(error: ValidationError, path: Path | None, lines: dict[tuple[str, ...], int]) -> Iterator[str]:
+    told = set()
+    for problem in error.errors():
+        location = tuple(str(part) for part in problem["loc"])
+        # Pydantic names the branch of a union in the location; the user wrote no such key.
+        location = tuple(part for part in location if part not in ("auto", "function-before[parse_bytes(), int]"))
+        location = tuple(part for part in location if not part.startswith(("literal[", "function-", "constrained-")))
+        line = next((lines[location[:n]] for n in range(len(location), 0, -1) if location[:n] in lines), None)
+        where = f"{path}:{line}: " if path and line else f"{path}: " if path else ""
+        name = ".".join(location) or "configuration"
+        if name in told:  # each branch of a union complains; the first says enough
+            continue
+        told.add(name)
+        if problem["type"] == "extra_forbidden":
+            yield f"{where}unknown key {name}{_suggest(location)}"
+        else:
+            text = problem["msg"].removeprefix("Value error, ")
+            found = problem.get("input")
+            shown = "" if isinstance(found, dict) else f", found {found!r}"
+            yield f"{where}{name}: {text[0].lower()}{text[1:]}{shown}"
+
+
+def _suggest(location: tuple[str, ...]) -> str:
+    section: Any = Config
+    for part in location[:-1]:
+        annotation = section.model_fields[part].annotation
+        options = [annotation, *get_args(annotation)]
+        section = next(a for a in options if isinstance(a, type) and issubclass(a, BaseModel))
+    known = list(section.model_fields)
+    near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
+    if near:
+        return f"; did you mean {'.'.join((*location[:-1], near[0]))}?"
+    return f"; known here: {', '.join(known)}"

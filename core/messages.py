@@ -1,0 +1,391 @@
+"""What travels between processes: MessagePack structs, typed and bounded. Nothing here is ever pickled.
+
+::
+
+    gateway ── Generate, Abort ─────────────────────────────────────► decode
+    gateway ◄─ Update, Refused ────────────────────────────────────── decode
+    decode  ── Hello, Prefill, Renew, Release ──────────────────────► prefill
+    decode  ◄─ HelloReply, Accepted, BlocksReady, Prefilled, PrefillFailed ── prefill
+    any     ── Report ──► gateways          gateway ── Scrape ──► worker ── Scraped ──► gateway
+
+`decode` either returns a message that satisfies every bound below, or raises: no half-checked value gets further.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Annotated, Final
+
+import msgspec
+from msgspec import Meta, Struct
+
+PROTOCOL_VERSION: Final = 1
+"""Peers of one protocol version interoperate, whatever their package versions."""
+
+MAX_MESSAGE_BYTES: Final = 64 << 20
+"""Largest frame that a message socket accepts."""
+
+MAX_TOKENS: Final = 1 << 22
+MAX_CHILDREN: Final = 128
+MAX_LOGPROBS: Final = 20
+
+Name = Annotated[str, Meta(max_length=256)]
+Text = Annotated[str, Meta(max_length=4096)]
+Count = Annotated[int, Meta(ge=0, le=1 << 40)]
+TokenId = Annotated[int, Meta(ge=0, lt=1 << 31)]
+TokenIds = Annotated[list[TokenId], Meta(max_length=MAX_TOKENS)]
+Seed = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
+Seconds = Annotated[float, Meta(ge=0, le=1e12)]
+
+
+class FinishReason(enum.StrEnum):
+    """Why a sequence ended. `stop` covers end-of-sequence tokens, stop tokens and stop strings."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+
+
+class FailureReason(enum.StrEnum):
+    """Why KV did not arrive; the label of a metric."""
+
+    REFUSED = "refused"
+    """The handshake found two ends that cannot exchange KV."""
+    EXPIRED = "expired"
+    """The lease ran out before the read was done."""
+    GENERATION = "generation"
+    """The block had been reused when its bytes landed."""
+    TRANSPORT = "transport"
+    """The bytes could not be moved."""
+    PEER_LOST = "peer_lost"
+    """The prefill worker went away."""
+    TIMEOUT = "timeout"
+    """The prefill made no progress for too long."""
+    PREFILL = "prefill"
+    """The prefill worker failed the request."""
+
+
+class Sampling(Struct, array_like=True, frozen=True):
+    """How the next token is chosen. The defaults choose greedily."""
+
+    temperature: Annotated[float, Meta(ge=0, le=100)] = 0.0
+    """0: the likeliest token."""
+    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Meta(ge=0, lt=1 << 31)] = 0
+    """0: all tokens."""
+    min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    presence_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
+    frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
+    repetition_penalty: Annotated[float, Meta(gt=0, le=100)] = 1.0
+    """Over prompt and output; 1: none (Keskar et al. 2019, arXiv:1909.05858)."""
+    logit_bias: Annotated[dict[TokenId, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=1024)] = {}
+    logprobs: Annotated[int, Meta(ge=-1, le=MAX_LOGPROBS)] = -1
+    """Alternatives reported beside the chosen token's log probability; −1: none, not even its own."""
+
+    @property
+    def needs_history(self) -> bool:
+        """Whether the tokens so far change the next token's distribution."""
+        return self.presence_penalty != 0 or self.frequency_penalty != 0 or self.repetition_penalty != 1
+
+
+class Stopping(Struct, array_like=True, frozen=True):
+    """When a sequence ends."""
+
+    max_tokens: Annotated[int, Meta(ge=1, le=MAX_TOKENS)]
+    """Output tokens, those before a replay included."""
+    stop_ids: Annotated[list[TokenId], Meta(max_length=256)] = []
+    """Tokens that end the output and are its last token; empty when the client ignores them."""
+
+
+class Child(Struct, array_like=True, frozen=True):
+    """One of the n outputs of a request."""
+
+    index: Annotated[int, Meta(ge=0, lt=MAX_CHILDREN)]
+    seed: Seed
+
+
+class Generate(Struct, tag=True, frozen=True):
+    """Gateway → decode: produce tokens. After a worker's death the same request comes again, with its tokens so far."""
+
+    ticket: Count
+    """Names this attempt in every later message; unique in the life of the sending gateway."""
+    request_id: Name
+    tokens: Annotated[TokenIds, Meta(min_length=1)]
+    """Prompt, and the output so far when the request is replayed."""
+    num_prompt_tokens: Annotated[int, Meta(ge=1, le=MAX_TOKENS)]
+    children: Annotated[list[Child], Meta(min_length=1, max_length=MAX_CHILDREN)]
+    sampling: Sampling
+    stopping: Stopping
+    prompt_logprobs: Annotated[int, Meta(ge=-1, le=MAX_LOGPROBS)] = -1
+    """Alternatives to report for each prompt token; −1: no prompt log probabilities."""
+    salt: Name = ""
+    """Requests share cached KV only under equal salts."""
+    prefill: Name = ""
+    """The peer that computes the prompt; empty: the receiver does."""
+
+
+class Abort(Struct, tag=True, frozen=True):
+    """Gateway → decode: the client is gone, or a stop string was found."""
+
+    tickets: Annotated[list[Count], Meta(max_length=1 << 16)]
+    child: Annotated[int, Meta(ge=-1, lt=MAX_CHILDREN)] = -1
+    """One child's index, or −1 for all."""
+
+
+class TokenLogprobs(Struct, array_like=True, frozen=True):
+    """Natural logarithms of the model's own probabilities, before temperature and filters."""
+
+    chosen: float
+    top_ids: list[TokenId] = []
+    """Likeliest first."""
+    top: list[float] = []
+
+
+class ChildUpdate(Struct, array_like=True, frozen=True):
+    """New tokens of one output."""
+
+    ticket: Count
+    index: Annotated[int, Meta(ge=0, lt=MAX_CHILDREN)]
+    tokens: TokenIds
+    logprobs: list[TokenLogprobs] | None = None
+    finish: FinishReason | None = None
+
+
+class Stage(Struct, array_like=True, frozen=True):
+    """A mark on a request's timeline."""
+
+    ticket: Count
+    name: Name
+    at_s: float
+    """Wall clock of the worker."""
+    detail: Text = ""
+
+
+class PromptLogprobs(Struct, array_like=True, frozen=True):
+    """Log probabilities of prompt tokens; the first token has none."""
+
+    ticket: Count
+    first: Count
+    """Position of the first token that this part is about."""
+    values: list[TokenLogprobs]
+
+
+class Usage(Struct, array_like=True, frozen=True):
+    """How long each stage of a request took, and what it reused."""
+
+    ticket: Count
+    queue_s: Seconds
+    prefill_s: Seconds
+    transfer_s: Seconds
+    """Time that the first decode step waited for KV after the prompt was computed."""
+    cached_tokens: Count
+    transferred_bytes: Count
+
+
+class Update(Struct, tag=True, frozen=True):
+    """Decode → gateway: what a step produced for that gateway's requests."""
+
+    children: list[ChildUpdate] = []
+    stages: list[Stage] = []
+    prompt_logprobs: list[PromptLogprobs] = []
+    usages: list[Usage] = []
+
+
+class Refused(Struct, tag=True, frozen=True):
+    """Decode → gateway: the request ends with an error."""
+
+    ticket: Count
+    status: Annotated[int, Meta(ge=400, le=599)]
+    message: Text
+    retryable: bool = False
+
+
+class RegionSpec(Struct, array_like=True, frozen=True):
+    """A named range of a worker's memory that peers may read."""
+
+    name: Name
+    num_bytes: Count
+
+
+class GroupSpec(Struct, frozen=True):
+    """How one KV group's blocks lie in memory: see `kv_transfer.layout.KVLayout`."""
+
+    num_layers: Count
+    num_kv_heads: Count
+    head_dim: Count
+    block_tokens: Count
+    dtype: Name
+
+
+class Hello(Struct, tag=True, frozen=True):
+    """First message between a decode and a prefill worker; `HelloReply` mirrors it."""
+
+    protocol: int
+    peer: Name
+    fingerprint: Name
+    """Of the model's configuration and weights."""
+    groups: Annotated[list[GroupSpec], Meta(max_length=64)]
+    layer_groups: Annotated[list[Count], Meta(max_length=1024)]
+    """First layer of each group of layers that is handed over as one."""
+    transports: Annotated[dict[Name, Annotated[bytes, Meta(max_length=1 << 16)]], Meta(max_length=16)]
+    """Name → opaque descriptor, of those that the sender can use."""
+    lease_s: Seconds = 30.0
+
+
+class HelloReply(Struct, tag=True, frozen=True):
+    """Prefill → decode: accepted, or why not."""
+
+    hello: Hello
+    refused: Text = ""
+    """Empty when accepted; else the field and both values."""
+
+
+class Prefill(Struct, tag=True, frozen=True):
+    """Decode → prefill: compute this prompt, and let me read its blocks."""
+
+    number: Count
+    """With the sender's peer id: the transfer id."""
+    request_id: Name
+    tokens: Annotated[TokenIds, Meta(min_length=1)]
+    num_prompt_tokens: Annotated[int, Meta(ge=1, le=MAX_TOKENS)]
+    skip_tokens: Count
+    """The reader has the KV of this prefix: whole blocks."""
+    children: Annotated[list[Child], Meta(min_length=1, max_length=MAX_CHILDREN)]
+    sampling: Sampling
+    prompt_logprobs: Annotated[int, Meta(ge=-1, le=MAX_LOGPROBS)] = -1
+    salt: Name = ""
+
+
+class Accepted(Struct, tag=True, frozen=True):
+    """Prefill → decode: the blocks that will hold the prompt from `skip_tokens` on, under a lease from now."""
+
+    number: Count
+    blocks: Annotated[list[Count], Meta(max_length=MAX_TOKENS)]
+    generations: Annotated[list[Count], Meta(max_length=MAX_TOKENS)]
+    cached_tokens: Count
+
+
+class BlocksReady(Struct, tag=True, frozen=True):
+    """Prefill → decode, a watermark: this layer group's KV of the first `num_tokens` tokens may be read."""
+
+    number: Count
+    layer_group: Annotated[int, Meta(ge=0, lt=1024)]
+    num_tokens: Count
+
+
+class SampledToken(Struct, array_like=True, frozen=True):
+    """One sampled token of one child."""
+
+    token: TokenId
+    logprobs: TokenLogprobs | None = None
+
+
+class Prefilled(Struct, tag=True, frozen=True):
+    """Prefill → decode: the prompt is computed, and this is each child's first token."""
+
+    number: Count
+    samples: Annotated[list[SampledToken], Meta(min_length=1, max_length=MAX_CHILDREN)]
+    queue_s: Seconds
+    prefill_s: Seconds
+    prompt_logprobs: list[TokenLogprobs] = []
+
+
+class PrefillFailed(Struct, tag=True, frozen=True):
+    """Prefill → decode: no KV will come, and the lease is gone."""
+
+    number: Count
+    reason: FailureReason
+    message: Text
+    status: Annotated[int, Meta(ge=400, le=599)] = 503
+
+
+class Renew(Struct, tag=True, frozen=True):
+    """Decode → prefill, every third of a lease: these transfers are still wanted."""
+
+    numbers: Annotated[list[Count], Meta(max_length=1 << 16)]
+
+
+class Release(Struct, tag=True, frozen=True):
+    """Decode → prefill: these transfers are over (done, failed or aborted); nothing will be read any more."""
+
+    numbers: Annotated[list[Count], Meta(max_length=1 << 16)]
+
+
+class Report(Struct, tag=True, frozen=True):
+    """Worker → gateways, about once a second while anything changes: its load."""
+
+    running: Count
+    waiting: Count
+    queued_tokens: Count
+    free_blocks: Count
+    num_blocks: Count
+    leases: Count = 0
+    transfers: Count = 0
+    output_tokens: Count = 0
+    """Tokens produced since the worker started."""
+    prompt_tokens: Count = 0
+    """Prompt tokens computed since the worker started."""
+    received_bytes: Count = 0
+    """KV bytes read from peers since the worker started."""
+    peers: Annotated[list[Name], Meta(max_length=4096)] = []
+    """Prefill peers whose handshake this decode worker has accepted."""
+
+
+class Subscribe(Struct, tag=True, frozen=True):
+    """Gateway → worker: send me your reports."""
+
+
+class Scrape(Struct, tag=True, frozen=True):
+    """Gateway → worker: your metrics, please."""
+
+    number: Count
+
+
+class Scraped(Struct, tag=True, frozen=True):
+    """Worker → gateway: metrics in Prometheus' text format."""
+
+    number: Count
+    text: Annotated[str, Meta(max_length=4 << 20)]
+
+
+class Member(Struct, array_like=True, frozen=True):
+    """A live process of the cluster."""
+
+    peer: Name
+    role: Name
+    """prefill, decode, colocated or gateway."""
+    node: Name
+    endpoint: Name
+    """Where its message socket listens; empty for gateways, which only connect."""
+    ready: bool = True
+
+
+class Membership(Struct, tag=True, frozen=True):
+    """Controller → everyone, whenever it changes: who is there. Carried by Ray, as bytes."""
+
+    version: Count
+    members: Annotated[list[Member], Meta(max_length=1 << 16)]
+
+
+Message = (
+    Generate | Abort | Update | Refused | Hello | HelloReply | Prefill | Accepted | BlocksReady | Prefilled
+    | PrefillFailed | Renew | Release | Report | Subscribe | Scrape | Scraped | Membership
+)  # fmt: skip
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(Message)
+
+
+def encode(message: Message) -> bytes:
+    """MessagePack of a message."""
+    return _encoder.encode(message)
+
+
+def decode(frame: bytes | memoryview) -> Message:
+    """The message of a frame that came from outside.
+
+    Raises:
+        msgspec.DecodeError: not MessagePack, or not one of the messages above within its bounds.
+    """
+    message: Message = _decoder.decode(frame)
+    return message

@@ -1,0 +1,113 @@
+"""Prometheus metrics: every name, label and bucket in one place.
+
+Each process has one `CollectorRegistry`; workers send theirs as text to the gateway, which serves all under one path with
+a ``worker`` label (`merge`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+if TYPE_CHECKING:
+    from prometheus_client import Metric
+
+_LATENCY_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+_STEP_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2)
+
+
+class WorkerMetrics:
+    """What prefill, decode and colocated workers count."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        r = registry
+        self.registry = registry
+        self.blocks = Gauge("tandem_kv_blocks", "KV blocks by state", ["state"], registry=r)
+        self.running = Gauge("tandem_sequences_running", "Sequences that take part in steps", registry=r)
+        self.waiting = Gauge("tandem_sequences_waiting", "Sequences that wait for room or for KV", registry=r)
+        self.step_s = Histogram("tandem_step_seconds", "One engine step", ["kind"], buckets=_STEP_S, registry=r)
+        self.forward_s = Histogram(
+            "tandem_step_forward_seconds", "The model's part of a step", ["kind"], buckets=_STEP_S, registry=r
+        )
+        self.prompt_tokens = Counter("tandem_prompt_tokens", "Prompt tokens computed", registry=r)
+        self.cached_tokens = Counter("tandem_cached_tokens", "Prompt tokens found in the prefix cache", registry=r)
+        self.output_tokens = Counter("tandem_output_tokens", "Tokens sampled", registry=r)
+        self.preemptions = Counter("tandem_preemptions", "Sequences that gave their blocks back", registry=r)
+        self.aborts = Counter("tandem_aborts", "Sequences aborted by the client", ["state"], registry=r)
+        self.leases = Gauge("tandem_leases", "Leases held", registry=r)
+        self.lease_events = Counter("tandem_lease_events", "Leases by what became of them", ["event"], registry=r)
+        self.handoffs = Counter("tandem_handoffs", "Handoffs by outcome", ["outcome"], registry=r)
+        self.load_failures = Counter(
+            "tandem_kv_load_failures", "KV that was not delivered or failed its check", ["reason"], registry=r
+        )
+        self.transfer_bytes = Counter("tandem_transfer_bytes", "KV bytes read", ["transport", "peer"], registry=r)
+        self.transfer_runs = Counter("tandem_transfer_runs", "Contiguous runs read", ["transport", "peer"], registry=r)
+        self.transfer_s = Histogram(
+            "tandem_transfer_seconds",
+            "One read, from submission to landing",
+            ["transport", "peer"],
+            buckets=_LATENCY_S,
+            registry=r,
+        )
+        self.bad_frames = Counter("tandem_bad_frames", "Frames refused", ["socket"], registry=r)
+
+
+class GatewayMetrics:
+    """What a gateway counts, per request."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        r = registry
+        self.registry = registry
+        self.requests = Counter("tandem_requests", "Requests answered", ["endpoint", "status"], registry=r)
+        self.in_flight = Gauge("tandem_requests_in_flight", "Requests being served", registry=r)
+        self.prompt_tokens = Counter("tandem_request_prompt_tokens", "Prompt tokens of requests", registry=r)
+        self.output_tokens = Counter("tandem_request_output_tokens", "Tokens sent to clients", registry=r)
+        self.ttft_s = Histogram("tandem_ttft_seconds", "Time to first token", buckets=_LATENCY_S, registry=r)
+        self.itl_s = Histogram("tandem_itl_seconds", "Time between tokens", buckets=_STEP_S, registry=r)
+        self.e2e_s = Histogram("tandem_e2e_seconds", "Request to last token", buckets=_LATENCY_S, registry=r)
+        self.stage_s = Histogram(
+            "tandem_stage_seconds",
+            "Stages of a request: queue, prefill, transfer, decode",
+            ["stage"],
+            buckets=_LATENCY_S,
+            registry=r,
+        )
+        self.replays = Counter("tandem_replays", "Requests replayed on another worker", registry=r)
+        self.members = Gauge("tandem_members", "Live workers", ["role"], registry=r)
+        self.bad_frames = Counter("tandem_bad_frames", "Frames refused", ["socket"], registry=r)
+
+
+class _Families:
+    def __init__(self, families: Iterable[Metric]) -> None:
+        self._families = list(families)
+
+    def collect(self) -> Iterator[Metric]:
+        yield from self._families
+
+
+def render(registry: CollectorRegistry) -> str:
+    """A registry in Prometheus' text format."""
+    return generate_latest(registry).decode()
+
+
+def merge(texts: dict[str, str]) -> str:
+    """One exposition of several processes', each sample with its ``worker`` label.
+
+    Args:
+        texts: worker name → text as `render` makes it.
+    """
+    families: dict[str, Metric] = {}
+    for worker, text in texts.items():
+        for family in text_string_to_metric_families(text):
+            merged = families.setdefault(family.name, family)
+            samples = [s._replace(labels={"worker": worker, **s.labels}) for s in family.samples]
+            if merged is family:
+                family.samples = samples
+            else:
+                merged.samples.extend(samples)
+    registry = CollectorRegistry()
+    registry.register(_Families(families.values()))  # type: ignore[arg-type]
+    return render(registry)

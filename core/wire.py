@@ -1,0 +1,126 @@
+"""Authenticated ZMQ sockets: CURVE with one key pair for servers and one for clients, made per cluster.
+
+A server admits only the cluster's client key; both secrets reach processes through Ray alone. Every socket is bounded in
+message size and queue length, does not linger, and notices a silent peer by heartbeats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import msgspec
+import zmq
+import zmq.auth.thread
+
+from .messages import MAX_MESSAGE_BYTES
+
+HEARTBEAT_INTERVAL_S = 2.0
+HEARTBEAT_TIMEOUT_S = 8.0
+QUEUED_MESSAGES = 100_000
+
+
+class ClusterKeys(msgspec.Struct, frozen=True):
+    """The cluster's two CURVE key pairs, in Z85."""
+
+    server_public: bytes
+    server_secret: bytes
+    client_public: bytes
+    client_secret: bytes
+
+    def __repr__(self) -> str:
+        return "ClusterKeys(…)"
+
+
+def make_cluster_keys() -> ClusterKeys:
+    """Fresh random keys."""
+    return ClusterKeys(*zmq.curve_keypair(), *zmq.curve_keypair())
+
+
+class SecureContext:
+    """A ZMQ context that makes the cluster's sockets. Thread-safe; sockets belong to the thread that uses them.
+
+    Args:
+        keys: the cluster's.
+        on_denied: called, on a thread of its own, for each connection with a foreign key.
+        encrypt: False leaves the sockets bare: for measuring what encryption costs, never for serving.
+    """
+
+    def __init__(self, keys: ClusterKeys, on_denied: Callable[[], None] | None = None, *, encrypt: bool = True) -> None:
+        self._keys = keys
+        self._encrypt = encrypt
+        self._on_denied = on_denied
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._authenticator: zmq.auth.thread.ThreadAuthenticator | None = None
+        if encrypt:
+            self._authenticator = zmq.auth.thread.ThreadAuthenticator(self._context)
+            self._authenticator.start()
+            self._authenticator.configure_curve_callback("*", credentials_provider=self)
+
+    def callback(self, domain: str, key: bytes) -> bool:
+        """Whether a connecting client's public key is the cluster's. Called by the authenticator."""
+        admitted = key == self._keys.client_public
+        if not admitted and self._on_denied is not None:
+            self._on_denied()
+        return admitted
+
+    def bind(self, address: str, port: int = 0) -> tuple[zmq.Socket[bytes], str]:
+        """A bound ROUTER socket, and its endpoint.
+
+        Args:
+            address: a numeric address of this host, never a wildcard.
+            port: 0 lets the system choose.
+
+        Raises:
+            zmq.ZMQError: the address is not this host's or the port is taken.
+        """
+        socket = self._socket(zmq.ROUTER)
+        socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        # A peer that reconnects after a cut link takes its name over from the dead connection.
+        socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        if self._encrypt:
+            socket.curve_server = True
+            socket.curve_publickey = self._keys.server_public
+            socket.curve_secretkey = self._keys.server_secret
+        host = f"[{address}]" if ":" in address else address
+        socket.bind(f"tcp://{host}:{port or '*'}")
+        return socket, socket.getsockopt_string(zmq.LAST_ENDPOINT)
+
+    def connect(self, identity: str, endpoint: str) -> zmq.Socket[bytes]:
+        """A DEALER socket that introduces itself as ``identity``. Connects in the background, and reconnects."""
+        socket = self._socket(zmq.DEALER)
+        socket.setsockopt(zmq.IDENTITY, identity.encode())
+        socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
+        if self._encrypt:
+            socket.curve_serverkey = self._keys.server_public
+            socket.curve_publickey = self._keys.client_public
+            socket.curve_secretkey = self._keys.client_secret
+        socket.connect(endpoint)
+        return socket
+
+    def pair(self, name: str, *, bind: bool) -> zmq.Socket[bytes]:
+        """One end of an in-process PAIR, to wake a polling thread."""
+        socket = self._context.socket(zmq.PAIR)
+        socket.setsockopt(zmq.LINGER, 0)
+        if bind:
+            socket.bind(f"inproc://{name}")
+        else:
+            socket.connect(f"inproc://{name}")
+        return socket
+
+    def close(self) -> None:
+        """Close all sockets without waiting for their queues. Idempotent."""
+        if self._authenticator is not None:
+            self._authenticator.stop()
+            self._authenticator = None
+        self._context.destroy(linger=0)
+
+    def _socket(self, kind: int) -> zmq.Socket[bytes]:
+        socket = self._context.socket(kind)
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+        socket.setsockopt(zmq.SNDHWM, QUEUED_MESSAGES)
+        socket.setsockopt(zmq.RCVHWM, QUEUED_MESSAGES)
+        socket.setsockopt(zmq.IPV6, 1)
+        socket.setsockopt(zmq.HEARTBEAT_IVL, int(HEARTBEAT_INTERVAL_S * 1000))
+        socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, int(HEARTBEAT_TIMEOUT_S * 1000))
+        return socket

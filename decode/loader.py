@@ -1,0 +1,309 @@
+"""All handoffs of a decode worker: talks to prefill peers, drives the reads, and says what became of each prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from ..core.clock import Clock
+from ..core.errors import IllegalTransition
+from ..core.ids import PeerId
+from ..core.log import logger
+from ..core.messages import (
+    Accepted,
+    BlocksReady,
+    FailureReason,
+    Message,
+    Prefill,
+    Prefilled,
+    PrefillFailed,
+    Release,
+    Renew,
+)
+from ..core.metrics import WorkerMetrics
+from ..kv_transfer import handoff as steps
+from ..kv_transfer.connector import Connector
+from ..kv_transfer.handoff import Handoff, Pull
+from .stream import Stream
+
+
+class PromptStarted(NamedTuple):
+    """The prefill worker has begun."""
+
+    stream: Stream
+    cached_tokens: int
+
+
+class ReadStarted(NamedTuple):
+    """The first blocks are being read."""
+
+    stream: Stream
+
+
+class PromptDone(NamedTuple):
+    """The prompt is computed; the children's first tokens are known."""
+
+    stream: Stream
+    message: Prefilled
+
+
+class LoadDone(NamedTuple):
+    """The KV is here and verified."""
+
+    stream: Stream
+
+
+class LoadFailed(NamedTuple):
+    """The KV did not come; ``num_blocks`` of the blocks after the skipped ones did."""
+
+    stream: Stream
+    reason: FailureReason
+    num_blocks: int
+    message: str
+    status: int
+
+
+class LoadClosed(NamedTuple):
+    """An aborted load writes nowhere any more."""
+
+    stream: Stream
+
+
+LoadEvent = PromptStarted | ReadStarted | PromptDone | LoadDone | LoadFailed | LoadClosed
+
+
+class _Load:
+    def __init__(self, stream: Stream, handoff: Handoff, skip_blocks: int, started_s: float) -> None:
+        self.stream = stream
+        self.handoff = handoff
+        self.skip_blocks = skip_blocks
+        self.started_s = started_s
+        self.pulls: dict[int, Pull] = {}
+        self.reading = False
+        self.message = ""
+        self.status = 503
+        self.prefilled_s = 0.0
+        self.num_bytes = 0
+        self.queue_s = 0.0
+        self.prefill_s = 0.0
+
+
+class Loader:
+    """Owned by the engine thread; nothing blocks. Every method returns the events that it led to.
+
+    Args:
+        connector: moves the bytes.
+        timeout_s: how long a prefill may stand still.
+        clock: tells the time.
+        metrics: counts.
+        send: delivers a message to a peer.
+        on_handoff: told of each finished handoff: tokens, total, queue and prefill seconds.
+    """
+
+    def __init__(
+        self,
+        connector: Connector,
+        timeout_s: float,
+        clock: Clock,
+        metrics: WorkerMetrics,
+        send: Callable[[PeerId, Message], None],
+        on_handoff: Callable[[int, float, float, float], None],
+    ) -> None:
+        self._connector = connector
+        self._timeout_s = timeout_s
+        self._clock = clock
+        self._metrics = metrics
+        self._send = send
+        self._on_handoff = on_handoff
+        self._loads: dict[int, _Load] = {}
+        self._of_pull: dict[int, _Load] = {}
+        self._number = 0
+        self._renew_s: float | None = None
+
+    def __len__(self) -> int:
+        return len(self._loads)
+
+    def start(self, stream: Stream, peer: PeerId) -> None:
+        """Ask ``peer`` for a stream's prompt, and start to fetch its KV into the stream's blocks.
+
+        The stream has blocks for all its tokens; what it has computed is whole blocks and is not asked for.
+        """
+        self._number += 1
+        sequence, request = stream.sequence, stream.request
+        layout = self._connector.layout
+        skip = sequence.num_computed
+        handoff = Handoff(
+            self._number,
+            peer,
+            skip,
+            sequence.num_tokens,
+            layout.block_tokens,
+            len(self._connector.layer_groups),
+            self._clock,
+        )
+        now_s = self._clock.monotonic_s()
+        self._loads[self._number] = _Load(stream, handoff, skip // layout.block_tokens, now_s)
+        if self._renew_s is None:
+            self._renew_s = now_s + self._connector.shortest_lease_s() / 3
+        self._send(
+            peer,
+            Prefill(
+                number=self._number,
+                request_id=request.request_id,
+                tokens=sequence.tokens,
+                num_prompt_tokens=sequence.num_prompt_tokens,
+                skip_tokens=skip,
+                children=sequence.children,
+                sampling=request.sampling,
+                prompt_logprobs=sequence.prompt_logprobs,
+                salt=request.salt,
+            ),
+        )
+
+    def handle(self, sender: PeerId, message: Message) -> list[LoadEvent]:
+        """Take a prefill peer's message in; messages about transfers that are over are ignored."""
+        if not isinstance(message, Accepted | BlocksReady | Prefilled | PrefillFailed):
+            return []
+        load = self._loads.get(message.number)
+        if load is None or load.handoff.peer != sender:
+            return []
+        try:
+            return self._take(load, message)
+        except IllegalTransition as error:  # the peer broke the protocol: its loads are its problem, not ours
+            logger.warning("%s: %s", sender, error)
+            return self._run(load, load.handoff.fail(FailureReason.REFUSED))
+
+    def _take(self, load: _Load, message: Accepted | BlocksReady | Prefilled | PrefillFailed) -> list[LoadEvent]:
+        handoff = load.handoff
+        events: list[LoadEvent] = []
+        match message:
+            case Accepted():
+                events.append(PromptStarted(load.stream, message.cached_tokens))
+                return events + self._run(load, handoff.accepted(message.blocks, message.generations))
+            case BlocksReady():
+                instructions = handoff.ready(message.layer_group, message.num_tokens)
+                if instructions and not load.reading:
+                    load.reading = True
+                    events.append(ReadStarted(load.stream))
+                return events + self._run(load, instructions)
+            case Prefilled():
+                if len(message.samples) != len(load.stream.children):
+                    return self._run(load, handoff.fail(FailureReason.REFUSED))
+                load.prefilled_s = self._clock.monotonic_s()
+                load.queue_s, load.prefill_s = message.queue_s, message.prefill_s
+                return [PromptDone(load.stream, message), *self._run(load, handoff.prompt_done())]
+            case PrefillFailed():
+                load.message, load.status = message.message, message.status
+                return self._run(load, handoff.fail(message.reason))
+
+    def poll(self) -> list[LoadEvent]:
+        """Drive the reads."""
+        if not self._loads:
+            return []
+        events = []
+        for result in self._connector.poll():
+            load = self._of_pull.pop(result.number, None)
+            if load is None:
+                continue
+            load.num_bytes += result.num_bytes
+            pull = load.pulls.pop(result.number)
+            events += self._run(load, load.handoff.pull_ended(pull, result.failure, result.num_good))
+        return events
+
+    def abort(self, stream: Stream) -> list[LoadEvent]:
+        """Give a stream's load up; `LoadClosed` comes when nothing writes into its blocks any more."""
+        for load in list(self._loads.values()):
+            if load.stream is stream:
+                return self._run(load, load.handoff.abort())
+        return []
+
+    def peer_lost(self, peer: PeerId) -> list[LoadEvent]:
+        """A prefill peer is gone: its loads fail."""
+        self._connector.remove_peer(peer)
+        events = []
+        for load in list(self._loads.values()):
+            if load.handoff.peer == peer:
+                load.message = f"{peer} is gone"
+                events += self._run(load, load.handoff.fail(FailureReason.PEER_LOST))
+        return events
+
+    def next_deadline_s(self) -> float | None:
+        """When `tick` is due."""
+        if not self._loads:
+            return None
+        stalls = min(load.handoff.last_progress_s for load in self._loads.values()) + self._timeout_s
+        return stalls if self._renew_s is None else min(self._renew_s, stalls)
+
+    def tick(self) -> list[LoadEvent]:
+        """Renew leases, and fail loads that have stood still for too long."""
+        now_s = self._clock.monotonic_s()
+        if self._renew_s is not None and now_s >= self._renew_s:
+            numbers: dict[PeerId, list[int]] = {}
+            for number, load in self._loads.items():
+                numbers.setdefault(load.handoff.peer, []).append(number)
+            for peer, open_numbers in numbers.items():
+                self._send(peer, Renew(open_numbers))
+            self._renew_s = now_s + self._connector.shortest_lease_s() / 3 if self._loads else None
+        events = []
+        for load in list(self._loads.values()):
+            if now_s - load.handoff.last_progress_s >= self._timeout_s:
+                load.message = f"{load.handoff.peer} made no progress for {self._timeout_s:g} s"
+                events += self._run(load, load.handoff.fail(FailureReason.TIMEOUT))
+        return events
+
+    def _run(self, load: _Load, instructions: list[steps.Instruction]) -> list[LoadEvent]:
+        events: list[LoadEvent] = []
+        for instruction in instructions:
+            match instruction:
+                case Pull():
+                    self._pull(load, instruction)
+                case steps.CancelPulls():
+                    events += self._cancel(load)
+                case steps.Release():
+                    self._send(load.handoff.peer, Release([load.handoff.number]))
+                case steps.Loaded():
+                    events.append(self._done(load))
+                case steps.Failed(reason, num_blocks):
+                    self._end(load, "failed")
+                    self._metrics.load_failures.labels(reason.value).inc()
+                    logger.info("handoff failed: %s: %s", reason.value, "; ".join(load.handoff.history))
+                    events.append(LoadFailed(load.stream, reason, num_blocks, load.message, load.status))
+                case steps.Closed():
+                    self._end(load, "aborted")
+                    events.append(LoadClosed(load.stream))
+        return events
+
+    def _pull(self, load: _Load, pull: Pull) -> None:
+        local = load.stream.sequence.blocks[load.skip_blocks + pull.start : load.skip_blocks + pull.stop]
+        part = slice(pull.start, pull.stop)
+        handoff = load.handoff
+        number = self._connector.pull(
+            handoff.peer, pull.layer_group, local, handoff.blocks[part], handoff.generations[part]
+        )
+        load.pulls[number] = pull
+        self._of_pull[number] = load
+
+    def _cancel(self, load: _Load) -> list[LoadEvent]:
+        draining = self._connector.cancel(load.pulls)
+        events = []
+        for number in [n for n in load.pulls if n not in draining]:
+            pull = load.pulls.pop(number)
+            del self._of_pull[number]
+            events += self._run(load, load.handoff.pull_ended(pull, FailureReason.TRANSPORT))
+        return events
+
+    def _done(self, load: _Load) -> LoadDone:
+        now_s = self._clock.monotonic_s()
+        stream = load.stream
+        stream.queue_s += load.queue_s
+        stream.prefill_s += load.prefill_s
+        stream.transfer_s += now_s - load.prefilled_s
+        stream.transferred_bytes += load.num_bytes
+        computed = stream.sequence.num_tokens - load.skip_blocks * self._connector.layout.block_tokens
+        self._on_handoff(computed, now_s - load.started_s, load.queue_s, load.prefill_s)
+        self._end(load, "loaded")
+        return LoadDone(stream)
+
+    def _end(self, load: _Load, outcome: str) -> None:
+        del self._loads[load.handoff.number]
+        self._metrics.handoffs.labels(outcome).inc()

@@ -1,0 +1,158 @@
+"""Which streams a decode step works on: those that run, one token each, and parts of prompts that are computed here."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterator
+
+from ..core.clock import Clock
+from ..engine.batch import Work
+from ..engine.engine import Engine
+from .stream import Stream, StreamState
+
+
+class DecodeScheduler:
+    """The streams of a worker. Owned by the engine thread; nothing blocks.
+
+    A waiting stream is admitted when there are blocks for all its known tokens, and a spare block for each stream that
+    already runs. When a running stream needs a block and none is free, the youngest stream gives its blocks up and waits
+    again: the oldest always moves on.
+
+    Args:
+        engine: whose blocks are given out.
+        max_running: outputs that have blocks at a time.
+        max_batched_tokens: tokens of one step, when some are a prompt's.
+        clock: for the streams' histories.
+    """
+
+    def __init__(self, engine: Engine, max_running: int, max_batched_tokens: int, clock: Clock) -> None:
+        self._engine = engine
+        self._max_running = max_running
+        self._max_batched_tokens = max_batched_tokens
+        self._clock = clock
+        self._waiting: list[Stream] = []
+        """By order."""
+        self._loading: dict[int, Stream] = {}
+        self._prefilling: dict[int, Stream] = {}
+        self._running: dict[int, Stream] = {}
+
+    def __iter__(self) -> Iterator[Stream]:
+        yield from self._waiting
+        for streams in (self._loading, self._prefilling, self._running):
+            yield from streams.values()
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_loading(self) -> int:
+        return len(self._loading)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_prefilling(self) -> int:
+        return len(self._prefilling)
+
+    @property
+    def queued_tokens(self) -> int:
+        """Prompt tokens that wait, or are being computed here."""
+        return sum(s.sequence.num_tokens for s in self._waiting) + sum(
+            s.sequence.num_tokens - s.sequence.num_computed for s in self._prefilling.values()
+        )
+
+    def add(self, stream: Stream) -> None:
+        """Queue a new or split-off stream, in its order."""
+        bisect.insort(self._waiting, stream, key=lambda s: s.order)
+
+    def admit(self) -> Iterator[Stream]:
+        """Take waiting streams off the queue while there is room for them.
+
+        Each comes with blocks for all its tokens, matched against the prefix cache, and must be given to `load`,
+        `prefill` or `end` before the next is asked for.
+        """
+        while self._waiting:
+            stream = self._waiting[0]
+            sequence = stream.sequence
+            busy = sum(len(s.children) for streams in (self._loading, self._prefilling) for s in streams.values())
+            busy += len(self._running)
+            if busy and busy + len(stream.children) > self._max_running:
+                return
+            # The cached part first: what is left of the pool then tells how much can be allocated.
+            self._engine.match_prefix(sequence)
+            lacking = -(-sequence.num_tokens // self._engine.block_tokens) - len(sequence.blocks)
+            spare = len(self._running)
+            if lacking + spare > self._engine.pool.num_free or not self._engine.reserve(sequence, sequence.num_tokens):
+                self._engine.free(sequence)
+                return
+            del self._waiting[0]
+            yield stream
+
+    def load(self, stream: Stream) -> None:
+        """A stream's prompt comes from a prefill worker."""
+        self._prefilling.pop(id(stream), None)
+        stream.move(StreamState.LOADING, self._clock.monotonic_s())
+        self._loading[id(stream)] = stream
+
+    def prefill(self, stream: Stream, why: str = "") -> None:
+        """A stream's prompt, or the rest of it, is computed here."""
+        self._loading.pop(id(stream), None)
+        stream.move(StreamState.PREFILLING, self._clock.monotonic_s(), why)
+        self._prefilling[id(stream)] = stream
+
+    def run(self, stream: Stream) -> None:
+        """A stream has everything: it takes part in steps."""
+        self._loading.pop(id(stream), None)
+        self._prefilling.pop(id(stream), None)
+        stream.move(StreamState.RUNNING, self._clock.monotonic_s())
+        self._running[id(stream)] = stream
+
+    def drain(self, stream: Stream) -> None:
+        """A stream is over, but reads may still write into its blocks."""
+        stream.move(StreamState.DRAINING, self._clock.monotonic_s())
+
+    def end(self, stream: Stream) -> None:
+        """A stream is over; its blocks are free."""
+        if stream.state is StreamState.WAITING:
+            self._waiting = [other for other in self._waiting if other is not stream]
+        for streams in (self._loading, self._prefilling, self._running):
+            streams.pop(id(stream), None)
+        stream.move(StreamState.ENDED, self._clock.monotonic_s())
+        self._engine.free(stream.sequence)
+
+    def plan(self) -> tuple[list[Work], list[Stream]]:
+        """The next step, and the streams that had to give their blocks up for it.
+
+        Every running stream computes its newest token; what room is left goes to prompts, oldest first.
+        """
+        preempted: list[Stream] = []
+        works: list[Work] = []
+        for stream in sorted(self._running.values(), key=lambda s: s.order):
+            while stream.state is StreamState.RUNNING:
+                if self._engine.reserve(stream.sequence, stream.sequence.num_tokens):
+                    works.append(Work(stream.sequence, 1))
+                    break
+                preempted.append(self._preempt())
+        room = self._max_batched_tokens - len(works)
+        for stream in sorted(self._prefilling.values(), key=lambda s: s.order):
+            if room <= 0:
+                break
+            num_new = min(room, stream.sequence.num_tokens - stream.sequence.num_computed)
+            works.append(Work(stream.sequence, num_new))
+            room -= num_new
+        return works, preempted
+
+    def _preempt(self) -> Stream:
+        """Send the youngest stream that holds blocks back to the queue. A loading one is left alone: its KV is on the way,
+        and it ends without our help."""
+        candidates = [*self._running.values(), *self._prefilling.values()]
+        victim = max(candidates, key=lambda s: s.order)
+        self._running.pop(id(victim), None)
+        self._prefilling.pop(id(victim), None)
+        victim.preempt(self._clock.monotonic_s())
+        self._engine.free(victim.sequence)
+        self.add(victim)
+        return victim

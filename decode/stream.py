@@ -1,0 +1,129 @@
+"""One output on a decode worker, from its arrival to its last token."""
+
+from __future__ import annotations
+
+import enum
+
+from ..core.errors import IllegalTransition
+from ..core.ids import PeerId
+from ..core.log import RequestLog
+from ..core.messages import Child, FinishReason, Generate, SampledToken
+from ..engine.sequence import Sequence
+
+
+class StreamState(enum.Enum):
+    """Where a stream stands.
+
+    ::
+
+        WAITING ──► LOADING ──► RUNNING ──► ENDED        from prefill, by handoff
+           │ ▲         │ ▲         │
+           │ │         ▼ │         │ (preempted: back to WAITING)
+           └─┴──► PREFILLING ──────┘                     computed here
+        LOADING ──► DRAINING ──► ENDED                   aborted while reads still write
+    """
+
+    WAITING = "waiting"
+    LOADING = "loading"
+    PREFILLING = "prefilling"
+    RUNNING = "running"
+    DRAINING = "draining"
+    ENDED = "ended"
+
+
+_ALLOWED = {
+    # A child that was split off its request has its KV already, and runs at once.
+    StreamState.WAITING: {StreamState.LOADING, StreamState.PREFILLING, StreamState.RUNNING, StreamState.ENDED},
+    StreamState.LOADING: {
+        StreamState.RUNNING,
+        StreamState.PREFILLING,
+        StreamState.LOADING,
+        StreamState.DRAINING,
+        StreamState.ENDED,
+    },
+    StreamState.PREFILLING: {StreamState.RUNNING, StreamState.WAITING, StreamState.ENDED},
+    StreamState.RUNNING: {StreamState.WAITING, StreamState.ENDED},
+    StreamState.DRAINING: {StreamState.ENDED},
+    StreamState.ENDED: set(),
+}
+
+_MAX_HISTORY = 64
+
+
+class Stream:
+    """A sequence that tokens are produced for, and who they go to.
+
+    A request for several outputs is one stream with several children until its prompt is computed; then each child is a
+    stream of its own.
+
+    Args:
+        gateway: who asked.
+        request: what was asked for.
+        sequence: tokens and blocks.
+        order: admission goes by it: the smaller came earlier.
+        arrived_s: on the monotonic clock.
+    """
+
+    def __init__(self, gateway: PeerId, request: Generate, sequence: Sequence, order: int, arrived_s: float) -> None:
+        self.gateway = gateway
+        self.request = request
+        self.sequence = sequence
+        self.order = order
+        self.arrived_s = arrived_s
+        self.state = StreamState.WAITING
+        self.history = [f"{arrived_s:.6f} waiting"]
+        self.first_tokens: list[SampledToken] | None = None
+        """The children's next tokens, known before their KV is here."""
+        self.ended_children: set[int] = set()
+        """Children that are over before their stream was split off."""
+        self.load_peer: PeerId = ""
+        """The prefill peer that was asked last."""
+        self.load_attempts = 0
+        self.begun = False
+        """Whether it has run before; a preempted stream waits again, but its stages are told."""
+        self.queue_s = 0.0
+        self.prefill_s = 0.0
+        self.transfer_s = 0.0
+        self.started_s = arrived_s
+        self.cached_tokens = 0
+        self.transferred_bytes = 0
+        self.log = RequestLog(request.request_id)
+
+    @property
+    def children(self) -> list[Child]:
+        """The outputs that this stream stands for."""
+        return self.sequence.children
+
+    @property
+    def key(self) -> tuple[PeerId, int]:
+        """What names the request between gateway and worker."""
+        return self.gateway, self.request.ticket
+
+    def move(self, state: StreamState, at_s: float, why: str = "") -> None:
+        """Change state.
+
+        Raises:
+            IllegalTransition: not from here.
+        """
+        if state not in _ALLOWED[self.state]:
+            raise IllegalTransition(
+                f"{self.request.request_id}: {self.state.value} → {state.value}", history=tuple(self.history)
+            )
+        self.state = state
+        if len(self.history) < _MAX_HISTORY:
+            self.history.append(f"{at_s:.6f} {state.value} {why}".rstrip())
+
+    def preempt(self, at_s: float) -> None:
+        """Back to the queue. What a running stream has produced is part of what it computes again."""
+        if self.state is StreamState.RUNNING:
+            self.first_tokens = None
+        self.load_attempts = 0
+        self.move(StreamState.WAITING, at_s, "preempted")
+
+    def finish_of(self, token: int, max_model_len: int) -> FinishReason | None:
+        """Whether the output ends with ``token``, its newest, already appended."""
+        if token in self.request.stopping.stop_ids:
+            return FinishReason.STOP
+        if self.sequence.num_output_tokens >= self.request.stopping.max_tokens:
+            return FinishReason.LENGTH
+        return FinishReason.LENGTH if self.sequence.num_tokens >= max_model_len else None

@@ -1,0 +1,476 @@
+"""A decode worker without its sockets: messages in, messages out, one engine step at a time.
+
+Owned by one thread. `handle` and `step` return quickly but for the engine's own work; they never wait.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ..core.clock import Clock
+from ..core.config import Config, DecodePool
+from ..core.errors import RequestError, TransferError
+from ..core.hashing import root_hash
+from ..core.ids import PeerId
+from ..core.log import logger
+from ..core.messages import (
+    Abort,
+    Child,
+    ChildUpdate,
+    FailureReason,
+    FinishReason,
+    Generate,
+    HelloReply,
+    Membership,
+    Message,
+    Report,
+    SampledToken,
+    Usage,
+)
+from ..core.metrics import WorkerMetrics
+from ..engine.batch import Work
+from ..engine.engine import Engine, Outcome
+from ..engine.limits import check_tokens
+from ..engine.sequence import Sequence
+from ..kv_transfer.connector import Connector
+from .cost import CostModel
+from .emitter import Emitter
+from .loader import LoadClosed, LoadDone, Loader, LoadEvent, LoadFailed, PromptDone, PromptStarted, ReadStarted
+from .scheduler import DecodeScheduler
+from .stream import Stream, StreamState
+
+Send = Callable[[PeerId, Message], None]
+
+_MAX_LOAD_ATTEMPTS = 2
+
+
+class DecodeWorker:
+    """Produces tokens.
+
+    Args:
+        engine: computes.
+        connector: reads from prefill peers.
+        pool: limits.
+        config: kv and routing rules.
+        fingerprint: of the model, root of the block keys.
+        max_model_len: tokens of the longest sequence.
+        clock: tells the time.
+        metrics: counts.
+        send: delivers a message to a peer; never blocks.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        connector: Connector,
+        pool: DecodePool,
+        config: Config,
+        fingerprint: str,
+        max_model_len: int,
+        clock: Clock,
+        metrics: WorkerMetrics,
+        send: Send,
+    ) -> None:
+        self._engine = engine
+        self._connector = connector
+        self._fingerprint = fingerprint
+        self._recompute = config.kv.on_load_failure == "recompute"
+        self._max_model_len = max_model_len
+        self._clock = clock
+        self._metrics = metrics
+        self._send = send
+        self._cost = CostModel(config.routing.local_prefill, pool.max_batched_tokens)
+        self._scheduler = DecodeScheduler(engine, pool.max_running, pool.max_batched_tokens, clock)
+        self._loader = Loader(connector, config.kv.handoff_timeout_s, clock, metrics, send, self._cost.handed_off)
+        self._emitter = Emitter(clock, send)
+        self._streams: dict[tuple[PeerId, int], list[Stream]] = {}
+        self._order = 0
+        self._output_tokens = 0
+        self._prompt_tokens = 0
+        self._received_bytes = 0
+        self._refused_peers: set[PeerId] = set()
+
+    # ---- messages ---------------------------------------------------------------------------------------------------
+
+    def handle(self, sender: PeerId, message: Message) -> None:
+        """Take a message in. Messages that a decode worker has no use for are ignored."""
+        match message:
+            case Generate():
+                self._generate(sender, message)
+            case Abort():
+                for ticket in message.tickets:
+                    self._abort(sender, ticket, message.child)
+            case HelloReply():
+                self._greeted(sender, message)
+            case Membership():
+                self._follow(message)
+            case _:
+                self._apply(self._loader.handle(sender, message))
+
+    def peer_lost(self, peer: PeerId) -> None:
+        """A prefill worker or a gateway is gone for good."""
+        self._refused_peers.discard(peer)
+        self._apply(self._loader.peer_lost(peer))
+        self._emitter.forget(peer)
+        for gateway, ticket in [key for key in self._streams if key[0] == peer]:
+            self._abort(gateway, ticket, -1)
+
+    # ---- work -------------------------------------------------------------------------------------------------------
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` would compute something."""
+        return self._scheduler.num_running > 0 or self._scheduler.num_prefilling > 0
+
+    def next_deadline_s(self) -> float | None:
+        """When `tick` is due, on the monotonic clock."""
+        return self._loader.next_deadline_s()
+
+    def tick(self) -> None:
+        """Renew leases, and give up on prefills that stand still."""
+        self._apply(self._loader.tick())
+
+    def step(self) -> bool:
+        """Look after the loads, admit streams, and run one engine step. Returns whether anything was computed."""
+        self._apply(self._loader.poll())
+        for stream in self._scheduler.admit():
+            self._start(stream)
+        plan, preempted = self._scheduler.plan()
+        for stream in preempted:
+            self._metrics.preemptions.inc()
+            self._stage(stream, "decode.preempted")
+            stream.log.info("preempted at %d tokens", stream.sequence.num_tokens)
+        if plan:
+            self._compute(plan)
+        self._emitter.flush()
+        return bool(plan)
+
+    def report(self) -> Report:
+        """Our load."""
+        pool, scheduler = self._engine.pool, self._scheduler
+        return Report(
+            running=scheduler.num_running,
+            waiting=scheduler.num_waiting + scheduler.num_loading + scheduler.num_prefilling,
+            queued_tokens=scheduler.queued_tokens,
+            free_blocks=pool.num_free,
+            num_blocks=pool.num_blocks,
+            transfers=len(self._loader),
+            output_tokens=self._output_tokens,
+            prompt_tokens=self._prompt_tokens,
+            received_bytes=self._received_bytes,
+            peers=self._connector.peers(),
+        )
+
+    def drained(self) -> bool:
+        """Whether no client waits for us any more."""
+        return not self._streams
+
+    # ---- requests ---------------------------------------------------------------------------------------------------
+
+    def _generate(self, gateway: PeerId, message: Generate) -> None:
+        key = gateway, message.ticket
+        if key in self._streams:
+            logger.warning("%s sent ticket %d twice; the second is ignored", *key)
+            return
+        capacity = self._engine.pool.num_blocks * self._engine.block_tokens
+        try:
+            check_tokens(message.tokens, self._engine.model.spec.vocab_size, self._max_model_len, capacity)
+            if message.num_prompt_tokens > len(message.tokens):
+                raise RequestError("num_prompt_tokens is larger than the number of tokens")
+        except RequestError as error:
+            self._emitter.refuse(gateway, message.ticket, error.status, error.message)
+            return
+        sequence = Sequence(
+            message.request_id,
+            message.tokens,
+            message.num_prompt_tokens,
+            message.children,
+            message.sampling,
+            root_hash(self._fingerprint, message.salt),
+            message.prompt_logprobs,
+        )
+        stream = self._new_stream(gateway, message, sequence)
+        self._streams[key] = [stream]
+        self._stage(stream, "decode.received")
+        self._scheduler.add(stream)
+
+    def _new_stream(self, gateway: PeerId, message: Generate, sequence: Sequence) -> Stream:
+        self._order += 1
+        return Stream(gateway, message, sequence, self._order, self._clock.monotonic_s())
+
+    def _start(self, stream: Stream) -> None:
+        """Decide where an admitted stream's prompt is computed."""
+        sequence = stream.sequence
+        now_s = self._clock.monotonic_s()
+        if not stream.begun:
+            stream.queue_s += now_s - stream.arrived_s
+            stream.cached_tokens = sequence.num_computed
+            self._metrics.cached_tokens.inc(sequence.num_computed)
+        stream.started_s = now_s
+        peer = self._prefill_peer(stream)
+        remaining = sequence.num_tokens - sequence.num_computed
+        if not peer or self._cost.local_is_sooner(remaining, self._scheduler.num_running):
+            self._scheduler.prefill(stream)
+            self._stage(stream, "decode.prefill", f"{remaining} tokens here")
+        else:
+            self._load(stream, peer)
+
+    def _load(self, stream: Stream, peer: PeerId) -> None:
+        stream.load_attempts += 1
+        stream.load_peer = peer
+        self._scheduler.load(stream)
+        self._loader.start(stream, peer)
+        sequence = stream.sequence
+        self._stage(stream, "decode.handoff", f"{sequence.num_tokens - sequence.num_computed} tokens from {peer}")
+
+    def _prefill_peer(self, stream: Stream, avoid: PeerId = "") -> PeerId:
+        """The prefill peer for a stream: the one that the gateway chose, or another; "" when there is none."""
+        wanted = stream.request.prefill
+        if not wanted:
+            return ""
+        if wanted != avoid and self._connector.connected(wanted):
+            return wanted
+        others = [peer for peer in self._connector.peers() if peer != avoid]
+        return others[stream.order % len(others)] if others else ""
+
+    def _abort(self, gateway: PeerId, ticket: int, child: int) -> None:
+        for stream in list(self._streams.get((gateway, ticket), ())):
+            indices = {c.index for c in stream.children}
+            if child >= 0 and child not in indices:
+                continue
+            if child >= 0 and len(indices - stream.ended_children) > 1:
+                stream.ended_children.add(child)
+                continue
+            self._metrics.aborts.labels(stream.state.value).inc()
+            stream.log.info("aborted while %s, at %d tokens", stream.state.value, stream.sequence.num_tokens)
+            self._close(stream)
+
+    def _close(self, stream: Stream) -> None:
+        """End a stream in whatever state; blocks that reads still write into are freed when they have stopped."""
+        streams = self._streams.get(stream.key, [])
+        if stream in streams:
+            streams.remove(stream)
+            if not streams:
+                del self._streams[stream.key]
+        if stream.state is StreamState.LOADING:
+            self._scheduler.drain(stream)
+            self._apply(self._loader.abort(stream))
+        elif stream.state is not StreamState.DRAINING:
+            self._scheduler.end(stream)
+
+    # ---- loads ------------------------------------------------------------------------------------------------------
+
+    def _apply(self, events: list[LoadEvent]) -> None:
+        for event in events:
+            stream = event.stream
+            match event:
+                case LoadClosed() | LoadDone() | LoadFailed() if stream.state is StreamState.DRAINING:
+                    self._scheduler.end(stream)
+                case PromptStarted():
+                    self._stage(stream, "prefill.started", f"{event.cached_tokens} tokens cached")
+                    stream.cached_tokens = max(stream.cached_tokens, event.cached_tokens)
+                case ReadStarted():
+                    self._stage(stream, "transfer.started")
+                case PromptDone():
+                    self._stage(stream, "prefill.done")
+                    self._prompt_done(stream, event)
+                case LoadDone():
+                    self._received_bytes += stream.transferred_bytes
+                    self._stage(stream, "transfer.done", f"{stream.transferred_bytes} bytes")
+                    stream.sequence.num_computed = stream.sequence.num_tokens
+                    self._engine.commit(stream.sequence)
+                    self._begin(stream)
+                case LoadFailed():
+                    self._load_failed(stream, event)
+
+    def _prompt_done(self, stream: Stream, event: PromptDone) -> None:
+        """Stream the first tokens at once; the KV follows."""
+        message = event.message
+        if stream.state is not StreamState.LOADING:
+            return
+        self._emitter.prompt_logprobs(stream.gateway, stream.request.ticket, 1, message.prompt_logprobs)
+        stream.sequence.prompt_logprobs = -1
+        self._first_tokens(stream, message.samples)
+
+    def _load_failed(self, stream: Stream, event: LoadFailed) -> None:
+        self._stage(stream, "transfer.failed", event.reason.value)
+        stream.log.warning(
+            "KV did not arrive (%s): %s; %d blocks did", event.reason.value, event.message, event.num_blocks
+        )
+        if event.reason is FailureReason.PREFILL and event.status < 500:
+            self._refuse(stream, event.status, event.message)
+            return
+        if not self._recompute:
+            self._refuse(stream, 503, f"the prompt's KV did not arrive: {event.reason.value}", retryable=True)
+            return
+        sequence = stream.sequence
+        arrived = sequence.num_computed + event.num_blocks * self._engine.block_tokens
+        sequence.num_computed = min(arrived, sequence.num_tokens - 1)
+        self._engine.commit(sequence)
+        peer = self._prefill_peer(stream, avoid=stream.load_peer)
+        if stream.first_tokens is None and peer and stream.load_attempts < _MAX_LOAD_ATTEMPTS:
+            sequence.num_computed -= sequence.num_computed % self._engine.block_tokens
+            self._load(stream, peer)
+            return
+        self._scheduler.prefill(stream, event.reason.value)
+        self._stage(stream, "decode.prefill", f"{sequence.num_tokens - sequence.num_computed} tokens here")
+
+    def _follow(self, membership: Membership) -> None:
+        alive = {member.peer: member for member in membership.members}
+        gone = {key[0] for key in self._streams} | set(self._connector.peers()) | self._refused_peers
+        for peer in gone - alive.keys():
+            self.peer_lost(peer)
+        for peer, member in alive.items():
+            known = self._connector.connected(peer) or peer in self._refused_peers
+            if member.role == "prefill" and member.ready and not known:
+                self._send(peer, self._connector.hello())
+
+    def _greeted(self, sender: PeerId, reply: HelloReply) -> None:
+        if reply.hello.peer != sender or self._connector.connected(sender):
+            return
+        try:
+            self._connector.connect(reply)
+        except TransferError as error:
+            self._refused_peers.add(sender)
+            self._metrics.load_failures.labels(FailureReason.REFUSED.value).inc()
+            logger.error("cannot read from %s", error.message)
+
+    # ---- tokens -----------------------------------------------------------------------------------------------------
+
+    def _compute(self, plan: list[Work]) -> None:
+        streams = {id(stream.sequence): stream for stream in self._scheduler}
+        prompt_tokens = sum(w.num_new for w in plan if streams[id(w.sequence)].state is StreamState.PREFILLING)
+        kind = "mixed" if prompt_tokens else "decode"
+        start_s = self._clock.monotonic_s()
+        try:
+            outcomes = self._engine.step(plan)
+        except RuntimeError as error:  # torch's; the worker goes on without the streams that it failed on
+            logger.exception("a decode step failed")
+            for work in plan:
+                self._refuse(streams[id(work.sequence)], 500, f"the step failed: {error}")
+            return
+        seconds = self._clock.monotonic_s() - start_s
+        self._metrics.step_s.labels(kind).observe(seconds)
+        self._metrics.forward_s.labels(kind).observe(self._engine.forward_s)
+        if prompt_tokens:
+            self._cost.computed_locally(prompt_tokens, seconds)
+            self._prompt_tokens += prompt_tokens
+            self._metrics.prompt_tokens.inc(prompt_tokens)
+        for outcome in outcomes:
+            self._advance(streams[id(outcome.sequence)], outcome)
+
+    def _advance(self, stream: Stream, outcome: Outcome) -> None:
+        if stream.state is StreamState.PREFILLING:
+            self._advance_prompt(stream, outcome)
+            return
+        assert outcome.samples is not None
+        sample = outcome.samples[0]
+        if sample is None:
+            self._refuse(stream, 500, "the model's output is not a number")
+            return
+        if stream.sequence.num_computed % self._engine.block_tokens == 0:
+            self._engine.commit(stream.sequence)
+        stream.sequence.tokens.append(sample.token)
+        finish = stream.finish_of(sample.token, self._max_model_len)
+        self._emit(stream, stream.children[0], sample, finish)
+        if finish is not None:
+            self._close(stream)
+
+    def _advance_prompt(self, stream: Stream, outcome: Outcome) -> None:
+        sequence = stream.sequence
+        first = sequence.num_computed - outcome.num_new + 1
+        self._emitter.prompt_logprobs(stream.gateway, stream.request.ticket, first, outcome.prompt_logprobs)
+        self._engine.commit(sequence)
+        if outcome.samples is None:
+            return
+        samples: list[SampledToken] = [sample for sample in outcome.samples if sample is not None]
+        if len(samples) != len(outcome.samples):
+            self._refuse(stream, 500, "the model's output is not a number")
+            return
+        stream.prefill_s += self._clock.monotonic_s() - stream.started_s
+        sequence.prompt_logprobs = -1
+        # After a failed load the first tokens are known, and these are the same.
+        if stream.first_tokens is None:
+            self._first_tokens(stream, samples)
+        if stream.state is StreamState.PREFILLING:
+            self._begin(stream)
+
+    def _first_tokens(self, stream: Stream, samples: list[SampledToken]) -> None:
+        """The children's first tokens are known: send them; a child that ends with it is over."""
+        stream.first_tokens = samples
+        for child, sample in zip(stream.children, samples, strict=True):
+            if child.index in stream.ended_children:
+                continue
+            stream.sequence.tokens.append(sample.token)
+            finish = stream.finish_of(sample.token, self._max_model_len)
+            stream.sequence.tokens.pop()
+            self._emit(stream, child, sample, finish)
+            if finish is not None:
+                stream.ended_children.add(child.index)
+        if all(child.index in stream.ended_children for child in stream.children):
+            self._send_usage(stream)
+            self._close(stream)
+
+    def _begin(self, stream: Stream) -> None:
+        """Prompt and KV are here: every child that is not over runs on its own."""
+        assert stream.first_tokens is not None
+        self._send_usage(stream)
+        pairs = [
+            (child, sample)
+            for child, sample in zip(stream.children, stream.first_tokens, strict=True)
+            if child.index not in stream.ended_children
+        ]
+        for child, sample in pairs[1:]:
+            self._split(stream, child, sample)
+        child, sample = pairs[0]
+        stream.sequence.children = [child]
+        stream.sequence.tokens.append(sample.token)
+        self._scheduler.run(stream)
+        self._stage(stream, "decode.started")
+
+    def _split(self, stream: Stream, child: Child, sample: SampledToken) -> None:
+        fork = self._engine.fork(stream.sequence, child, stream.request.request_id)
+        if fork is None:  # no free block: it computes its last block again when there is one
+            parent = stream.sequence
+            fork = Sequence(
+                parent.request_id, parent.tokens, parent.num_prompt_tokens, [child], parent.sampling, parent.root
+            )
+        fork.tokens.append(sample.token)
+        other = self._new_stream(stream.gateway, stream.request, fork)
+        other.begun = True
+        self._streams[stream.key].append(other)
+        if fork.blocks:
+            self._scheduler.run(other)
+        else:
+            self._scheduler.add(other)
+
+    def _emit(self, stream: Stream, child: Child, sample: SampledToken, finish: FinishReason | None) -> None:
+        self._output_tokens += 1
+        self._metrics.output_tokens.inc()
+        logprobs = None if sample.logprobs is None else [sample.logprobs]
+        update = ChildUpdate(stream.request.ticket, child.index, [sample.token], logprobs, finish)
+        self._emitter.child(stream.gateway, update)
+
+    def _send_usage(self, stream: Stream) -> None:
+        if stream.begun:
+            return
+        stream.begun = True
+        usage = Usage(
+            stream.request.ticket,
+            max(stream.queue_s, 0.0),
+            max(stream.prefill_s, 0.0),
+            max(stream.transfer_s, 0.0),
+            stream.cached_tokens,
+            stream.transferred_bytes,
+        )
+        self._emitter.usage(stream.gateway, usage)
+
+    def _refuse(self, stream: Stream, status: int, message: str, *, retryable: bool = False) -> None:
+        """End a stream's whole request with an error."""
+        stream.log.error("ended with status %d: %s", status, message)
+        self._emitter.refuse(stream.gateway, stream.request.ticket, status, message, retryable=retryable)
+        for other in list(self._streams.get(stream.key, [stream])):
+            self._close(other)
+
+    def _stage(self, stream: Stream, name: str, detail: str = "") -> None:
+        self._emitter.stage(stream.gateway, stream.request.ticket, name, detail)

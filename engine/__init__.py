@@ -1,0 +1,1 @@
+"""Token in, token out: block pool, model, sampler. Knows tokens, not phases; prefill and decode compose it."""

@@ -1,0 +1,127 @@
+"""KV blocks: who uses them, what they hold, and when they may be reused.
+
+A block is *used* (references ≥ 1) or *free*. A free block keeps its content, and its key in the prefix cache, until it is
+allocated again; the longest unused goes first. Reuse bumps the block's generation before anything is written, which is
+what a remote reader checks after its bytes have landed.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from ..core.hashing import BlockHash
+
+
+class BlockPool:
+    """All blocks of one cache. Owned by the engine thread; nothing blocks.
+
+    Args:
+        num_blocks: how many there are.
+        generations: [num_blocks] uint64, in memory that peers can read; bumped in place.
+        prefix_cache: whether freed blocks can be found again by key.
+    """
+
+    def __init__(self, num_blocks: int, generations: np.ndarray, prefix_cache: bool = True) -> None:
+        self.num_blocks = num_blocks
+        self.generations = generations
+        self._prefix_cache = prefix_cache
+        self._references = [0] * num_blocks
+        self._keys: list[BlockHash | None] = [None] * num_blocks
+        self._by_key: dict[BlockHash, int] = {}
+        # In order of reuse. Blocks without content come first, then cached ones, the longest unused first.
+        self._empty: list[int] = list(range(num_blocks - 1, -1, -1))
+        self._cached: OrderedDict[int, None] = OrderedDict()
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that can be allocated now, cached ones included."""
+        return len(self._empty) + len(self._cached)
+
+    @property
+    def num_cached(self) -> int:
+        """Free blocks that still hold a cached prefix."""
+        return len(self._cached)
+
+    def match(self, keys: Sequence[BlockHash]) -> list[int]:
+        """The blocks that hold the longest cached prefix of ``keys``. Takes no reference: `acquire` before anything else."""
+        blocks: list[int] = []
+        if self._prefix_cache:
+            for key in keys:
+                block = self._by_key.get(key)
+                if block is None:
+                    break
+                blocks.append(block)
+        return blocks
+
+    def acquire(self, blocks: Iterable[int]) -> None:
+        """Take a reference to each block."""
+        for block in blocks:
+            if self._references[block] == 0:
+                self._cached.pop(block, None)
+            self._references[block] += 1
+
+    def allocate(self, count: int) -> list[int] | None:
+        """Take ``count`` blocks for new content, or none at all: None when fewer are free."""
+        if count > self.num_free:
+            return None
+        blocks = []
+        for _ in range(count):
+            if self._empty:
+                block = self._empty.pop()
+            else:
+                block, _none = self._cached.popitem(last=False)
+                self._forget(block)
+            self._references[block] = 1
+            self.generations[block] += 1
+            blocks.append(block)
+        return blocks
+
+    def release(self, blocks: Sequence[int]) -> None:
+        """Give a reference to each block back. Later blocks of a prefix are reused before earlier ones.
+
+        Raises:
+            ValueError: a block has no reference.
+        """
+        for block in reversed(blocks):
+            if self._references[block] <= 0:
+                raise ValueError(f"block {block} is released once too often")
+            self._references[block] -= 1
+            if self._references[block] == 0:
+                if self._keys[block] is None:
+                    self._empty.append(block)
+                else:
+                    self._cached[block] = None
+
+    def commit(self, block: int, key: BlockHash) -> None:
+        """A used block is full and holds the prefix that ``key`` names. The first block of a key is the one that is found."""
+        if self._prefix_cache and self._keys[block] is None and key not in self._by_key:
+            self._keys[block] = key
+            self._by_key[key] = block
+
+    def generations_of(self, blocks: Sequence[int]) -> list[int]:
+        """Present generation of each block."""
+        return [int(generation) for generation in self.generations[blocks]] if len(blocks) else []
+
+    def check(self) -> None:
+        """Verify the invariants; for tests and for idle moments.
+
+        Raises:
+            AssertionError: the pool is inconsistent.
+        """
+        free = set(self._empty) | set(self._cached)
+        assert len(free) == self.num_free, "a block is free twice"
+        for block in range(self.num_blocks):
+            assert (self._references[block] == 0) == (block in free), f"block {block}: free and used disagree"
+            key = self._keys[block]
+            assert key is None or self._by_key[key] == block, f"block {block}: its key leads elsewhere"
+        assert all(self._keys[block] is not None for block in self._cached), "a cached block has no key"
+        assert all(self._keys[block] is None for block in self._empty), "an empty block has a key"
+
+    def _forget(self, block: int) -> None:
+        key = self._keys[block]
+        if key is not None:
+            del self._by_key[key]
+            self._keys[block] = None

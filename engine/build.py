@@ -1,0 +1,113 @@
+"""From a configuration to an engine that is ready to compute."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from ..core.config import Config, model_folder
+from ..core.errors import ConfigError
+from ..core.hashing import root_hash
+from ..core.messages import Child, Sampling
+from ..kernels.oracle import select
+from ..kv_transfer.layout import KVLayout, layer_groups
+from .batch import Work
+from .engine import Engine
+from .kv_cache import TORCH_DTYPES, KVCache, plan_num_blocks
+from .models.decoder import Decoder
+from .models.spec import ModelSpec, read_spec
+from .sequence import Sequence
+from .weights import fill_dummy, fingerprint, load_weights
+
+Progress = Callable[[str, float], None]
+"""Called with what is being done, and which share of it is."""
+
+
+class Built(NamedTuple):
+    """An engine and what others need to know about it."""
+
+    engine: Engine
+    fingerprint: str
+    max_model_len: int
+
+
+def resolve_max_model_len(config: Config, spec: ModelSpec) -> int:
+    """The longest sequence that is served.
+
+    Raises:
+        ConfigError: more than the model was made for.
+    """
+    wanted = config.model.max_model_len
+    if wanted is not None and wanted > spec.max_positions:
+        raise ConfigError(
+            f"model.max_model_len: {wanted} is more than the model's max_position_embeddings {spec.max_positions}",
+            fix=f"give at most {spec.max_positions}",
+        )
+    return wanted or spec.max_positions
+
+
+def build_engine(config: Config, max_running: int, device: torch.device, progress: Progress) -> Built:
+    """Read the model and make the cache. Blocks for as long as reading takes.
+
+    Args:
+        config: model and kv sections are used.
+        max_running: sequences at a time, for the cache's size.
+        device: where to compute.
+        progress: told what happens.
+
+    Raises:
+        ConfigError: the model cannot be served as configured.
+    """
+    folder = model_folder(config)
+    spec = read_spec(folder)
+    max_model_len = resolve_max_model_len(config, spec)
+    # Half precision on a CPU is slower than float32, not faster.
+    natural = spec.dtype if device.type != "cpu" and spec.dtype in TORCH_DTYPES else "float32"
+    dtype = natural if config.model.dtype == "auto" else config.model.dtype
+    model = Decoder(spec, max_model_len, TORCH_DTYPES[dtype], device, select(device, TORCH_DTYPES[dtype]))
+    if config.model.load == "dummy":
+        fill_dummy(model, config.model.seed)
+    else:
+        load_weights(model, folder, lambda done, total: progress("weights", done / total))
+    layout = KVLayout(
+        num_layers=spec.num_layers,
+        num_kv_heads=spec.num_kv_heads,
+        head_dim=spec.head_dim,
+        block_tokens=config.kv.block_tokens,
+        dtype=dtype if config.kv.dtype == "auto" else config.kv.dtype,
+    )
+    if device.type == "cpu" and dtype == "float32" and layout.dtype != "float32":
+        raise ConfigError(
+            f"kv.dtype: {layout.dtype} KV cannot be used by the float32 kernels of a CPU",
+            fix="leave kv.dtype at auto",
+        )
+    num_blocks = plan_num_blocks(layout, config.kv.capacity, max_running, max_model_len)
+    groups = layer_groups(spec.num_layers, config.kv.layer_groups)
+    engine = Engine(model, KVCache(layout, num_blocks), config.kv.prefix_cache, groups)
+    return Built(engine, fingerprint(folder, config.model.load, dtype, config.model.seed), max_model_len)
+
+
+def warm_up(engine: Engine, max_batched_tokens: int, progress: Progress) -> None:
+    """Run every kind of step once, so that the first request does not pay for compilation. Leaves no trace in the cache."""
+    root = root_hash("warm-up")
+    vocab = engine.model.spec.vocab_size
+    prompt = min(max_batched_tokens, engine.cache.num_blocks * engine.block_tokens // 4, 256)
+    # Several sequences reach the code for batches, and enough tokens that for long prompts.
+    for done, (sequences, tokens) in enumerate(((1, prompt), (1, 1), (3, 5), (2, 64))):
+        batch = []
+        for index in range(sequences):
+            sampling = Sampling(temperature=float(index), top_p=0.9 if index == 2 else 1.0)
+            ids = [(7 * index + i) % vocab for i in range(tokens)]
+            sequence = Sequence("warm-up", ids, tokens, [Child(0, index)], sampling, root)
+            if engine.reserve(sequence, tokens + 1):
+                batch.append(sequence)
+        if batch:
+            engine.step([Work(sequence, tokens) for sequence in batch])
+            for sequence in batch:
+                sequence.tokens.append(0)
+            engine.step([Work(sequence, 1) for sequence in batch])
+        for sequence in batch:
+            engine.pool.release(sequence.drop_blocks())
+        progress("warm-up", (done + 1) / 4)

@@ -1,0 +1,67 @@
+"""The memory of the KV blocks, as the engine's tensor and as the transports' region."""
+
+from __future__ import annotations
+
+import numpy as np
+import psutil
+import torch
+
+from ..core.errors import ConfigError
+from ..core.units import format_bytes
+from ..kv_transfer.layout import KVLayout
+from ..kv_transfer.memory import Buffer
+
+TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class KVCache:
+    """A cache of ``num_blocks`` blocks on the CPU, in memory that peers can map.
+
+    Attributes:
+        tensor: `KVLayout.shape` elements of the layout's dtype.
+        blocks: the same bytes.
+        generations: [num_blocks] uint64.
+    """
+
+    def __init__(self, layout: KVLayout, num_blocks: int) -> None:
+        self.layout = layout
+        self.num_blocks = num_blocks
+        self.blocks = Buffer(num_blocks * layout.block_bytes)
+        self.generations_buffer = Buffer(num_blocks * 8)
+        self.generations: np.ndarray = self.generations_buffer.array.view(np.uint64)
+        flat = torch.from_numpy(self.blocks.array)
+        self.tensor = flat.view(TORCH_DTYPES[layout.dtype]).view(layout.shape(num_blocks))
+
+    def close(self) -> None:
+        """Let the memory go when its last user does."""
+        self.blocks.close()
+        self.generations_buffer.close()
+
+
+def plan_num_blocks(layout: KVLayout, capacity: int | str, max_running: int, max_model_len: int) -> int:
+    """How many blocks a worker gets.
+
+    Args:
+        layout: of a block.
+        capacity: bytes, or "auto".
+        max_running: sequences at a time.
+        max_model_len: tokens of the longest.
+
+    Raises:
+        ConfigError: not even one sequence of ``max_model_len`` fits.
+    """
+    per_sequence = -(-max_model_len // layout.block_tokens)
+    if isinstance(capacity, str):
+        available = psutil.virtual_memory().available // 4
+        blocks = min(max_running * per_sequence, available // layout.block_bytes)
+    else:
+        available = capacity
+        blocks = capacity // layout.block_bytes
+    if blocks < per_sequence:
+        raise ConfigError(
+            f"kv.capacity: {format_bytes(available)} hold {blocks * layout.block_tokens} tokens; "
+            f"one sequence of model.max_model_len = {max_model_len} tokens needs "
+            f"{format_bytes(per_sequence * layout.block_bytes)}",
+            fix="raise kv.capacity or lower model.max_model_len",
+        )
+    return int(blocks)

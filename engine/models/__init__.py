@@ -1,0 +1,1 @@
+"""Models: what a checkpoint's config.json means (`spec`), the forward pass (`decoder`), names in checkpoints (`names`)."""

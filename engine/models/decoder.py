@@ -1,0 +1,144 @@
+"""The forward pass of all supported families: one decoder, whose spec says which parts it has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ...kernels.oracle import Ops
+from ...kernels.rotary import HeadNorm
+from ..batch import Batch
+from .rope import cos_sin_table
+from .spec import ModelSpec
+
+
+class Mlp:
+    """Dense weights: gate and up [2 · inner, hidden], down [hidden, inner], and biases or None."""
+
+    def __init__(self, spec: ModelSpec, make: Callable[..., Tensor]) -> None:
+        self.gate_up = make(2 * spec.inner, spec.hidden)
+        self.down = make(spec.hidden, spec.inner)
+        self.gate_up_bias = make(2 * spec.inner) if spec.mlp_bias else None
+        self.down_bias = make(spec.hidden) if spec.mlp_bias else None
+
+    def __call__(self, x: Tensor, ops: Ops) -> Tensor:
+        inner = ops.silu_mul(ops.linear(x, self.gate_up, self.gate_up_bias))
+        return ops.linear(inner, self.down, self.down_bias)
+
+
+class Experts:
+    """Router [experts, hidden], gate and up [experts, 2 · inner, hidden], down [experts, hidden, inner]."""
+
+    def __init__(self, spec: ModelSpec, make: Callable[..., Tensor]) -> None:
+        assert spec.moe is not None
+        moe = self._moe = spec.moe
+        self.router = make(moe.num_experts, spec.hidden)
+        self.gate_up = make(moe.num_experts, 2 * moe.inner, spec.hidden)
+        self.down = make(moe.num_experts, spec.hidden, moe.inner)
+
+    def __call__(self, x: Tensor, ops: Ops) -> Tensor:
+        return ops.moe(x, self.router, self.gate_up, self.down, self._moe.top_k, self._moe.renormalize)
+
+
+class Layer:
+    """Attention and the feed-forward part, each after a norm."""
+
+    def __init__(self, spec: ModelSpec, index: int, make: Callable[..., Tensor]) -> None:
+        heads, kv_heads, head_dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
+        rows = (heads + 2 * kv_heads) * head_dim
+        self.index = index
+        self.window = spec.windows[index]
+        self.eps = spec.norm_eps
+        self.scale = head_dim**-0.5
+        self.input_norm = make(spec.hidden)
+        self.qkv = make(rows, spec.hidden)
+        self.qkv_bias = make(rows) if spec.qkv_bias else None
+        self.head_norm = HeadNorm(make(head_dim), make(head_dim), spec.norm_eps) if spec.qk_norm else None
+        self.o = make(spec.hidden, heads * head_dim)
+        self.o_bias = make(spec.hidden) if spec.o_bias else None
+        self.post_norm = make(spec.hidden)
+        self.mlp: Mlp | Experts = Experts(spec, make) if index in spec.moe_layers else Mlp(spec, make)
+
+    def __call__(
+        self, x: Tensor, residual: Tensor | None, batch: Batch, cache: Tensor, cos_sin: Tensor, ops: Ops
+    ) -> tuple[Tensor, Tensor]:
+        x, residual = ops.rms_norm(x, residual, self.input_norm, self.eps)
+        qkv = ops.linear(x, self.qkv, self.qkv_bias)
+        q = ops.rotary(qkv, self.head_norm, cos_sin, batch.positions, cache, self.index, batch.slots)
+        x = ops.linear(self._attend(q, batch, cache, ops).flatten(1), self.o, self.o_bias)
+        x, residual = ops.rms_norm(x, residual, self.post_norm, self.eps)
+        return self.mlp(x, ops), residual
+
+    def _attend(self, q: Tensor, batch: Batch, cache: Tensor, ops: Ops) -> Tensor:
+        parts = []
+        if batch.num_single:
+            single = q[: batch.num_single]
+            tables, lengths = batch.block_tables, batch.context_lens
+            parts.append(ops.decode_attention(single, cache, self.index, tables, lengths, self.scale, self.window))
+        for span in batch.spans:
+            rows = q[span.start : span.stop]
+            mask = span.masks[self.window]
+            parts.append(
+                ops.prefill_attention(rows, cache, self.index, span.block_table, span.context_len, self.scale, mask)
+            )
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+class Decoder:
+    """A whole model. Its tensors are uninitialised until `engine.weights` has filled them.
+
+    Args:
+        spec: what to build.
+        max_model_len: longest sequence.
+        dtype: of weights and activations.
+        device: where.
+        ops: the kernels to run on.
+    """
+
+    def __init__(self, spec: ModelSpec, max_model_len: int, dtype: torch.dtype, device: torch.device, ops: Ops) -> None:
+        def make(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=device)
+
+        self.spec = spec
+        self.dtype = dtype
+        self.device = device
+        self.ops = ops
+        self.embedding = make(spec.vocab_size, spec.hidden)
+        self.layers = [Layer(spec, index, make) for index in range(spec.num_layers)]
+        self.norm = make(spec.hidden)
+        self.head = self.embedding if spec.tied_embeddings else make(spec.vocab_size, spec.hidden)
+        table = cos_sin_table(spec.rope, spec.head_dim, max_model_len, spec.max_positions)
+        self._cos_sin = table.to(device)
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        batch: Batch,
+        cache: Tensor,
+        groups: Sequence[int] = (),
+        publish: Callable[[int], None] | None = None,
+    ) -> Tensor:
+        """Compute a batch, writing its KV.
+
+        Args:
+            batch: the tokens.
+            cache: [blocks, layers, 2, kv_heads, block_tokens, head_dim].
+            groups: first layer of each layer group.
+            publish: called with a group's number when its layers' KV is in the cache.
+
+        Returns:
+            logits [len(batch.logit_rows), vocabulary], in the model's dtype.
+        """
+        x = self.embedding[batch.tokens]
+        residual: Tensor | None = None
+        ends = {end - 1: group for group, end in enumerate((*groups[1:], len(self.layers)))} if publish else {}
+        for layer in self.layers:
+            x, residual = layer(x, residual, batch, cache, self._cos_sin, self.ops)
+            if publish is not None and layer.index in ends:
+                publish(ends[layer.index])
+        assert residual is not None
+        rows = batch.logit_rows
+        x, _ = self.ops.rms_norm(x[rows], residual[rows], self.norm, self.spec.norm_eps)
+        return self.ops.linear(x, self.head)

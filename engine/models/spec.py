@@ -1,0 +1,226 @@
+"""What a checkpoint's config.json says, reduced to what the decoder needs to know."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...core.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class MoeSpec:
+    """The experts of a layer."""
+
+    num_experts: int
+    top_k: int
+    inner: int
+    renormalize: bool
+    """Whether the weights of the chosen experts sum to one."""
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A decoder-only transformer with grouped-query attention, rotary positions, RMS norms and gated SiLU units."""
+
+    architecture: str
+    vocab_size: int
+    hidden: int
+    inner: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    norm_eps: float
+    rope: Mapping[str, Any]
+    max_positions: int
+    tied_embeddings: bool
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    windows: tuple[int, ...]
+    """Tokens that each layer's attention sees; 0: all."""
+    moe: MoeSpec | None
+    moe_layers: frozenset[int]
+    eos_ids: tuple[int, ...]
+    dtype: str
+    """Of the checkpoint: float32, bfloat16 or float16."""
+
+
+_Reader = Callable[[Mapping[str, Any]], dict[str, Any]]
+
+
+def _llama(config: Mapping[str, Any]) -> dict[str, Any]:
+    bias = bool(config.get("attention_bias", False))
+    return {"qkv_bias": bias, "o_bias": bias, "mlp_bias": bool(config.get("mlp_bias", False))}
+
+
+def _mistral(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {"windows": [config.get("sliding_window") or 0] * config["num_hidden_layers"]}
+
+
+def _qwen2(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {"qkv_bias": True, "windows": _qwen_windows(config)}
+
+
+def _qwen3(config: Mapping[str, Any]) -> dict[str, Any]:
+    bias = bool(config.get("attention_bias", False))
+    return {"qkv_bias": bias, "o_bias": bias, "qk_norm": True, "windows": _qwen_windows(config)}
+
+
+def _qwen3_moe(config: Mapping[str, Any]) -> dict[str, Any]:
+    bias = bool(config.get("attention_bias", False))
+    layers = config["num_hidden_layers"]
+    window = (config.get("sliding_window") or 0) if config.get("use_sliding_window") else 0
+    step, dense = config.get("decoder_sparse_step", 1), set(config.get("mlp_only_layers") or ())
+    return {
+        "qkv_bias": bias,
+        "o_bias": bias,
+        "qk_norm": True,
+        "windows": [window] * layers,
+        "moe": MoeSpec(
+            num_experts=_first(config, "num_experts", "num_local_experts"),
+            top_k=config["num_experts_per_tok"],
+            inner=config["moe_intermediate_size"],
+            renormalize=bool(config.get("norm_topk_prob", False)),
+        ),
+        "moe_layers": frozenset(i for i in range(layers) if i not in dense and (i + 1) % step == 0),
+    }
+
+
+def _mixtral(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        **_mistral(config),
+        "moe": MoeSpec(
+            num_experts=config["num_local_experts"],
+            top_k=config["num_experts_per_tok"],
+            inner=config["intermediate_size"],
+            renormalize=True,
+        ),
+        "moe_layers": frozenset(range(config["num_hidden_layers"])),
+    }
+
+
+def _first(config: Mapping[str, Any], name: str, other: str) -> Any:
+    """A key that writers of config.json spell in two ways."""
+    return config[name] if name in config else config[other] if other in config else config[name]
+
+
+def _qwen_windows(config: Mapping[str, Any]) -> list[int]:
+    layers = config["num_hidden_layers"]
+    window = (config.get("sliding_window") or 0) if config.get("use_sliding_window") else 0
+    kinds = config.get("layer_types")
+    if kinds:
+        return [window if kind == "sliding_attention" else 0 for kind in kinds]
+    first = config.get("max_window_layers", layers)
+    return [window if layer >= first else 0 for layer in range(layers)]
+
+
+ARCHITECTURES: dict[str, _Reader] = {
+    "LlamaForCausalLM": _llama,
+    "MistralForCausalLM": _mistral,
+    "MixtralForCausalLM": _mixtral,
+    "Qwen2ForCausalLM": _qwen2,
+    "Qwen3ForCausalLM": _qwen3,
+    "Qwen3MoeForCausalLM": _qwen3_moe,
+}
+"""Architecture name → what is special about it. A new family of this kind is one entry here."""
+
+
+def read_spec(folder: Path) -> ModelSpec:
+    """Read a checkpoint folder's config.json (and generation_config.json, for the end-of-sequence tokens).
+
+    Raises:
+        ConfigError: not readable, an unsupported architecture, or a key that is missing or out of bounds.
+    """
+    config = _read_json(folder / "config.json")
+    generation = folder / "generation_config.json"
+    return parse_spec(config, _read_json(generation) if generation.is_file() else {}, str(folder / "config.json"))
+
+
+def parse_spec(config: Mapping[str, Any], generation: Mapping[str, Any], where: str = "config.json") -> ModelSpec:
+    """The spec of a parsed config.json; ``where`` names it in errors. Raises as `read_spec`."""
+    names = config.get("architectures") or [f"model_type {config.get('model_type')}"]
+    reader = ARCHITECTURES.get(names[0])
+    if reader is None:
+        raise ConfigError(
+            f"{where}: architecture {names[0]} is not supported", fix=f"supported: {', '.join(ARCHITECTURES)}"
+        )
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method")
+        raise ConfigError(f"{where}: quantization {method} is not supported", fix="use the unquantised checkpoint")
+    activation = config.get("hidden_act", "silu")
+    if activation != "silu":
+        raise ConfigError(f"{where}: hidden_act {activation!r} is not supported", fix="supported: silu")
+    try:
+        return _build(config, generation, names[0], reader)
+    except KeyError as error:
+        raise ConfigError(f"{where}: {names[0]} needs the key {error}") from None
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def _build(config: Mapping[str, Any], generation: Mapping[str, Any], name: str, reader: _Reader) -> ModelSpec:
+    layers, heads, hidden = config["num_hidden_layers"], config["num_attention_heads"], config["hidden_size"]
+    kv_heads = config.get("num_key_value_heads") or heads
+    head_dim = config.get("head_dim") or hidden // heads
+    if heads % kv_heads:
+        raise ValueError(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
+    if head_dim % 2:
+        raise ValueError(f"head_dim {head_dim} is odd; rotary positions need pairs")
+    own = {
+        "qkv_bias": False,
+        "o_bias": False,
+        "mlp_bias": False,
+        "qk_norm": False,
+        "windows": [0] * layers,
+        "moe": None,
+        "moe_layers": frozenset(),
+    } | reader(config)
+    own["windows"] = tuple(own["windows"])
+    moe = own["moe"]
+    if moe is not None and not 0 < moe.top_k <= moe.num_experts:
+        raise ValueError(f"num_experts_per_tok {moe.top_k} is not within 1 … {moe.num_experts} experts")
+    eos = generation.get("eos_token_id", config.get("eos_token_id"))
+    return ModelSpec(
+        architecture=name,
+        vocab_size=config["vocab_size"],
+        hidden=hidden,
+        inner=config["intermediate_size"],
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        norm_eps=float(config["rms_norm_eps"]),
+        rope=_rope(config),
+        max_positions=config["max_position_embeddings"],
+        tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+        eos_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
+        dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch."),
+        **own,
+    )
+
+
+def _rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`rope_parameters`, or the older `rope_theta` and `rope_scaling`."""
+    if config.get("rope_parameters"):
+        return dict(config["rope_parameters"])
+    scaling = dict(config.get("rope_scaling") or {})
+    scaling.setdefault("rope_type", scaling.pop("type", "default"))
+    return {"rope_theta": config.get("rope_theta", 10000.0), **scaling}
+
+
+def _read_json(path: Path) -> Mapping[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file", fix="a checkpoint folder in Hugging Face format has one") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: not readable JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path}: expected an object, found {type(value).__name__}")
+    return value

@@ -1,0 +1,1 @@
+"""Numerics: one operation a file, each with its plain torch `reference`. `oracle` says which version serves where."""

@@ -1,0 +1,34 @@
+"""Copy many byte ranges between two buffers in one call."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .compiled import compiled
+
+
+def reference(
+    source: np.ndarray, target: np.ndarray, source_offsets: np.ndarray, target_offsets: np.ndarray, sizes: np.ndarray
+) -> None:
+    """target[t : t + n] = source[s : s + n] for each range. Ranges must lie inside the buffers and not overlap.
+
+    Args:
+        source: [bytes] uint8.
+        target: [bytes] uint8, another buffer.
+        source_offsets: [ranges] int64.
+        target_offsets: [ranges] int64.
+        sizes: [ranges] int64, bytes each.
+    """
+    for s, t, n in zip(source_offsets.tolist(), target_offsets.tolist(), sizes.tolist(), strict=True):
+        target[t : t + n] = source[s : s + n]
+
+
+@compiled
+def native(
+    source: np.ndarray, target: np.ndarray, source_offsets: np.ndarray, target_offsets: np.ndarray, sizes: np.ndarray
+) -> None:
+    """`reference`, without the GIL."""
+    for i in range(len(sizes)):
+        s = source_offsets[i]
+        t = target_offsets[i]
+        target[t : t + sizes[i]] = source[s : s + sizes[i]]

@@ -1,0 +1,52 @@
+"""Which version of each operation serves on a device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import activation, decode_attention, linear, moe, prefill_attention, rms_norm, rotary, sampling
+
+
+class Ops(NamedTuple):
+    """One implementation of every operation that a model's forward pass needs; see each module's `reference`."""
+
+    linear: Callable[..., Tensor]
+    rms_norm: Callable[..., tuple[Tensor, Tensor]]
+    rotary: Callable[..., Tensor]
+    decode_attention: Callable[..., Tensor]
+    prefill_attention: Callable[..., Tensor]
+    silu_mul: Callable[..., Tensor]
+    moe: Callable[..., Tensor]
+    sample: Callable[[Tensor, sampling.SamplingRows], Tensor]
+
+
+REFERENCE = Ops(
+    linear=linear.reference,
+    rms_norm=rms_norm.reference,
+    rotary=rotary.reference,
+    decode_attention=decode_attention.reference,
+    prefill_attention=prefill_attention.reference,
+    silu_mul=activation.reference,
+    moe=moe.reference,
+    sample=sampling.reference,
+)
+
+NATIVE = Ops(
+    linear=linear.native,
+    rms_norm=rms_norm.native,
+    rotary=rotary.native,
+    decode_attention=decode_attention.native,
+    prefill_attention=prefill_attention.reference,
+    silu_mul=activation.native,
+    moe=moe.native,
+    sample=sampling.native,
+)
+
+
+def select(device: torch.device, dtype: torch.dtype) -> Ops:
+    """The fastest implementation that serves ``dtype`` on ``device``: compiled loops for float32 on a CPU, else torch."""
+    return NATIVE if device.type == "cpu" and dtype == torch.float32 else REFERENCE

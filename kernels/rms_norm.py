@@ -1,0 +1,65 @@
+"""Root mean square layer normalisation (Zhang & Sennrich 2019, arXiv:1910.07467), with the residual sum before it."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .compiled import compiled
+
+
+def reference(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Add, then normalise.
+
+    Args:
+        x: [tokens, hidden].
+        residual: [tokens, hidden], or None at the first layer, where ``x`` itself is the residual.
+        weight: [hidden].
+        eps: added to the mean square.
+
+    Returns:
+        (normalised, new residual): both [tokens, hidden] of ``x``'s dtype; the sum and the mean are float32.
+    """
+    total = x if residual is None else x + residual
+    wide = total.float()
+    scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return weight * scaled.to(x.dtype), total
+
+
+def native(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`reference` for float32 on a CPU. Overwrites ``residual``."""
+    out = np.empty(x.shape, np.float32)
+    if residual is None:
+        _norm(x.numpy(), weight.numpy(), eps, out)
+        return torch.from_numpy(out), x
+    _add_norm(x.numpy(), residual.numpy(), weight.numpy(), eps, out)
+    return torch.from_numpy(out), residual
+
+
+@compiled
+def _norm(x: np.ndarray, weight: np.ndarray, eps: float, out: np.ndarray) -> None:
+    tokens, hidden = x.shape
+    for t in range(tokens):
+        square = np.float32(0)
+        for i in range(hidden):
+            square += x[t, i] * x[t, i]
+        scale = np.float32(1 / math.sqrt(square / hidden + eps))
+        for i in range(hidden):
+            out[t, i] = x[t, i] * scale * weight[i]
+
+
+@compiled
+def _add_norm(x: np.ndarray, residual: np.ndarray, weight: np.ndarray, eps: float, out: np.ndarray) -> None:
+    tokens, hidden = x.shape
+    for t in range(tokens):
+        square = np.float32(0)
+        for i in range(hidden):
+            total = x[t, i] + residual[t, i]
+            residual[t, i] = total
+            square += total * total
+        scale = np.float32(1 / math.sqrt(square / hidden + eps))
+        for i in range(hidden):
+            out[t, i] = residual[t, i] * scale * weight[i]

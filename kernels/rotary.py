@@ -1,0 +1,147 @@
+"""From the fused projection to attention's inputs: norm of queries and keys, rotary position, write into the KV cache.
+
+Rotary embeddings: Su et al. 2021, arXiv:2104.09864, in the half-split layout of Llama checkpoints.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .compiled import compiled
+
+
+class HeadNorm(NamedTuple):
+    """Per-head norms of Qwen3: weights [head_dim] each."""
+
+    query: Tensor
+    key: Tensor
+    eps: float
+
+
+def reference(
+    qkv: Tensor,
+    norm: HeadNorm | None,
+    cos_sin: Tensor,
+    positions: Tensor,
+    cache: Tensor,
+    layer: int,
+    slots: Tensor,
+) -> Tensor:
+    """Normalise, rotate, write keys and values, return queries.
+
+    Args:
+        qkv: [tokens, (heads + 2 · kv_heads) · head_dim], queries, keys, values.
+        norm: norms of queries and keys, or None.
+        cos_sin: [max positions, head_dim] float32, cosines of half the head then sines.
+        positions: [tokens] int64.
+        cache: [blocks, layers, 2, kv_heads, block_tokens, head_dim], written at ``layer``.
+        layer: which layer this is.
+        slots: [tokens] int64, block · block_tokens + offset in the block, all different.
+
+    Returns:
+        queries [tokens, heads, head_dim], dtype of ``qkv``.
+    """
+    kv_heads, block_tokens, head_dim = cache.shape[3:]
+    heads = qkv.shape[1] // head_dim - 2 * kv_heads
+    q, k, v = qkv.view(qkv.shape[0], -1, head_dim).split([heads, kv_heads, kv_heads], dim=1)
+    if norm is not None:
+        q = _head_norm(q, norm.query, norm.eps)
+        k = _head_norm(k, norm.key, norm.eps)
+    cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)
+    q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+    block, offset = slots // block_tokens, slots % block_tokens
+    cache[block, layer, 0, :, offset] = k.to(cache.dtype)
+    cache[block, layer, 1, :, offset] = v.to(cache.dtype)
+    return q
+
+
+def native(
+    qkv: Tensor,
+    norm: HeadNorm | None,
+    cos_sin: Tensor,
+    positions: Tensor,
+    cache: Tensor,
+    layer: int,
+    slots: Tensor,
+) -> Tensor:
+    """`reference` for float32 on a CPU."""
+    kv_heads, _, head_dim = cache.shape[3:]
+    heads = qkv.shape[1] // head_dim - 2 * kv_heads
+    out = np.empty((qkv.shape[0], heads, head_dim), np.float32)
+    none = cos_sin.numpy()[0]
+    _rotary(
+        qkv.numpy(),
+        norm is not None,
+        none if norm is None else norm.query.numpy(),
+        none if norm is None else norm.key.numpy(),
+        0.0 if norm is None else norm.eps,
+        cos_sin.numpy(),
+        positions.numpy(),
+        cache.numpy(),
+        layer,
+        slots.numpy(),
+        out,
+    )
+    return torch.from_numpy(out)
+
+
+def _head_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    wide = x.float()
+    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+@compiled
+def _rotary(
+    qkv: np.ndarray,
+    has_norm: bool,
+    q_weight: np.ndarray,
+    k_weight: np.ndarray,
+    eps: float,
+    cos_sin: np.ndarray,
+    positions: np.ndarray,
+    cache: np.ndarray,
+    layer: int,
+    slots: np.ndarray,
+    out: np.ndarray,
+) -> None:
+    tokens, heads, head_dim = out.shape
+    kv_heads, block_tokens = cache.shape[3], cache.shape[4]
+    half = head_dim // 2
+    for t in range(tokens):
+        position = positions[t]
+        block = slots[t] // block_tokens
+        offset = slots[t] % block_tokens
+        for h in range(heads + kv_heads):
+            x = qkv[t, h * head_dim : (h + 1) * head_dim]
+            weight = q_weight if h < heads else k_weight
+            to = out[t, h] if h < heads else cache[block, layer, 0, h - heads, offset]
+            scale = np.float32(1)
+            if has_norm:
+                square = np.float32(0)
+                for i in range(head_dim):
+                    square += x[i] * x[i]
+                scale = np.float32(1 / math.sqrt(square / head_dim + eps))
+            for i in range(half):
+                first = x[i] * scale
+                second = x[i + half] * scale
+                if has_norm:
+                    first *= weight[i]
+                    second *= weight[i + half]
+                cos = cos_sin[position, i]
+                sin = cos_sin[position, i + half]
+                to[i] = first * cos - second * sin
+                to[i + half] = second * cos + first * sin
+        for h in range(kv_heads):
+            start = (heads + kv_heads + h) * head_dim
+            for i in range(head_dim):
+                cache[block, layer, 1, h, offset, i] = qkv[t, start + i]

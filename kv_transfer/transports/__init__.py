@@ -1,0 +1,8 @@
+"""Transports by name, the fastest first. One conformance suite, `tests/conformance/test_transports.py`, holds for all."""
+
+from .base import Read, Region, TransferResult, Transport
+
+PREFERENCE = ("inproc", "shm", "zmq")
+"""The order in which `auto` tries what both ends offer."""
+
+__all__ = ["PREFERENCE", "Read", "Region", "TransferResult", "Transport"]

@@ -1,0 +1,1 @@
+"""Prefill workers: compute prompts in chunks, and hold their KV under leases until it has been fetched."""

@@ -1,0 +1,56 @@
+"""A prompt on its way through a prefill worker."""
+
+from __future__ import annotations
+
+import enum
+
+from ..core.errors import IllegalTransition
+from ..core.ids import TransferId
+from ..core.messages import TokenLogprobs
+from ..engine.sequence import Sequence
+
+
+class JobState(enum.Enum):
+    """QUEUED → RUNNING → HELD; GONE from anywhere."""
+
+    QUEUED = "queued"
+    """Waits for blocks."""
+    RUNNING = "running"
+    """Has blocks, and tokens to compute."""
+    HELD = "held"
+    """Computed; its blocks wait for the reader."""
+    GONE = "gone"
+    """Its blocks are given back."""
+
+
+_ALLOWED = {
+    JobState.QUEUED: {JobState.RUNNING, JobState.GONE},
+    JobState.RUNNING: {JobState.HELD, JobState.GONE},
+    JobState.HELD: {JobState.GONE},
+    JobState.GONE: set(),
+}
+
+
+class Job:
+    """One transfer's prompt. ``skip_tokens``: the reader has these; ``arrived_s``: on the monotonic clock."""
+
+    def __init__(self, transfer: TransferId, sequence: Sequence, skip_tokens: int, arrived_s: float) -> None:
+        self.transfer = transfer
+        self.sequence = sequence
+        self.skip_tokens = skip_tokens
+        self.arrived_s = arrived_s
+        self.started_s = arrived_s
+        self.state = JobState.QUEUED
+        self.history = [f"{arrived_s:.6f} queued"]
+        self.prompt_logprobs: list[TokenLogprobs] = []
+
+    def move(self, state: JobState, at_s: float) -> None:
+        """Change state.
+
+        Raises:
+            IllegalTransition: not from here.
+        """
+        if state not in _ALLOWED[self.state]:
+            raise IllegalTransition(f"{self.transfer}: {self.state.value} → {state.value}", history=tuple(self.history))
+        self.state = state
+        self.history.append(f"{at_s:.6f} {state.value}")

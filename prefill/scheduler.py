@@ -1,0 +1,104 @@
+"""Which prompts a prefill step works on: first come, first served, in chunks."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+
+from ..core.clock import Clock
+from ..core.ids import TransferId
+from ..engine.batch import Work
+from ..engine.engine import Engine
+from .job import Job, JobState
+
+
+class PrefillScheduler:
+    """The jobs of a worker. Owned by the engine thread; nothing blocks.
+
+    A job takes all the blocks that it will need when it starts, so that a started prompt never waits for another.
+
+    Args:
+        engine: whose blocks are given out.
+        max_batched_tokens: tokens of one step.
+        max_running: jobs that have blocks at a time.
+        clock: for the jobs' histories.
+    """
+
+    def __init__(self, engine: Engine, max_batched_tokens: int, max_running: int, clock: Clock) -> None:
+        self._engine = engine
+        self._max_batched_tokens = max_batched_tokens
+        self._max_running = max_running
+        self._clock = clock
+        self._queued: OrderedDict[TransferId, Job] = OrderedDict()
+        self._running: OrderedDict[TransferId, Job] = OrderedDict()
+        self._held: dict[TransferId, Job] = {}
+
+    def __iter__(self) -> Iterator[Job]:
+        for jobs in (self._queued, self._running, self._held):
+            yield from jobs.values()
+
+    @property
+    def num_queued(self) -> int:
+        return len(self._queued)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def queued_tokens(self) -> int:
+        """Tokens that wait to be computed, those of running jobs included."""
+        return sum(
+            job.sequence.num_tokens - job.sequence.num_computed
+            for jobs in (self._queued, self._running)
+            for job in jobs.values()
+        )
+
+    def get(self, transfer: TransferId) -> Job | None:
+        """The job of a transfer, wherever it stands."""
+        return self._queued.get(transfer) or self._running.get(transfer) or self._held.get(transfer)
+
+    def add(self, job: Job) -> None:
+        """Queue a job."""
+        self._queued[job.transfer] = job
+
+    def admit(self) -> list[Job]:
+        """Start queued jobs while there are blocks for them. Returns those started: matched against the prefix cache."""
+        started = []
+        while self._queued and len(self._running) + len(self._held) < self._max_running:
+            transfer, job = next(iter(self._queued.items()))
+            self._engine.match_prefix(job.sequence)
+            if not self._engine.reserve(job.sequence, job.sequence.num_tokens):
+                self._engine.free(job.sequence)
+                break
+            del self._queued[transfer]
+            job.started_s = self._clock.monotonic_s()
+            job.move(JobState.RUNNING, job.started_s)
+            self._running[transfer] = job
+            started.append(job)
+        return started
+
+    def plan(self) -> list[Work]:
+        """The next step: the running jobs' next tokens, oldest first, up to the limit."""
+        works = []
+        room = self._max_batched_tokens
+        for job in self._running.values():
+            if room == 0:
+                break
+            num_new = min(room, job.sequence.num_tokens - job.sequence.num_computed)
+            works.append(Work(job.sequence, num_new))
+            room -= num_new
+        return works
+
+    def hold(self, job: Job) -> None:
+        """A job is computed."""
+        del self._running[job.transfer]
+        job.move(JobState.HELD, self._clock.monotonic_s())
+        self._held[job.transfer] = job
+
+    def remove(self, job: Job) -> None:
+        """A job is over, in whatever state; its blocks are free."""
+        for jobs in (self._queued, self._running, self._held):
+            jobs.pop(job.transfer, None)
+        job.move(JobState.GONE, self._clock.monotonic_s())
+        self._engine.free(job.sequence)

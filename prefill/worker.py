@@ -1,0 +1,277 @@
+"""A prefill worker without its sockets: messages in, messages out, one engine step at a time.
+
+Owned by one thread. `handle` and `step` return quickly but for the engine's own work; they never wait.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ..core.clock import Clock
+from ..core.config import PrefillPool
+from ..core.errors import RequestError
+from ..core.hashing import root_hash
+from ..core.ids import PeerId, TransferId
+from ..core.log import RequestLog, logger
+from ..core.messages import (
+    Accepted,
+    BlocksReady,
+    FailureReason,
+    Hello,
+    Membership,
+    Message,
+    Prefill,
+    Prefilled,
+    PrefillFailed,
+    Release,
+    Renew,
+    Report,
+    SampledToken,
+)
+from ..core.metrics import WorkerMetrics
+from ..engine.engine import Engine, Outcome
+from ..engine.limits import check_tokens
+from ..engine.sequence import Sequence
+from ..kv_transfer.connector import Connector
+from ..kv_transfer.lease import LeaseTable
+from .job import Job, JobState
+from .scheduler import PrefillScheduler
+
+Send = Callable[[PeerId, Message], None]
+
+
+class PrefillWorker:
+    """Computes prompts for readers, and holds their blocks.
+
+    Args:
+        engine: computes.
+        connector: describes our memory to readers.
+        pool: limits.
+        fingerprint: of the model, root of the block keys.
+        lease_s: how long blocks are held for a silent reader.
+        max_model_len: tokens of the longest prompt.
+        clock: tells the time.
+        metrics: counts.
+        send: delivers a message to a peer; never blocks.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        connector: Connector,
+        pool: PrefillPool,
+        fingerprint: str,
+        lease_s: float,
+        max_model_len: int,
+        clock: Clock,
+        metrics: WorkerMetrics,
+        send: Send,
+    ) -> None:
+        self._engine = engine
+        self._connector = connector
+        self._fingerprint = fingerprint
+        self._max_model_len = max_model_len
+        self._clock = clock
+        self._metrics = metrics
+        self._send = send
+        self._leases = LeaseTable(lease_s, clock)
+        self._scheduler = PrefillScheduler(engine, pool.max_batched_tokens, pool.max_running, clock)
+        self._prompt_tokens = 0
+
+    # ---- messages ---------------------------------------------------------------------------------------------------
+
+    def handle(self, sender: PeerId, message: Message) -> None:
+        """Take a message in. Messages that a prefill worker has no use for are ignored."""
+        match message:
+            case Prefill():
+                self._prefill(sender, message)
+            case Release():
+                for number in message.numbers:
+                    self._release(TransferId(sender, number))
+            case Renew():
+                renewed = self._leases.renew(TransferId(sender, number) for number in message.numbers)
+                self._metrics.lease_events.labels("renewed").inc(renewed)
+            case Hello():
+                reply = self._connector.answer(message)
+                if reply.refused:
+                    logger.warning("refused %s: %s", sender, reply.refused)
+                self._send(sender, reply)
+            case Membership():
+                alive = {member.peer for member in message.members}
+                for reader in {job.transfer.reader for job in self._scheduler} - alive:
+                    self.peer_lost(reader)
+
+    def peer_lost(self, peer: PeerId) -> None:
+        """A reader is gone for good: nothing of its will be read any more."""
+        for transfer in self._leases.of_reader(peer):
+            self._release(transfer)
+
+    # ---- work -------------------------------------------------------------------------------------------------------
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` would compute something."""
+        return self._scheduler.num_running > 0 or self._scheduler.num_queued > 0
+
+    def next_deadline_s(self) -> float | None:
+        """When `tick` is due, on the monotonic clock."""
+        return self._leases.next_deadline_s()
+
+    def tick(self) -> None:
+        """End the leases whose readers have gone silent."""
+        for transfer in self._leases.expire():
+            job = self._scheduler.get(transfer)
+            if job is not None:
+                self._metrics.lease_events.labels("expired").inc()
+                RequestLog(job.sequence.request_id).warning(
+                    "the lease of %s's transfer %d expired while %s", *transfer, job.state.value
+                )
+                self._scheduler.remove(job)
+                message = "the reader gave no sign of life for the length of a lease"
+                self._send(transfer.reader, PrefillFailed(transfer.number, FailureReason.EXPIRED, message))
+
+    def step(self) -> bool:
+        """Start queued jobs, and run one engine step. Returns whether anything was computed."""
+        for job in self._scheduler.admit():
+            self._accept(job)
+        plan = self._scheduler.plan()
+        if not plan:
+            return False
+        jobs = {id(job.sequence): job for job in self._scheduler if job.state is JobState.RUNNING}
+        ends = [(jobs[id(w.sequence)], w.sequence.num_computed + w.num_new) for w in plan]
+
+        def publish(layer_group: int) -> None:
+            for job, num_tokens in ends:
+                self._publish(job, layer_group, num_tokens)
+
+        start_s = self._clock.monotonic_s()
+        try:
+            outcomes = self._engine.step(plan, publish)
+        except RuntimeError as error:  # torch's; the worker goes on without the prompts that it failed on
+            logger.exception("a prefill step failed")
+            for job, _ in ends:
+                self._fail(job, f"the prefill step failed: {error}", 500)
+            return True
+        self._metrics.step_s.labels("prefill").observe(self._clock.monotonic_s() - start_s)
+        self._metrics.forward_s.labels("prefill").observe(self._engine.forward_s)
+        for outcome in outcomes:
+            self._finish(jobs[id(outcome.sequence)], outcome)
+        return True
+
+    def report(self) -> Report:
+        """Our load."""
+        pool = self._engine.pool
+        return Report(
+            running=self._scheduler.num_running,
+            waiting=self._scheduler.num_queued,
+            queued_tokens=self._scheduler.queued_tokens,
+            free_blocks=pool.num_free,
+            num_blocks=pool.num_blocks,
+            leases=len(self._leases),
+            prompt_tokens=self._prompt_tokens,
+        )
+
+    def drained(self) -> bool:
+        """Whether no reader needs us any more."""
+        return len(self._leases) == 0
+
+    # ---- inside -----------------------------------------------------------------------------------------------------
+
+    def _prefill(self, sender: PeerId, message: Prefill) -> None:
+        transfer = TransferId(sender, message.number)
+        log = RequestLog(message.request_id)
+        if transfer in self._leases:
+            log.warning("%s sent transfer %d twice; the second is ignored", *transfer)
+            return
+        try:
+            check_tokens(
+                message.tokens,
+                self._engine.model.spec.vocab_size,
+                self._max_model_len,
+                self._engine.pool.num_blocks * self._engine.block_tokens,
+            )
+            block_tokens = self._engine.block_tokens
+            if message.skip_tokens % block_tokens or message.skip_tokens >= len(message.tokens):
+                raise RequestError(
+                    f"skip_tokens {message.skip_tokens} is not a whole number of {block_tokens}-token blocks "
+                    f"below {len(message.tokens)} tokens"
+                )
+        except RequestError as error:
+            self._send(sender, PrefillFailed(message.number, FailureReason.PREFILL, error.message[:4000], error.status))
+            return
+        sequence = Sequence(
+            message.request_id,
+            message.tokens,
+            min(message.num_prompt_tokens, len(message.tokens)),
+            message.children,
+            message.sampling,
+            root_hash(self._fingerprint, message.salt),
+            message.prompt_logprobs,
+        )
+        self._leases.grant(transfer)
+        self._metrics.lease_events.labels("granted").inc()
+        self._scheduler.add(Job(transfer, sequence, message.skip_tokens, self._clock.monotonic_s()))
+        log.debug("queued: %d tokens, %d of them not needed", len(message.tokens), message.skip_tokens)
+
+    def _accept(self, job: Job) -> None:
+        sequence = job.sequence
+        blocks = sequence.blocks[job.skip_tokens // self._engine.block_tokens :]
+        self._metrics.cached_tokens.inc(sequence.num_computed)
+        generations = self._engine.pool.generations_of(blocks)
+        self._send(job.transfer.reader, Accepted(job.transfer.number, blocks, generations, sequence.num_computed))
+        if sequence.num_computed > job.skip_tokens:
+            for layer_group in range(len(self._connector.layer_groups)):
+                self._publish(job, layer_group, sequence.num_computed)
+
+    def _publish(self, job: Job, layer_group: int, num_tokens: int) -> None:
+        self._leases.publish(job.transfer)
+        self._send(job.transfer.reader, BlocksReady(job.transfer.number, layer_group, num_tokens))
+
+    def _finish(self, job: Job, outcome: Outcome) -> None:
+        self._prompt_tokens += outcome.num_new
+        self._metrics.prompt_tokens.inc(outcome.num_new)
+        self._engine.commit(job.sequence)
+        job.prompt_logprobs.extend(outcome.prompt_logprobs)
+        if outcome.samples is None:
+            return
+        samples: list[SampledToken] = [sample for sample in outcome.samples if sample is not None]
+        if len(samples) != len(outcome.samples):
+            self._fail(job, "the model's output is not a number", 500)
+            return
+        now_s = self._clock.monotonic_s()
+        self._scheduler.hold(job)
+        self._send(
+            job.transfer.reader,
+            Prefilled(
+                job.transfer.number,
+                samples,
+                job.started_s - job.arrived_s,
+                now_s - job.started_s,
+                job.prompt_logprobs,
+            ),
+        )
+        RequestLog(job.sequence.request_id).info(
+            "prompt of %d tokens computed in %.1f ms after %.1f ms in the queue",
+            job.sequence.num_tokens,
+            (now_s - job.started_s) * 1e3,
+            (job.started_s - job.arrived_s) * 1e3,
+        )
+
+    def _fail(self, job: Job, message: str, status: int) -> None:
+        self._leases.release(job.transfer)
+        self._scheduler.remove(job)
+        RequestLog(job.sequence.request_id).error("%s", message)
+        self._send(
+            job.transfer.reader,
+            PrefillFailed(job.transfer.number, FailureReason.PREFILL, message[:4000], status),
+        )
+
+    def _release(self, transfer: TransferId) -> None:
+        if not self._leases.release(transfer):
+            return
+        self._metrics.lease_events.labels("released").inc()
+        job = self._scheduler.get(transfer)
+        if job is not None:
+            if job.state is not JobState.HELD:
+                self._metrics.aborts.labels(job.state.value).inc()
+            self._scheduler.remove(job)

@@ -1,0 +1,92 @@
+"""Small random checkpoints of every supported family, written by transformers itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+_COMMON: dict[str, Any] = {
+    "vocab_size": 131,
+    "hidden_size": 48,
+    "intermediate_size": 76,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+    "tie_word_embeddings": False,
+    "eos_token_id": None,
+    "bos_token_id": None,
+    "pad_token_id": None,
+    # Sharper than a new model's, so that greedy choices are not ties.
+    "initializer_range": 0.2,
+}
+
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama3": (
+        "Llama",
+        {
+            "head_dim": 10,
+            "num_key_value_heads": 6,
+            "rope_parameters": {
+                "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0, "original_max_position_embeddings": 128,
+            },
+        },
+    ),
+    "mistral": ("Mistral", {"sliding_window": 37, "head_dim": 14}),
+    "qwen2": ("Qwen2", {"use_sliding_window": True, "sliding_window": 21, "max_window_layers": 1}),
+    "qwen3": (
+        "Qwen3",
+        {
+            "head_dim": 12, "tie_word_embeddings": True, "num_key_value_heads": 1,
+            "rope_parameters": {
+                "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 256,
+            },
+        },
+    ),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        {
+            "head_dim": 16, "num_experts": 5, "num_experts_per_tok": 3, "moe_intermediate_size": 19,
+            "norm_topk_prob": True, "decoder_sparse_step": 2, "mlp_only_layers": [],
+        },
+    ),
+    "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
+}  # fmt: skip
+
+
+def make_checkpoint(family: str, folder: Path, seed: int = 0, **overrides: Any) -> transformers.PreTrainedModel:
+    """Write a family's checkpoint into ``folder``, float32, and return the model that it is of."""
+    name, special = FAMILIES[family]
+    torch.manual_seed(seed)
+    config = getattr(transformers, f"{name}Config")(**(_COMMON | special | overrides))
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    model.set_experts_implementation("eager")  # the others refuse odd sizes
+    with torch.no_grad():
+        # Norms and biases start at one and zero, where a mistake in them would not show.
+        for parameter_name, parameter in model.named_parameters():
+            if "norm" in parameter_name:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+            elif parameter_name.endswith("bias"):
+                parameter.copy_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(folder)
+    return model
+
+
+def greedy(model: transformers.PreTrainedModel, prompt: list[int], count: int) -> list[int]:
+    """What transformers continues ``prompt`` with."""
+    ids = torch.tensor([prompt])
+    with torch.inference_mode():
+        ids = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=count,
+            min_new_tokens=count,
+            do_sample=False,
+            pad_token_id=0,
+        )
+    return ids[0, len(prompt) :].tolist()

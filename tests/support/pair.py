@@ -1,0 +1,230 @@
+"""A prefill and a decode worker in one thread, joined by lists instead of sockets: the real workers, single-stepped."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+import torch
+from prometheus_client import CollectorRegistry
+from tandem.core.clock import ManualClock
+from tandem.core.config import ColocatedPool, Config, DecodePool, PrefillPool
+from tandem.core.messages import (
+    Abort,
+    Child,
+    FinishReason,
+    Generate,
+    Member,
+    Membership,
+    Message,
+    PromptLogprobs,
+    Refused,
+    Sampling,
+    Stopping,
+    TokenLogprobs,
+    Update,
+    Usage,
+    decode,
+    encode,
+)
+from tandem.core.metrics import WorkerMetrics
+from tandem.decode.worker import DecodeWorker
+from tandem.engine.build import Built, build_engine
+from tandem.kv_transfer.connector import Connector
+from tandem.kv_transfer.transports.inproc import InprocTransport
+from tandem.prefill.worker import PrefillWorker
+
+GATEWAY = "gateway-0#1"
+
+
+class Output:
+    """What a client would have received of one request."""
+
+    def __init__(self) -> None:
+        self.tokens: dict[int, list[int]] = {}
+        self.logprobs: dict[int, list[TokenLogprobs]] = {}
+        self.finish: dict[int, FinishReason] = {}
+        self.prompt_logprobs: list[TokenLogprobs] = []
+        self.refused: Refused | None = None
+        self.usage: Usage | None = None
+        self.stages: list[str] = []
+
+
+class Node:
+    """One worker, its engine and its transport."""
+
+    def __init__(self, pair: Pair, peer: str, role: str, config: Config) -> None:
+        self.peer = peer
+        self.metrics = WorkerMetrics(CollectorRegistry())
+        pool: PrefillPool | DecodePool
+        match role:
+            case "prefill":
+                pool = config.pools.prefill or PrefillPool()
+            case "decode":
+                pool = config.pools.decode or DecodePool()
+            case _:
+                pool = config.pools.colocated or ColocatedPool()
+        built: Built = build_engine(config, pool.max_running, torch.device("cpu"), lambda *_: None)
+        self.engine = built.engine
+        self.transport = InprocTransport(lambda: None)
+        cache = self.engine.cache
+        self.connector = Connector(
+            peer, built.fingerprint, cache.layout, self.engine._layer_groups, cache.blocks, cache.generations_buffer,
+            {"inproc": self.transport}, "auto", config.kv.lease_s, pair.clock, self.metrics,
+        )  # fmt: skip
+
+        def send(to: str, message: Message) -> None:
+            pair.post(peer, to, message)
+
+        self.worker: PrefillWorker | DecodeWorker
+        if isinstance(pool, PrefillPool):
+            self.worker = PrefillWorker(
+                self.engine, self.connector, pool, built.fingerprint, config.kv.lease_s, built.max_model_len,
+                pair.clock, self.metrics, send,
+            )  # fmt: skip
+        else:
+            self.worker = DecodeWorker(
+                self.engine, self.connector, pool, config, built.fingerprint, built.max_model_len, pair.clock,
+                self.metrics, send,
+            )  # fmt: skip
+
+    def check_idle(self) -> None:
+        """All blocks are free, and the pool is consistent."""
+        self.engine.pool.check()
+        assert self.engine.pool.num_free == self.engine.pool.num_blocks
+
+
+class Pair:
+    """Workers of a configuration, and a client.
+
+    Every message is encoded and decoded, as on the wire. ``deliver`` may drop or hold messages.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.clock = ManualClock()
+        self.config = config
+        self.outputs: dict[int, Output] = {}
+        self.deliver: Callable[[str, str, Message], bool] = lambda sender, to, message: True
+        self._wire: deque[tuple[str, str, bytes]] = deque()
+        self._ticket = 0
+        self.nodes: dict[str, Node] = {}
+        if config.pools.colocated:
+            self.decode = self.add("colocated-0#1", "colocated")
+        else:
+            self.prefill = self.add("prefill-0#1", "prefill")
+            self.decode = self.add("decode-0#1", "decode")
+        self.announce()
+        self.pump()
+
+    def add(self, peer: str, role: str) -> Node:
+        node = self.nodes[peer] = Node(self, peer, role, self.config)
+        return node
+
+    def remove(self, peer: str) -> None:
+        """A worker dies: its memory and its messages are gone."""
+        node = self.nodes.pop(peer)
+        node.transport.close()
+        self._wire = deque(item for item in self._wire if peer not in item[:2])
+        for other in self.nodes.values():
+            other.worker.peer_lost(peer)
+        self.announce()
+
+    def announce(self) -> None:
+        """Tell everybody who is there."""
+        members = [Member(peer, peer.split("-")[0], "node", "", True) for peer in (*self.nodes, GATEWAY)]
+        for node in self.nodes.values():
+            node.worker.handle("controller", Membership(1, members))
+
+    def post(self, sender: str, to: str, message: Message) -> None:
+        self._wire.append((sender, to, encode(message)))
+
+    def submit(
+        self,
+        tokens: list[int],
+        *,
+        max_tokens: int = 8,
+        sampling: Sampling = Sampling(),
+        stop_ids: list[int] | None = None,
+        seeds: list[int] | None = None,
+        prompt_logprobs: int = -1,
+        num_prompt_tokens: int | None = None,
+        salt: str = "",
+        prefill: str | None = None,
+    ) -> int:
+        """Send a request; returns its ticket."""
+        self._ticket += 1
+        self.outputs[self._ticket] = Output()
+        children = [Child(index, seed) for index, seed in enumerate(seeds or [0])]
+        peer = next((p for p in self.nodes if p.startswith("prefill")), "") if prefill is None else prefill
+        request = Generate(
+            self._ticket, f"r{self._ticket}", tokens, num_prompt_tokens or len(tokens), children, sampling,
+            Stopping(max_tokens, stop_ids or []), prompt_logprobs, salt, peer,
+        )  # fmt: skip
+        self.post(GATEWAY, self.decode.peer, request)
+        return self._ticket
+
+    def abort(self, ticket: int, child: int = -1) -> None:
+        self.post(GATEWAY, self.decode.peer, Abort([ticket], child))
+
+    def pump(self) -> None:
+        """Deliver every message that is on its way, and those that they lead to."""
+        for _ in range(len(self._wire)):
+            sender, to, frame = self._wire.popleft()
+            message = decode(frame)
+            if not self.deliver(sender, to, message):
+                continue
+            if to == GATEWAY:
+                self._receive(message)
+            elif to in self.nodes:
+                self.nodes[to].worker.handle(sender, message)
+
+    def turn(self) -> bool:
+        """Deliver, and let each worker take one step. Returns whether anything happened."""
+        busy = bool(self._wire)
+        self.pump()
+        for node in list(self.nodes.values()):
+            node.worker.tick()
+            busy |= node.worker.step()
+        return busy or bool(self._wire) or bool(self.decode.connector.num_pulls)
+
+    def run(self, max_turns: int = 100_000) -> None:
+        """Until nothing is left to do."""
+        for _ in range(max_turns):
+            if not self.turn():
+                return
+        raise AssertionError("the workers do not come to rest")
+
+    def generate(self, prompts: list[list[int]], **kwargs: object) -> list[list[int]]:
+        """Run prompts together; returns each one's tokens."""
+        tickets = [self.submit(prompt, **kwargs) for prompt in prompts]  # type: ignore[arg-type]
+        self.run()
+        return [self.outputs[ticket].tokens[0] for ticket in tickets]
+
+    def close(self) -> None:
+        for node in self.nodes.values():
+            node.transport.close()
+
+    def _receive(self, message: Message) -> None:
+        match message:
+            case Update():
+                for child in message.children:
+                    output = self.outputs[child.ticket]
+                    assert child.index not in output.finish, "a token after the end"
+                    output.tokens.setdefault(child.index, []).extend(child.tokens)
+                    output.logprobs.setdefault(child.index, []).extend(child.logprobs or [])
+                    if child.finish is not None:
+                        output.finish[child.index] = child.finish
+                for part in message.prompt_logprobs:
+                    self._logprobs(self.outputs[part.ticket], part)
+                for usage in message.usages:
+                    assert self.outputs[usage.ticket].usage is None, "usage twice"
+                    self.outputs[usage.ticket].usage = usage
+                for stage in message.stages:
+                    self.outputs[stage.ticket].stages.append(stage.name)
+            case Refused():
+                self.outputs[message.ticket].refused = message
+
+    @staticmethod
+    def _logprobs(output: Output, part: PromptLogprobs) -> None:
+        assert part.first == len(output.prompt_logprobs) + 1
+        output.prompt_logprobs.extend(part.values)
