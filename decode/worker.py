@@ -117,11 +117,6 @@ class DecodeWorker:
 
     # ---- work -------------------------------------------------------------------------------------------------------
 
-    @property
-    def has_work(self) -> bool:
-        """Whether `step` would compute something."""
-        return self._scheduler.num_running > 0 or self._scheduler.num_prefilling > 0
-
     def next_deadline_s(self) -> float | None:
         """When `tick` is due, on the monotonic clock."""
         return self._loader.next_deadline_s()

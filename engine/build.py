@@ -17,7 +17,7 @@ from .batch import Work
 from .engine import Engine
 from .kv_cache import TORCH_DTYPES, KVCache, plan_num_blocks
 from .models.decoder import Decoder
-from .models.spec import ModelSpec, read_spec
+from .models.spec import context_length, read_spec
 from .sequence import Sequence
 from .weights import fill_dummy, fingerprint, load_weights
 
@@ -31,21 +31,6 @@ class Built(NamedTuple):
     engine: Engine
     fingerprint: str
     max_model_len: int
-
-
-def resolve_max_model_len(config: Config, spec: ModelSpec) -> int:
-    """The longest sequence that is served.
-
-    Raises:
-        ConfigError: more than the model was made for.
-    """
-    wanted = config.model.max_model_len
-    if wanted is not None and wanted > spec.max_positions:
-        raise ConfigError(
-            f"model.max_model_len: {wanted} is more than the model's max_position_embeddings {spec.max_positions}",
-            fix=f"give at most {spec.max_positions}",
-        )
-    return wanted or spec.max_positions
 
 
 def build_engine(config: Config, max_running: int, device: torch.device, progress: Progress) -> Built:
@@ -62,7 +47,7 @@ def build_engine(config: Config, max_running: int, device: torch.device, progres
     """
     folder = model_folder(config)
     spec = read_spec(folder)
-    max_model_len = resolve_max_model_len(config, spec)
+    max_model_len = context_length(spec, config.model.max_model_len)
     # Half precision on a CPU is slower than float32, not faster.
     natural = spec.dtype if device.type != "cpu" and spec.dtype in TORCH_DTYPES else "float32"
     dtype = natural if config.model.dtype == "auto" else config.model.dtype

@@ -4,8 +4,8 @@ A token is drawn by the Gumbel-max trick: the argmax of logits / temperature plu
 entry i is a function of (seed, position, i). Whatever worker computes the same logits draws the same token, in any batch.
 And the draw is as robust as the greedy choice: logits that differ in the last bits change it about as rarely.
 
-The generator is SplitMix64 (Steele, Lea & Flood 2014, doi:10.1145/2660193.2660195) used as a counter: the i-th output
-of the stream that (seed, position) starts, computed directly.
+The generator is SplitMix64 (`core.randomness`) used as a counter: the i-th output of the stream that (seed, position)
+starts, computed directly.
 """
 
 from __future__ import annotations
@@ -17,15 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..core.randomness import GAMMA, MIX1, MIX2, WORD, stream_key
 from .compiled import compiled
 
 INVALID = -1
 """What stands for a token where the logits hold a NaN, or nothing but −∞."""
-
-_GAMMA = 0x9E3779B97F4A7C15
-_MIX1 = 0xBF58476D1CE4E5B9
-_MIX2 = 0x94D049BB133111EB
-_WORD = 1 << 64
 
 
 class SamplingRows(NamedTuple):
@@ -134,31 +130,17 @@ def top_logprobs(logits: Tensor, tokens: Tensor, num_top: int) -> tuple[Tensor, 
     return chosen, ids, values
 
 
-def child_seed(seed: int, index: int) -> int:
-    """The seed of a request's ``index``-th output: the request's own for the first. In 0 … 2⁶³−1."""
-    return seed if index == 0 else _mix((seed + index * _GAMMA) % _WORD) >> 1
-
-
-def _mix(z: int) -> int:
-    z = (z ^ (z >> 30)) * _MIX1 % _WORD
-    z = (z ^ (z >> 27)) * _MIX2 % _WORD
-    return z ^ (z >> 31)
-
-
 def _signed(z: int) -> int:
-    return z - _WORD if z >= _WORD >> 1 else z
+    return z - WORD if z >= WORD >> 1 else z
 
 
 def _gumbel(seed: Tensor, position: Tensor, vocabulary: int) -> Tensor:
     """[rows, vocabulary] float64 of standard Gumbel noise."""
-    keys = [
-        _signed(_mix((_mix(s) + (p + 1) * _GAMMA) % _WORD))
-        for s, p in zip(seed.tolist(), position.tolist(), strict=True)
-    ]
+    keys = [_signed(stream_key(s, p)) for s, p in zip(seed.tolist(), position.tolist(), strict=True)]
     z = torch.tensor(keys, dtype=torch.int64, device=seed.device).unsqueeze(1)
-    z = z + (torch.arange(vocabulary, device=seed.device) + 1) * _signed(_GAMMA)
-    z = (z ^ _shift(z, 30)) * _signed(_MIX1)
-    z = (z ^ _shift(z, 27)) * _signed(_MIX2)
+    z = z + (torch.arange(vocabulary, device=seed.device) + 1) * _signed(GAMMA)
+    z = (z ^ _shift(z, 30)) * _signed(MIX1)
+    z = (z ^ _shift(z, 27)) * _signed(MIX2)
     z = z ^ _shift(z, 31)
     uniform = (_shift(z, 11).double() + 0.5) * 2.0**-53
     return -torch.log(-torch.log(uniform))
@@ -171,8 +153,8 @@ def _shift(z: Tensor, bits: int) -> Tensor:
 
 @compiled
 def _mix64(z: np.uint64) -> np.uint64:
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(_MIX1)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(_MIX2)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(MIX1)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(MIX2)
     return z ^ (z >> np.uint64(31))
 
 
@@ -186,7 +168,7 @@ def _draw(keys: np.ndarray, ids: np.ndarray, count: int, use_ids: bool, stream: 
         if key == -math.inf:
             continue
         entry = ids[i] if use_ids else i
-        v = _mix64(stream + np.uint64(entry + 1) * np.uint64(_GAMMA)) >> np.uint64(11)
+        v = _mix64(stream + np.uint64(entry + 1) * np.uint64(GAMMA)) >> np.uint64(11)
         uniform = (np.float64(v) + 0.5) * 2.0**-53
         # Noise reaches best − key only if 1 − uniform < e^(key − best): for far keys that needs no logarithm.
         if best - key > 14.0 and uniform < 1.0 - 1e-6:
@@ -227,7 +209,7 @@ def _sample(
         if temperature[r] <= 0:
             out[r] = best
             continue
-        stream = _mix64(_mix64(np.uint64(seed[r])) + np.uint64(position[r] + 1) * np.uint64(_GAMMA))
+        stream = _mix64(_mix64(np.uint64(seed[r])) + np.uint64(position[r] + 1) * np.uint64(GAMMA))
         top = np.float64(logits[r, best]) / np.float64(temperature[r])
         for i in range(vocabulary):
             keys[i] = np.float64(logits[r, i]) / np.float64(temperature[r]) - top

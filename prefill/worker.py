@@ -108,11 +108,6 @@ class PrefillWorker:
 
     # ---- work -------------------------------------------------------------------------------------------------------
 
-    @property
-    def has_work(self) -> bool:
-        """Whether `step` would compute something."""
-        return self._scheduler.num_running > 0 or self._scheduler.num_queued > 0
-
     def next_deadline_s(self) -> float | None:
         """When `tick` is due, on the monotonic clock."""
         return self._leases.next_deadline_s()

@@ -142,6 +142,20 @@ def read_spec(folder: Path) -> ModelSpec:
     return parse_spec(config, _read_json(generation) if generation.is_file() else {}, str(folder / "config.json"))
 
 
+def context_length(spec: ModelSpec, wanted: int | None) -> int:
+    """The longest sequence to serve: ``wanted`` tokens, or what the model was made for.
+
+    Raises:
+        ConfigError: more than that.
+    """
+    if wanted is not None and wanted > spec.max_positions:
+        raise ConfigError(
+            f"model.max_model_len: {wanted} is more than the model's max_position_embeddings, {spec.max_positions}",
+            fix=f"give at most {spec.max_positions}",
+        )
+    return wanted or spec.max_positions
+
+
 def parse_spec(config: Mapping[str, Any], generation: Mapping[str, Any], where: str = "config.json") -> ModelSpec:
     """The spec of a parsed config.json; ``where`` names it in errors. Raises as `read_spec`."""
     names = config.get("architectures") or [f"model_type {config.get('model_type')}"]

@@ -1,0 +1,1 @@
+"""Benchmarks: JSON lines, with their baseline in the same run."""

@@ -1,0 +1,1 @@
+"""Processes: Ray actors, controller, sockets, router, gateway, command line."""

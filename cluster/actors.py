@@ -1,0 +1,422 @@
+"""The only module that speaks to Ray: actors, their placement, and the local cluster of `tandem serve`.
+
+Ray starts processes, tells when they die, and carries the control calls below. Tokens and KV never pass through it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import psutil
+import ray
+import ray.exceptions
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from ..core.clock import SystemClock
+from ..core.config import Config, cache_folder, ray_authenticates, worker_environment
+from ..core.errors import ConfigError, TandemError, WorkerError
+from ..core.ids import PeerId
+from ..core.log import configure_logging
+from ..core.messages import Member, Membership, Report
+from ..core.wire import ClusterKeys, make_cluster_keys
+from .controller import Controller, Event, Handle, WorkerStatus, desired_workers
+
+NAMESPACE = "tandem"
+CONTROLLER = "tandem-controller"
+
+_START_TIMEOUT_S = 600.0
+_ANSWER_TIMEOUT_S = 3.0
+
+
+# ---- processes ------------------------------------------------------------------------------------------------------
+
+
+class _Process:
+    """What every worker and gateway actor has."""
+
+    def __init__(self, peer: PeerId, role: str, config: str, keys: bytes, log_folder: str, controller: Any) -> None:
+        self._config = Config.model_validate_json(config)
+        configure_logging(peer, self._config.log.level, self._config.log.format, Path(log_folder) / f"{peer}.log")
+        self._peer = peer
+        self._role = role
+        self._keys = msgspec.msgpack.decode(keys, type=ClusterKeys)
+        self._controller = controller
+        self._runtime: Any = None
+        self._ended = threading.Event()
+
+    def start(self) -> bytes:
+        """Build and serve; returns the encoded `Member`."""
+        address = ray.util.get_node_ip_address()
+
+        def progress(phase: str) -> None:
+            self._controller.phase.remote(self._peer, phase)
+
+        # Imported here: the controller's process needs neither torch nor a web server.
+        if self._role == "gateway":
+            from .gateway.runtime import GatewayRuntime
+
+            self._runtime = GatewayRuntime(self._peer, self._config, self._keys, address, progress)
+        else:
+            from .worker_runtime import WorkerRuntime
+
+            self._runtime = WorkerRuntime(self._peer, self._role, self._config, self._keys, address, address, progress)
+        member: Member = self._runtime.start()
+        return msgspec.msgpack.encode(member)
+
+    def wait(self) -> str:
+        """Return when the process has been stopped; if it dies, the caller is told by Ray."""
+        self._ended.wait()
+        return "stopped"
+
+    def follow(self, membership: bytes) -> None:
+        """The cluster has changed."""
+        if self._runtime is not None:
+            self._runtime.follow(msgspec.msgpack.decode(membership, type=Membership))
+
+    def report(self) -> bytes:
+        """The encoded `Report`."""
+        return msgspec.msgpack.encode(self._runtime.report())
+
+    def stop(self, grace_s: float) -> None:
+        """End the threads."""
+        if self._runtime is not None:
+            self._runtime.stop(grace_s)
+        self._ended.set()
+
+    def pid(self) -> int:
+        """For tests and for people."""
+        return psutil.Process().pid
+
+
+class _ActorHandle:
+    """`controller.Handle` over a Ray actor."""
+
+    def __init__(self, peer: PeerId, actor: Any) -> None:
+        self._peer = peer
+        self._actor = actor
+
+    async def ready(self) -> Member:
+        try:
+            encoded = await asyncio.wait_for(self._actor.start.remote(), _START_TIMEOUT_S)
+        except ray.exceptions.RayTaskError as error:
+            raise _cause(error) from None
+        except ray.exceptions.RayActorError as error:
+            raise WorkerError(f"{self._peer} died while it started: {_reason(error)}") from None
+        except TimeoutError:
+            raise WorkerError(f"{self._peer} did not start within {_START_TIMEOUT_S:g} s") from None
+        return msgspec.msgpack.decode(encoded, type=Member)
+
+    async def gone(self) -> str:
+        try:
+            return str(await self._actor.wait.remote())
+        except ray.exceptions.RayActorError as error:
+            return _reason(error)
+
+    async def follow(self, membership: Membership) -> None:
+        self._actor.follow.remote(msgspec.msgpack.encode(membership))
+
+    async def report(self) -> Report | None:
+        try:
+            encoded = await asyncio.wait_for(self._actor.report.remote(), _ANSWER_TIMEOUT_S)
+        except (ray.exceptions.RayError, TimeoutError):
+            return None
+        return msgspec.msgpack.decode(encoded, type=Report)
+
+    async def stop(self, grace_s: float) -> None:
+        with contextlib.suppress(ray.exceptions.RayError, TimeoutError):
+            await asyncio.wait_for(self._actor.stop.remote(grace_s), grace_s + _ANSWER_TIMEOUT_S)
+        ray.kill(self._actor)
+
+
+class _RayLauncher:
+    """`controller.Launcher` over Ray: workers are spread over the nodes, gateways stay on the controller's."""
+
+    def __init__(self, config: Config, keys: ClusterKeys, log_folder: str) -> None:
+        self._config = config
+        self._keys = msgspec.msgpack.encode(keys)
+        self._log_folder = log_folder
+        self._phases: dict[PeerId, Callable[[str], None]] = {}
+
+    def phase(self, peer: PeerId, phase: str) -> None:
+        """A process tells how its start goes on."""
+        if peer in self._phases:
+            self._phases[peer](phase)
+
+    def launch(self, peer: PeerId, role: str, on_phase: Callable[[str], None]) -> Handle:
+        self._phases[peer] = on_phase
+        options: dict[str, Any] = {"num_cpus": 0, "num_gpus": 0}
+        if role == "gateway":
+            node = ray.get_runtime_context().get_node_id()
+            options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=False)
+        else:
+            pool = getattr(self._config.pools, role)
+            options |= {
+                "num_cpus": pool.cpus_per_replica,
+                "num_gpus": pool.gpus_per_replica,
+                "scheduling_strategy": "SPREAD",
+            }
+        actor = (
+            ray.remote(_Process)
+            .options(
+                name=f"tandem-{peer}",
+                namespace=NAMESPACE,
+                max_concurrency=8,
+                runtime_env={"env_vars": worker_environment()},
+                **options,
+            )
+            .remote(
+                peer,
+                role,
+                self._config.model_dump_json(),
+                self._keys,
+                self._log_folder,
+                ray.get_runtime_context().current_actor,
+            )
+        )
+        return _ActorHandle(peer, actor)
+
+
+class _ControllerActor:
+    """The controller's process. It owns all others: when it goes, they go."""
+
+    def __init__(self, config: str, log_folder: str) -> None:
+        parsed = Config.model_validate_json(config)
+        configure_logging("controller", parsed.log.level, parsed.log.format, Path(log_folder) / "controller.log")
+        self._config = parsed
+        self._log_folder = log_folder
+        self._launcher = _RayLauncher(parsed, make_cluster_keys(), log_folder)
+        self._controller = Controller(parsed, self._launcher, SystemClock())
+
+    async def start(self) -> None:
+        await self._controller.start()
+
+    async def stop(self, grace_s: float) -> None:
+        await self._controller.stop(grace_s)
+
+    async def phases(self) -> dict[str, str]:
+        return self._controller.phases()
+
+    async def phase(self, peer: PeerId, phase: str) -> None:
+        self._launcher.phase(peer, phase)
+
+    async def status(self) -> list[WorkerStatus]:
+        return await self._controller.status()
+
+    async def events(self, after: int, timeout_s: float) -> list[Event]:
+        return await self._controller.events(after, timeout_s)
+
+    async def describe(self) -> tuple[str, str]:
+        """The configuration, as JSON, and the folder of the logs."""
+        return self._config.model_dump_json(), self._log_folder
+
+
+def _cause(error: ray.exceptions.RayTaskError) -> TandemError:
+    """What a remote call raised; what it did not raise on purpose, with its type."""
+    cause = error.cause
+    return cause if isinstance(cause, TandemError) else WorkerError(f"{type(cause).__name__}: {cause}")
+
+
+def _reason(error: ray.exceptions.RayActorError) -> str:
+    text = str(error)
+    for known in ("SIGKILL", "SIGTERM", "SIGSEGV", "SIGABRT", "exit code", "OOM", "node"):
+        if known in text:
+            return next((line.strip() for line in text.splitlines() if known in line), text)[:300]
+    return text.splitlines()[0][:300] if text else type(error).__name__
+
+
+# ---- for the command line -------------------------------------------------------------------------------------------
+
+
+class Cluster:
+    """A running Tandem, seen from a driver process. Every method blocks."""
+
+    def __init__(self, controller: Any) -> None:
+        self._controller = controller
+        self._starting: Any = None
+
+    @classmethod
+    def launch(cls, config: Config, log_folder: Path) -> Cluster:
+        """Start a controller on the connected Ray cluster; `wait_ready` comes next.
+
+        Raises:
+            ConfigError: one runs already, or the cluster lacks resources.
+        """
+        with contextlib.suppress(ValueError):
+            ray.get_actor(CONTROLLER, NAMESPACE)
+            raise ConfigError("Tandem already runs on this Ray cluster", fix="`tandem down` stops it")
+        _check_resources(config)
+        node = ray.get_runtime_context().get_node_id()
+        controller = (
+            ray.remote(_ControllerActor)
+            .options(
+                name=CONTROLLER,
+                namespace=NAMESPACE,
+                lifetime="detached",
+                num_cpus=0,
+                max_concurrency=1000,
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
+            )
+            .remote(config.model_dump_json(), str(log_folder))
+        )
+        cluster = cls(controller)
+        cluster._starting = controller.start.remote()
+        return cluster
+
+    @classmethod
+    def find(cls) -> Cluster:
+        """The Tandem that runs on the connected Ray cluster.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        try:
+            return cls(ray.get_actor(CONTROLLER, NAMESPACE))
+        except ValueError:
+            raise ConfigError("no Tandem runs on this Ray cluster", fix="`tandem up` starts one") from None
+
+    def wait_ready(self, timeout_s: float) -> bool:
+        """Wait for the launch to end, at most ``timeout_s``; whether everything serves.
+
+        Raises:
+            TandemError: what a worker's start raised; everything is stopped.
+        """
+        done, _ = ray.wait([self._starting], timeout=timeout_s)
+        if not done:
+            return False
+        try:
+            ray.get(self._starting)
+        except ray.exceptions.RayTaskError as error:
+            raise _cause(error) from None
+        except ray.exceptions.RayActorError as error:
+            raise WorkerError(f"the controller died: {_reason(error)}") from None
+        return True
+
+    def phases(self) -> dict[str, str]:
+        """How far each worker is."""
+        return dict(ray.get(self._controller.phases.remote(), timeout=_ANSWER_TIMEOUT_S))
+
+    def status(self) -> list[WorkerStatus]:
+        """Every worker, and its load."""
+        return list(ray.get(self._controller.status.remote(), timeout=_ANSWER_TIMEOUT_S * 3))
+
+    def events(self, after: int, timeout_s: float) -> list[Event]:
+        """News since event ``after``; waits for some for at most ``timeout_s``.
+
+        Raises:
+            WorkerError: the controller is gone.
+        """
+        try:
+            reply = ray.get(self._controller.events.remote(after, timeout_s), timeout=timeout_s + _ANSWER_TIMEOUT_S)
+        except ray.exceptions.RayError as error:
+            raise WorkerError(f"the controller is gone: {type(error).__name__}") from None
+        return list(reply)
+
+    def describe(self) -> tuple[Config, Path]:
+        """The configuration that runs, and the folder of its logs."""
+        config, folder = ray.get(self._controller.describe.remote(), timeout=_ANSWER_TIMEOUT_S)
+        return Config.model_validate_json(config), Path(folder)
+
+    def stop(self, grace_s: float) -> None:
+        """End everything, the controller last."""
+        with contextlib.suppress(ray.exceptions.RayError):
+            ray.get(self._controller.stop.remote(grace_s), timeout=2 * grace_s + 10)
+        ray.kill(self._controller)
+
+
+class LocalRay:
+    """A Ray cluster of this machine alone, listening on the loopback address, gone without a trace after `stop`.
+
+    `core.config.prepare_local_ray` must have been called before this module was imported.
+
+    Args:
+        config: how many logical CPUs are needed.
+    """
+
+    def __init__(self, config: Config) -> None:
+        # Sockets live below this folder, and their paths must be short.
+        self._folder = Path(tempfile.mkdtemp(prefix="tandem-ray-"))
+        try:
+            ray.init(
+                address="local",
+                namespace=NAMESPACE,
+                num_cpus=max(psutil.cpu_count() or 1, -(-int(_wanted_cpus(config) * 100) // 100) + 1),
+                include_dashboard=False,
+                log_to_driver=False,
+                configure_logging=False,
+                object_store_memory=80 << 20,
+                _node_ip_address="127.0.0.1",
+                _temp_dir=str(self._folder),
+            )
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        """End Ray and remove its files. Idempotent."""
+        ray.shutdown()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def connect_ray(address: str | None) -> None:
+    """Join a running Ray cluster as a driver.
+
+    Raises:
+        ConfigError: there is none, or it lets strangers in.
+    """
+    try:
+        ray.init(address=address or "auto", namespace=NAMESPACE, log_to_driver=False, configure_logging=False)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"no Ray cluster at {address or 'this host'}: {str(error).splitlines()[0]}",
+            fix="`ray start --head` starts one; `tandem serve` needs none",
+        ) from None
+    addresses = {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+    if addresses - {"127.0.0.1", "::1"} and not ray_authenticates():
+        disconnect_ray()
+        raise ConfigError(
+            f"the Ray cluster at {', '.join(sorted(addresses))} can be reached from the network, "
+            "and this environment does not ask for token authentication",
+            fix="set RAY_AUTH_MODE=token and the same RAY_AUTH_TOKEN on every node, before `ray start`, and here",
+        )
+
+
+def disconnect_ray() -> None:
+    """Leave the Ray cluster; what runs there goes on."""
+    ray.shutdown()
+
+
+def default_log_folder() -> Path:
+    """Where the logs of a launch go."""
+    return cache_folder() / "logs"
+
+
+def _wanted_cpus(config: Config) -> float:
+    pools = (config.pools.prefill, config.pools.decode, config.pools.colocated)
+    return sum(pool.replicas * pool.cpus_per_replica for pool in pools if pool is not None)
+
+
+def _check_resources(config: Config) -> None:
+    pools = (config.pools.prefill, config.pools.decode, config.pools.colocated)
+    wanted = {
+        "CPU": _wanted_cpus(config),
+        "GPU": sum(pool.replicas * pool.gpus_per_replica for pool in pools if pool is not None),
+    }
+    available = ray.available_resources()
+    for name, amount in wanted.items():
+        if amount > available.get(name, 0.0):
+            workers = ", ".join(worker for worker, role in desired_workers(config) if role != "gateway")
+            raise ConfigError(
+                f"{workers} need {amount:g} {name}s; the Ray cluster has {available.get(name, 0.0):g} free",
+                fix="lower pools.*.replicas or pools.*.cpus_per_replica, or add nodes",
+            )
+
+
+__all__ = ["Cluster", "LocalRay", "connect_ray", "default_log_folder", "disconnect_ray"]

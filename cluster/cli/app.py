@@ -1,0 +1,141 @@
+"""Commands and their help. Each imports what it needs when it runs, so that `--help` is quick."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from ... import __version__
+
+app = typer.Typer(
+    name="tandem",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="""Serve large language models with prefill and decode on separate workers.
+
+    [bold]First steps[/bold]
+
+      tandem serve                        the demo model, on this machine, at http://127.0.0.1:8000
+
+      tandem serve --set model.path=DIR   your own checkpoint, in Hugging Face format
+
+      tandem config schema                every key of the YAML file, as JSON Schema
+
+    [bold]On a Ray cluster[/bold]
+
+      tandem up my.yaml  ·  tandem status  ·  tandem down
+    """,
+)
+config_app = typer.Typer(no_args_is_help=True, help="Look at, and check, the one YAML file.")
+bench_app = typer.Typer(
+    no_args_is_help=True, help="Measure: figures as JSON lines, with what is needed to reproduce them."
+)
+app.add_typer(config_app, name="config")
+app.add_typer(bench_app, name="bench")
+
+# typer evaluates these at run time: Optional, not "| None", keeps the help's types readable.
+FileArgument = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Argument(metavar="FILE", help="The YAML file; without it, the demo model with every default."),
+]
+SetOption = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Override a key, for example --set kv.block_tokens=32. Repeatable."
+    ),
+]
+AddressOption = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(metavar="HOST:PORT", help="The Ray cluster. Default: RAY_ADDRESS, or the one on this host."),
+]
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        typer.echo(f"tandem {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def serve(file: FileArgument = None, set_: SetOption = None) -> None:
+    """Start everything on this machine, show that it works, and stay until Ctrl-C.
+
+    Starts a Ray of its own on the loopback address, the workers and the gateway; streams one completion; prints the URL
+    and a curl line. Ctrl-C or SIGTERM stops all of it and leaves nothing behind.
+    """
+    from .serve import serve as run
+
+    run(file, set_ or [])
+
+
+@app.command()
+def up(file: FileArgument = None, set_: SetOption = None, address: AddressOption = None) -> None:
+    """Start Tandem on a running Ray cluster, its workers spread over the nodes, and return when it serves.
+
+    `ray start --head` (on every other node `ray start --address=…`) makes a cluster. Off the loopback address Ray must
+    authenticate: RAY_AUTH_MODE=token and one RAY_AUTH_TOKEN, in the environment of every `ray start` and of this command.
+    """
+    from .cluster import up as run
+
+    run(file, set_ or [], address)
+
+
+@app.command()
+def down(address: AddressOption = None) -> None:
+    """Stop the Tandem that runs on a Ray cluster: gateways first, then workers, once their clients have their tokens."""
+    from .cluster import down as run
+
+    run(address)
+
+
+@app.command()
+def status(
+    address: AddressOption = None,
+    json_: Annotated[bool, typer.Option("--json", help="One JSON object a worker instead of a table.")] = False,
+) -> None:
+    """Show every worker: role, node, state, sequences, blocks, leases, and rates over one second."""
+    from .cluster import status as run
+
+    run(address, as_json=json_)
+
+
+@config_app.command("schema")
+def config_schema() -> None:
+    """Print the JSON Schema of the YAML file, for editors (`# yaml-language-server: $schema=…`)."""
+    import json
+
+    from ...core.config import Config
+
+    typer.echo(json.dumps(Config.model_json_schema(), indent=2))
+
+
+@config_app.command("check")
+def config_check(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The YAML file.")], set_: SetOption = None
+) -> None:
+    """Check a YAML file, and the model that it names, without starting anything."""
+    from ...core.config import load_config, model_folder
+    from ...engine.models.spec import context_length, read_spec
+
+    config = load_config(file, set_ or [])
+    spec = read_spec(model_folder(config))
+    length = context_length(spec, config.model.max_model_len)
+    typer.echo(f"{file}: good; {spec.architecture}, {spec.num_layers} layers, sequences of up to {length} tokens")
+
+
+@config_app.command("show")
+def config_show(file: FileArgument = None, set_: SetOption = None) -> None:
+    """Print the whole configuration that a file means, every default filled in."""
+    import yaml
+
+    from ...core.config import load_config
+
+    typer.echo(yaml.safe_dump(load_config(file, set_ or []).model_dump(mode="json"), sort_keys=False), nl=False)

@@ -1,0 +1,127 @@
+"""`tandem up`, `down` and `status`: Tandem on a Ray cluster that is there already."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+from ...core.config import load_config, model_folder, model_name, prepare_ray, ray_address
+from ...engine.models.spec import context_length, read_spec
+from ..controller import WorkerStatus
+from .progress import Progress, show_launch
+
+_GRACE_S = 30.0
+_RATE_PERIOD_S = 1.0
+
+
+def up(file: Path | None, overrides: list[str], address: str | None) -> None:
+    """Launch, wait, print where it serves. Raises ConfigError before anything was started."""
+    console = Console(highlight=False)
+    config = load_config(file, overrides)
+    context_length(read_spec(model_folder(config)), config.model.max_model_len)
+    prepare_ray()
+    from ..actors import Cluster, connect_ray, default_log_folder, disconnect_ray
+
+    connect_ray(address or ray_address())
+    try:
+        progress = Progress(console)
+        cluster = Cluster.launch(config, default_log_folder() / time.strftime("%Y%m%d-%H%M%S"))
+        try:
+            show_launch(cluster, progress)
+        except BaseException:
+            cluster.stop(grace_s=0)
+            raise
+        progress.done("ready")
+        _print_table(console, cluster.status(), {})
+        host, port = config.gateway.host, config.gateway.port
+        console.print(f"\n[bold green]serving {model_name(config)} at http://{host}:{port}/v1[/bold green]")
+        console.print("look: tandem status   stop: tandem down", style="dim")
+    finally:
+        disconnect_ray()
+
+
+def down(address: str | None) -> None:
+    """Stop what `up` started."""
+    prepare_ray()
+    from ..actors import Cluster, connect_ray, disconnect_ray
+
+    connect_ray(address or ray_address())
+    try:
+        Cluster.find().stop(_GRACE_S)
+    finally:
+        disconnect_ray()
+    Console().print("stopped")
+
+
+def status(address: str | None, *, as_json: bool) -> None:
+    """Print the workers."""
+    prepare_ray()
+    from ..actors import Cluster, connect_ray, disconnect_ray
+
+    connect_ray(address or ray_address())
+    try:
+        cluster = Cluster.find()
+        before, before_s = cluster.status(), time.monotonic()
+        time.sleep(_RATE_PERIOD_S)
+        after, seconds = cluster.status(), time.monotonic() - before_s
+    finally:
+        disconnect_ray()
+    rates = _rates(before, after, seconds)
+    if as_json:
+        for worker in after:
+            fields = worker._asdict() | {"report": msgspec.to_builtins(worker.report), **rates.get(worker.peer, {})}
+            Console(soft_wrap=True, highlight=False).print(json.dumps(fields), markup=False)
+    else:
+        _print_table(Console(highlight=False), after, rates)
+
+
+def _rates(before: list[WorkerStatus], after: list[WorkerStatus], seconds: float) -> dict[str, dict[str, float]]:
+    earlier = {worker.peer: worker.report for worker in before}
+    rates = {}
+    for worker in after:
+        old, new = earlier.get(worker.peer), worker.report
+        if old is not None and new is not None:
+            rates[worker.peer] = {
+                "prompt_tokens_per_s": (new.prompt_tokens - old.prompt_tokens) / seconds,
+                "output_tokens_per_s": (new.output_tokens - old.output_tokens) / seconds,
+                "received_bytes_per_s": (new.received_bytes - old.received_bytes) / seconds,
+            }
+    return rates
+
+
+def _print_table(console: Console, workers: list[WorkerStatus], rates: dict[str, dict[str, float]]) -> None:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    columns = (
+        "worker",
+        "role",
+        "node",
+        "state",
+        "restarts",
+        "running",
+        "waiting",
+        "blocks used",
+        "leases",
+        "transfers",
+    )
+    for name in (*columns, "prompt tok/s", "output tok/s", "KV MB/s"):
+        table.add_column(name, justify="left" if name in ("worker", "role", "node", "state") else "right")
+    for worker in workers:
+        report = worker.report
+        cells = ["–"] * 8
+        if report is not None:
+            used = f"{report.num_blocks - report.free_blocks}/{report.num_blocks}" if report.num_blocks else "–"
+            cells[:5] = [str(report.running), str(report.waiting), used, str(report.leases), str(report.transfers)]
+        rate = rates.get(worker.peer)
+        if rate is not None:
+            cells[5:] = [
+                f"{rate['prompt_tokens_per_s']:.0f}",
+                f"{rate['output_tokens_per_s']:.0f}",
+                f"{rate['received_bytes_per_s'] / 1e6:.1f}",
+            ]
+        table.add_row(worker.worker, worker.role, worker.node, worker.phase, str(worker.restarts), *cells)
+    console.print(table)

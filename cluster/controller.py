@@ -1,0 +1,251 @@
+"""Desired state against actual state: which workers should live, which do, and who is told.
+
+Knows nothing of Ray: a `Launcher` starts processes and says when they are ready and when they are gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+from ..core.clock import Clock
+from ..core.config import Config
+from ..core.errors import TandemError, WorkerError
+from ..core.ids import PeerId, WorkerId, peer_id
+from ..core.log import logger
+from ..core.messages import Member, Membership, Report
+
+_MAX_EVENTS = 1000
+_STABLE_S = 10.0
+_FIRST_BACKOFF_S = 0.5
+_MAX_BACKOFF_S = 30.0
+
+
+class Handle(Protocol):
+    """A process that was launched."""
+
+    async def ready(self) -> Member:
+        """Wait until it serves. Raises what its start raised."""
+        ...
+
+    async def gone(self) -> str:
+        """Wait until it has ended, and tell how."""
+        ...
+
+    async def follow(self, membership: Membership) -> None:
+        """Tell it who is there. Errors are ignored: a process that cannot hear is about to be gone."""
+        ...
+
+    async def report(self) -> Report | None:
+        """Its load, or None if it does not answer in time."""
+        ...
+
+    async def stop(self, grace_s: float) -> None:
+        """End it, gently for ``grace_s`` seconds. Idempotent."""
+        ...
+
+
+class Launcher(Protocol):
+    """Starts processes."""
+
+    def launch(self, peer: PeerId, role: str, on_phase: Callable[[str], None]) -> Handle:
+        """Start a process; ``on_phase`` is told how its start goes on. Does not wait."""
+        ...
+
+
+class Event(NamedTuple):
+    """Something that an operator wants to know."""
+
+    number: int
+    at_s: float
+    text: str
+
+
+class WorkerStatus(NamedTuple):
+    """A row of `tandem status`."""
+
+    worker: WorkerId
+    peer: PeerId
+    role: str
+    phase: str
+    node: str
+    restarts: int
+    report: Report | None
+
+
+class _Desired:
+    def __init__(self, worker: WorkerId, role: str) -> None:
+        self.worker = worker
+        self.role = role
+        self.incarnation = 0
+        self.phase = "starting"
+        self.member: Member | None = None
+        self.handle: Handle | None = None
+        self.first_ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    @property
+    def peer(self) -> PeerId:
+        return peer_id(self.worker, self.incarnation)
+
+
+def desired_workers(config: Config, num_gateways: int = 1) -> list[tuple[WorkerId, str]]:
+    """Worker id and role of everything that a configuration asks for."""
+    pools = config.pools
+    counts = {
+        "prefill": pools.prefill.replicas if pools.prefill else 0,
+        "decode": pools.decode.replicas if pools.decode else 0,
+        "colocated": pools.colocated.replicas if pools.colocated else 0,
+        "gateway": num_gateways,
+    }
+    return [(f"{role}-{index}", role) for role, count in counts.items() for index in range(count)]
+
+
+class Controller:
+    """Owned by one event loop.
+
+    Args:
+        config: what should run.
+        launcher: starts it.
+        clock: tells the time.
+    """
+
+    def __init__(self, config: Config, launcher: Launcher, clock: Clock) -> None:
+        self._config = config
+        self._launcher = launcher
+        self._clock = clock
+        self._desired: list[_Desired] = []
+        self._tasks: list[asyncio.Task[None]] = []
+        self._version = 0
+        self._stopping = False
+        self._events: deque[Event] = deque(maxlen=_MAX_EVENTS)
+        self._num_events = 0
+        self._news = asyncio.Condition()
+
+    async def start(self) -> None:
+        """Launch everything, and wait until everything serves.
+
+        Raises:
+            TandemError: a worker could not start; everything is stopped again.
+        """
+        self._desired = [_Desired(worker, role) for worker, role in desired_workers(self._config)]
+        self._tasks = [asyncio.create_task(self._supervise(worker)) for worker in self._desired]
+        try:
+            await asyncio.gather(*(worker.first_ready for worker in self._desired))
+        except BaseException:
+            await self.stop(grace_s=0)
+            raise
+
+    async def stop(self, grace_s: float) -> None:
+        """End everything: gateways first, so that no new request comes. Idempotent."""
+        self._stopping = True
+        for role_is_gateway in (True, False):
+            await asyncio.gather(
+                *(
+                    w.handle.stop(grace_s)
+                    for w in self._desired
+                    if w.handle and (w.role == "gateway") == role_is_gateway
+                )
+            )
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def status(self) -> list[WorkerStatus]:
+        """Every worker, and its load."""
+        handles = [worker.handle for worker in self._desired]
+        reports = await asyncio.gather(*(handle.report() if handle else _nothing() for handle in handles))
+        return [
+            WorkerStatus(
+                w.worker, w.peer, w.role, w.phase, w.member.node if w.member else "", w.incarnation - 1, report
+            )
+            for w, report in zip(self._desired, reports, strict=True)
+        ]
+
+    def phases(self) -> dict[WorkerId, str]:
+        """How far each worker is."""
+        return {worker.worker: worker.phase for worker in self._desired}
+
+    async def events(self, after: int, timeout_s: float) -> list[Event]:
+        """Events with a number above ``after``; waits for one for at most ``timeout_s``."""
+        async with self._news:
+            try:
+                await asyncio.wait_for(self._news.wait_for(lambda: self._num_events > after), timeout_s)
+            except TimeoutError:
+                return []
+        return [event for event in self._events if event.number > after]
+
+    # ---- inside -----------------------------------------------------------------------------------------------------
+
+    async def _supervise(self, worker: _Desired) -> None:
+        """Keep one worker alive: each life is a new incarnation, and short lives are followed by longer pauses."""
+        backoff_s = 0.0
+        while not self._stopping:
+            worker.incarnation += 1
+            worker.phase = "starting"
+            started_s = self._clock.monotonic_s()
+            try:
+                await self._live(worker)
+            except TandemError as error:
+                if not worker.first_ready.done():
+                    worker.first_ready.set_exception(error)
+                    return
+                await self._tell(f"{worker.peer} did not start: {error.message}")
+            if self._stopping:
+                return
+            lived_s = self._clock.monotonic_s() - started_s
+            backoff_s = 0.0 if lived_s > _STABLE_S else min(max(2 * backoff_s, _FIRST_BACKOFF_S), _MAX_BACKOFF_S)
+            if backoff_s:
+                worker.phase = f"restarts in {backoff_s:g} s after a life of {lived_s:.1f} s"
+                await self._tell(f"{worker.worker} {worker.phase}")
+                await asyncio.sleep(backoff_s)
+
+    async def _live(self, worker: _Desired) -> None:
+        """From launch to death. Raises what the start raised."""
+
+        def on_phase(phase: str) -> None:
+            if worker.member is None:
+                worker.phase = phase
+
+        handle = worker.handle = self._launcher.launch(worker.peer, worker.role, on_phase)
+        try:
+            worker.member = await handle.ready()
+            worker.phase = "ready"
+            await self._announce()
+            if worker.incarnation > 1:
+                await self._tell(f"{worker.peer} is ready")
+            if not worker.first_ready.done():
+                worker.first_ready.set_result(None)
+            how = await handle.gone()
+            if not self._stopping:
+                await self._tell(f"{worker.peer} is gone: {how}")
+        except WorkerError as error:  # died before it was ready
+            if not worker.first_ready.done():
+                raise
+            await self._tell(f"{worker.peer} died while starting: {error.message}")
+        finally:
+            worker.handle = None
+            worker.phase = "gone"
+            if worker.member is not None:
+                worker.member = None
+                if not self._stopping:
+                    await self._announce()
+
+    async def _announce(self) -> None:
+        """Tell everybody who is there."""
+        self._version += 1
+        members = [worker.member for worker in self._desired if worker.member is not None]
+        membership = Membership(self._version, members)
+        await asyncio.gather(*(w.handle.follow(membership) for w in self._desired if w.member and w.handle))
+
+    async def _tell(self, text: str) -> None:
+        logger.info("%s", text)
+        async with self._news:
+            self._num_events += 1
+            self._events.append(Event(self._num_events, self._clock.wall_s(), text))
+            self._news.notify_all()
+
+
+async def _nothing() -> None:
+    return None

@@ -1,0 +1,74 @@
+"""One output as the client sees it: text, stop strings, log probabilities, token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ...core.messages import FinishReason, TokenLogprobs
+from .live import Delta
+from .tokenizer import Tokenizer
+
+
+class Piece:
+    """What one delta adds to an output. ``finish`` is None while more may come."""
+
+    def __init__(
+        self, text: str, tokens: list[int], logprobs: list[TokenLogprobs], offset: int, finish: FinishReason | None
+    ) -> None:
+        self.text = text
+        self.tokens = tokens
+        self.logprobs = logprobs
+        self.offset = offset
+        """Characters of output before this piece."""
+        self.finish = finish
+
+
+class Choice:
+    """Turns an output's tokens into text, and ends it at a stop string.
+
+    Args:
+        tokenizer: or None: outputs are token ids alone.
+        prompt: its end decides how the first token reads.
+        stops: stop strings; the output ends before the first that appears.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None, prompt: Sequence[int], stops: Sequence[str]) -> None:
+        self._stream = tokenizer.stream(prompt) if tokenizer else None
+        self._stops = list(stops)
+        self._held = ""
+        """Decoded and not yet shown: it may be the beginning of a stop string."""
+        self._length = 0
+        self.finish: FinishReason | None = None
+        self.num_tokens = 0
+
+    def push(self, delta: Delta) -> Piece:
+        """Take tokens in; returns what can be shown. After the end, nothing more may be pushed."""
+        self.num_tokens += len(delta.tokens)
+        text = self._held
+        if self._stream is not None:
+            text += self._stream.push(delta.tokens)
+            if delta.finish is not None:
+                text += self._stream.finish()
+        finish = delta.finish
+        found = [position for stop in self._stops if (position := text.find(stop)) >= 0]
+        if found:
+            text, self._held, finish = text[: min(found)], "", FinishReason.STOP
+        elif finish is not None or not self._stops:
+            self._held = ""
+        else:
+            shown = len(text) - self._stop_prefix(text)
+            text, self._held = text[:shown], text[shown:]
+        self.finish = finish
+        piece = Piece(text, delta.tokens, delta.logprobs or [], self._length, finish)
+        self._length += len(text)
+        return piece
+
+    def _stop_prefix(self, text: str) -> int:
+        """Length of the longest end of ``text`` that begins a stop string."""
+        longest = 0
+        for stop in self._stops:
+            for length in range(min(len(stop) - 1, len(text)), longest, -1):
+                if stop.startswith(text[-length:]):
+                    longest = length
+                    break
+        return longest

@@ -1,0 +1,24 @@
+"""The gateway's listening socket: bound before anything is told where to find it."""
+
+from __future__ import annotations
+
+import socket
+
+from ...core.errors import ConfigError
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket.
+
+    Raises:
+        ConfigError: the port is taken, or the address is not this machine's.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        other = port + 1 if port < 65535 else 8000
+        raise ConfigError(
+            f"gateway.port: cannot listen on {host}:{port}: {(error.strerror or str(error)).lower()}",
+            fix=f"stop what uses it, or choose another with --set gateway.port={other}",
+        ) from None

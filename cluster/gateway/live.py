@@ -1,0 +1,125 @@
+"""A request in flight, as the gateway keeps it: enough to answer, and enough to begin again elsewhere."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from typing import NamedTuple
+
+from ...core.errors import TandemError
+from ...core.ids import RequestId
+from ...core.log import RequestLog
+from ...core.messages import Child, FinishReason, Sampling, Stopping, TokenLogprobs, Usage
+from ..router import Placement
+from .timeline import Timeline
+
+
+class Delta(NamedTuple):
+    """New tokens of one output."""
+
+    index: int
+    tokens: list[int]
+    logprobs: list[TokenLogprobs] | None
+    finish: FinishReason | None
+
+
+class Output:
+    """One of a request's outputs: its tokens so far."""
+
+    def __init__(self, child: Child) -> None:
+        self.child = child
+        self.tokens: list[int] = []
+        self.finished = False
+
+
+class Attempt:
+    """One sending of (a part of) a request to a decode worker. ``prompt_tokens`` is 0 once the prompt is computed."""
+
+    def __init__(self, ticket: int, placement: Placement, children: list[int], prompt_tokens: int) -> None:
+        self.ticket = ticket
+        self.placement = placement
+        self.children = set(children)
+        self.prompt_tokens = prompt_tokens
+
+
+class LiveRequest:
+    """One prompt and its outputs. Belongs to the gateway's event loop.
+
+    Args:
+        request_id: in logs and on the wire.
+        tokens: the prompt.
+        children: the outputs.
+        sampling: how tokens are chosen.
+        stopping: when an output ends.
+        prompt_logprobs: alternatives wanted for each prompt token, or −1.
+        salt: of the prefix cache.
+        timeline: where its stages are kept.
+    """
+
+    def __init__(
+        self,
+        request_id: RequestId,
+        tokens: list[int],
+        children: list[Child],
+        sampling: Sampling,
+        stopping: Stopping,
+        prompt_logprobs: int,
+        salt: str,
+        timeline: Timeline,
+    ) -> None:
+        self.request_id = request_id
+        self.tokens = tokens
+        self.outputs = {child.index: Output(child) for child in children}
+        self.sampling = sampling
+        self.stopping = stopping
+        self.wants_prompt_logprobs = prompt_logprobs
+        self.prompt_logprobs: list[TokenLogprobs | None] = [None] * len(tokens) if prompt_logprobs >= 0 else []
+        self.salt = salt
+        self.timeline = timeline
+        self.log = RequestLog(request_id)
+        self.attempts: dict[int, Attempt] = {}
+        self.usage: Usage | None = None
+        self.arrived_s = timeline.started_s
+        self.first_token_s = 0.0
+        self.last_token_s = 0.0
+        self.done = False
+        self._deltas: deque[Delta] = deque()
+        self._error: TandemError | None = None
+        self._news = asyncio.Event()
+
+    @property
+    def prompt_logprobs_known(self) -> bool:
+        """Whether every prompt token but the first has its log probabilities."""
+        return all(value is not None for value in self.prompt_logprobs[1:])
+
+    def push(self, delta: Delta) -> None:
+        """Tokens have come."""
+        self._deltas.append(delta)
+        self._news.set()
+
+    def fail(self, error: TandemError) -> None:
+        """The request ends with an error, after the tokens that came before it."""
+        self._error = error
+        self._news.set()
+
+    def cancel(self) -> None:
+        """Nobody listens any more: `next_deltas` returns nothing from now on."""
+        self.done = True
+        self._news.set()
+
+    async def next_deltas(self) -> list[Delta]:
+        """New tokens, at least one delta; empty when the client is gone.
+
+        Raises:
+            TandemError: the request failed.
+        """
+        while not self._deltas:
+            if self.done:
+                return []
+            if self._error is not None:
+                raise self._error
+            self._news.clear()
+            await self._news.wait()
+        deltas = list(self._deltas)
+        self._deltas.clear()
+        return deltas

@@ -1,0 +1,238 @@
+"""A gateway process: one thread with an event loop for HTTP, and the mesh's thread for the workers."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import os
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import uvicorn
+from prometheus_client import CollectorRegistry
+
+from ...core.clock import SystemClock
+from ...core.config import Config, model_folder, model_name
+from ...core.errors import ConfigError
+from ...core.ids import PeerId, worker_of
+from ...core.log import logger
+from ...core.messages import Member, Membership, Message, Report, Scrape, Scraped, Subscribe
+from ...core.metrics import GatewayMetrics, merge, render
+from ...core.wire import ClusterKeys, SecureContext
+from ...engine.models.spec import context_length, read_spec
+from ..mesh import Mesh
+from ..router import Router
+from .app import Api
+from .dispatcher import Dispatcher
+from .generation import Model
+from .listener import listen
+from .timeline import Timelines
+from .tokenizer import Tokenizer
+
+_SCRAPE_TIMEOUT_S = 1.0
+_RECONNECT_S = 0.5
+
+
+def load_model(config: Config) -> Model:
+    """What the gateway needs of the model. Imports the tokenizer library: two seconds.
+
+    Raises:
+        ConfigError: the model cannot be served as configured.
+    """
+    folder = model_folder(config)
+    spec = read_spec(folder)
+    try:
+        tokenizer: Tokenizer | None = Tokenizer(folder)
+    except ConfigError:
+        if config.model.load != "dummy":
+            raise
+        tokenizer = None
+    eos_ids = spec.eos_ids or ((tokenizer.eos_id,) if tokenizer and tokenizer.eos_id is not None else ())
+    max_model_len = context_length(spec, config.model.max_model_len)
+    return Model(model_name(config), tokenizer, spec.vocab_size, max_model_len, eos_ids)
+
+
+class GatewayRuntime:
+    """One life of one gateway.
+
+    Args:
+        peer: who we are.
+        config: the cluster's.
+        keys: the cluster's.
+        address: this node's address.
+        progress: told how the start goes on.
+    """
+
+    def __init__(
+        self, peer: PeerId, config: Config, keys: ClusterKeys, address: str, progress: Callable[[str], None]
+    ) -> None:
+        self.peer = peer
+        self._config = config
+        self._keys = keys
+        self._address = address
+        self._progress = progress
+        self._metrics = GatewayMetrics(CollectorRegistry())
+        self._clock = SystemClock()
+        self._router = Router(config.routing.policy)
+        self._membership: Membership | None = None
+        self._linked: dict[PeerId, str] = {}
+        self._scrapes: dict[int, asyncio.Future[None]] = {}
+        self._scraped: dict[int, dict[str, str]] = {}
+        self._scrape_numbers = itertools.count(1)
+        self._stopped = threading.Event()
+        self._loop = self._new_loop()
+        self._thread = threading.Thread(target=self._serve, name="gateway")
+        self._server: uvicorn.Server | None = None
+
+    # ---- any thread -------------------------------------------------------------------------------------------------
+
+    def start(self) -> Member:
+        """Read the tokenizer, listen, serve. Blocks until HTTP is answered.
+
+        Raises:
+            ConfigError: the port is taken, or the model cannot be served as configured.
+        """
+        self._socket = listen(self._config.gateway.host, self._config.gateway.port)
+        self._progress("reading the tokenizer")
+        self._model = load_model(self._config)
+        context = self._context = SecureContext(self._keys)
+        self._mesh = Mesh(
+            self.peer,
+            context,
+            None,
+            lambda sender, message: self._call(self._receive, sender, message),
+            lambda peer: self._call(self._lost, peer),
+            self._metrics.bad_frames.labels("mesh").inc,
+        )
+        self._dispatcher = Dispatcher(self._config.gateway, self._router, self._clock, self._metrics, self._mesh.send)
+        api = Api(
+            self._config.gateway,
+            self._model,
+            self._dispatcher,
+            Timelines(self.peer, self._clock),
+            self._metrics,
+            self._clock,
+            self._why_not_ready,
+            self._scrape,
+        )
+        self._server = uvicorn.Server(
+            uvicorn.Config(
+                api.app,
+                log_config=None,
+                access_log=False,
+                lifespan="off",
+                timeout_keep_alive=75,
+                timeout_graceful_shutdown=5,
+                server_header=False,
+                h11_max_incomplete_event_size=1 << 16,
+            )
+        )
+        self._mesh.start()
+        self._thread.start()
+        self._progress("ready")
+        logger.info("listens on %s:%d", self._config.gateway.host, self._config.gateway.port)
+        return Member(self.peer, "gateway", self._address, "")
+
+    def follow(self, membership: Membership) -> None:
+        """The cluster has changed."""
+        self._call(self._follow, membership)
+
+    def report(self) -> Report:
+        """Requests in flight, as `running`."""
+        return Report(self._dispatcher.num_live, 0, 0, 0, 0)
+
+    def stop(self, grace_s: float) -> None:
+        """Stop listening, finish what is in flight for at most ``grace_s`` seconds, end the threads. Idempotent."""
+        if self._server is not None and self._thread.is_alive():
+            self._server.config.timeout_graceful_shutdown = max(1, round(grace_s))
+            self._server.should_exit = True
+            self._thread.join()
+            self._mesh.close()
+            self._context.close()
+
+    # ---- the loop ---------------------------------------------------------------------------------------------------
+
+    def _serve(self) -> None:
+        assert self._server is not None
+        try:
+            self._loop.run_until_complete(self._server.serve(sockets=[self._socket]))
+        except BaseException:
+            logger.exception("the gateway's thread broke; the process ends")
+            os._exit(70)
+        logger.info("stopped")
+
+    def _call(self, function: Callable[..., None], *args: Any) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            self._loop.call_soon_threadsafe(function, *args)
+
+    def _receive(self, sender: PeerId, message: Message) -> None:
+        if isinstance(message, Scraped):
+            texts = self._scraped.get(message.number)
+            if texts is not None:
+                texts[worker_of(sender)] = message.text
+                if len(texts) >= len(self._linked) + 1:
+                    waiting = self._scrapes[message.number]
+                    if not waiting.done():
+                        waiting.set_result(None)
+        else:
+            self._dispatcher.receive(sender, message)
+
+    def _follow(self, membership: Membership) -> None:
+        self._membership = membership
+        self._link()
+        self._dispatcher.follow(membership)
+        roles = [member.role for member in membership.members]
+        for role in ("prefill", "decode", "colocated"):
+            self._metrics.members.labels(role).set(roles.count(role))
+
+    def _link(self) -> None:
+        """Connect to every worker, and ask for its reports."""
+        assert self._membership is not None
+        wanted = {m.peer: m.endpoint for m in self._membership.members if m.endpoint and m.ready}
+        for peer in self._linked.keys() - wanted.keys():
+            self._mesh.disconnect(peer)
+        for peer in wanted.keys() - self._linked.keys():
+            self._mesh.connect(peer, wanted[peer])
+            self._mesh.send(peer, Subscribe())
+        self._linked = wanted
+
+    def _lost(self, peer: PeerId) -> None:
+        logger.warning("lost %s", peer)
+        self._linked.pop(peer, None)
+        self._dispatcher.lost(peer)
+        self._loop.call_later(_RECONNECT_S, self._relink)
+
+    def _relink(self) -> None:
+        """A worker that was lost and is still a member may only have been out of reach: try again."""
+        if self._membership is not None:
+            self._link()
+            self._dispatcher.follow(self._membership)
+
+    def _why_not_ready(self) -> str:
+        if self._router.routable(wants_prefill=self._config.pools.prefill is not None):
+            return ""
+        return "waiting for workers" if not self._router.members() else "prefill and decode do not know each other yet"
+
+    async def _scrape(self) -> str:
+        number = next(self._scrape_numbers)
+        texts = self._scraped[number] = {self.peer.partition("#")[0]: render(self._metrics.registry)}
+        waiting = self._scrapes[number] = self._loop.create_future()
+        try:
+            for peer in self._linked:
+                self._mesh.send(peer, Scrape(number))
+            if self._linked:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(waiting, _SCRAPE_TIMEOUT_S)
+        finally:
+            del self._scraped[number], self._scrapes[number]
+        return await asyncio.to_thread(merge, texts)
+
+    @staticmethod
+    def _new_loop() -> asyncio.AbstractEventLoop:
+        try:
+            import uvloop
+        except ImportError:  # not made for every system
+            return asyncio.new_event_loop()
+        return uvloop.new_event_loop()

@@ -1,0 +1,348 @@
+"""A worker process: one thread that computes, one that speaks, and the queue between them.
+
+The engine thread alone touches the model, the block pool and the transports. It sleeps when there is nothing to do, and is
+woken by messages and by finished reads. If either thread breaks, the process ends: the controller starts a new one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import threading
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from prometheus_client import CollectorRegistry
+
+from ..core.clock import SystemClock
+from ..core.config import ColocatedPool, Config, DecodePool, PrefillPool
+from ..core.errors import ConfigError, TandemError
+from ..core.ids import PeerId
+from ..core.log import logger
+from ..core.messages import Member, Membership, Message, Report, Scrape, Scraped, Subscribe
+from ..core.metrics import WorkerMetrics, render
+from ..core.wire import ClusterKeys, SecureContext
+from ..decode.worker import DecodeWorker
+from ..engine.build import build_engine, warm_up
+from ..engine.engine import Engine
+from ..kernels.compiled import set_num_threads
+from ..kv_transfer.connector import Connector
+from ..kv_transfer.layout import layer_groups
+from ..kv_transfer.transports import Transport
+from ..kv_transfer.transports.shm import ShmTransport
+from ..kv_transfer.transports.zmq import ZmqTransport
+from ..prefill.worker import PrefillWorker
+from .mesh import Mesh
+
+_INBOX_SIZE = 16384
+_MAX_TAKEN_AT_ONCE = 1024
+_REPORT_PERIOD_S = 1.0
+_RETRY_PERIOD_S = 1.0
+
+Progress = Callable[[str], None]
+"""Called with a worker's phase, for people: "weights 40 %"."""
+
+
+class _Lost(NamedTuple):
+    peer: PeerId
+
+
+_Item = tuple[PeerId, Message] | _Lost | None
+"""A message and its sender, a lost peer, or None: reads have ended."""
+
+
+class WorkerRuntime:
+    """One life of one worker.
+
+    Args:
+        peer: who we are.
+        role: prefill, decode or colocated.
+        config: the cluster's.
+        keys: the cluster's.
+        address: this node's address, where peers reach us.
+        node: the node's name, for people.
+        progress: told how the start goes on.
+    """
+
+    def __init__(
+        self,
+        peer: PeerId,
+        role: str,
+        config: Config,
+        keys: ClusterKeys,
+        address: str,
+        node: str,
+        progress: Progress,
+    ) -> None:
+        self.peer = peer
+        self._role = role
+        self._config = config
+        self._keys = keys
+        self._address = address
+        self._node = node
+        self._progress = progress
+        self._metrics = WorkerMetrics(CollectorRegistry())
+        self._clock = SystemClock()
+        self._inbox: queue.Queue[_Item] = queue.Queue(_INBOX_SIZE)
+        self._stopping = threading.Event()
+        self._ready = threading.Event()
+        self._failure: TandemError | None = None
+        self._report = Report(0, 0, 0, 0, 0)
+        self._reported_s = 0.0
+        self._subscribers: set[PeerId] = set()
+        self._membership: Membership | None = None
+        self._linked: set[PeerId] = set()
+        self._retry_s: float | None = None
+        self._busy = False
+        self._thread = threading.Thread(target=self._guarded, name="engine")
+
+    # ---- any thread -------------------------------------------------------------------------------------------------
+
+    def start(self) -> Member:
+        """Load the model, warm up, listen. Blocks until requests can be served.
+
+        Raises:
+            ConfigError: the model cannot be served as configured.
+        """
+        self._thread.start()
+        self._ready.wait()
+        if self._failure is not None:
+            self._thread.join()
+            raise self._failure
+        return Member(self.peer, self._role, self._node, self._mesh.endpoint)
+
+    def follow(self, membership: Membership) -> None:
+        """The cluster has changed."""
+        self._put(("controller", membership))
+
+    def report(self) -> Report:
+        """The newest load figures; at most a second old while anything changes."""
+        return self._report
+
+    def stop(self, grace_s: float) -> None:
+        """Finish what peers still need, at most ``grace_s`` seconds long, and end the threads. Blocks. Idempotent."""
+        self._stop_by_s = self._clock.monotonic_s() + grace_s
+        self._stopping.set()
+        self._put(None)
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _put(self, item: _Item) -> None:
+        self._inbox.put(item)
+
+    def _nudge(self) -> None:
+        """A full queue will wake the engine by itself."""
+        with contextlib.suppress(queue.Full):
+            self._inbox.put_nowait(None)
+
+    # ---- mesh thread ------------------------------------------------------------------------------------------------
+
+    def _on_message(self, sender: PeerId, message: Message) -> None:
+        if isinstance(message, Scrape):
+            self._mesh.send(sender, Scraped(message.number, render(self._metrics.registry)))
+        elif isinstance(message, Membership):  # comes from the controller by Ray, never from a peer
+            self._metrics.bad_frames.labels("mesh").inc()
+        else:
+            self._put((sender, message))
+
+    # ---- engine thread ----------------------------------------------------------------------------------------------
+
+    def _guarded(self) -> None:
+        try:
+            self._build()
+        except TandemError as error:
+            self._failure = error
+            self._ready.set()
+            return
+        except BaseException as error:
+            logger.exception("the worker could not start")
+            self._failure = ConfigError(f"{self.peer} could not start: {type(error).__name__}: {error}")
+            self._ready.set()
+            return
+        self._ready.set()
+        try:
+            self._run()
+        except BaseException:
+            logger.exception("the engine thread broke; the process ends")
+            os._exit(70)
+
+    def _build(self) -> None:
+        pools = self._config.pools
+        pool: PrefillPool | DecodePool | ColocatedPool | None = getattr(pools, self._role)
+        assert pool is not None
+        set_num_threads(pool.threads or os.cpu_count() or 1)
+        device = torch.device("cuda" if pool.gpus_per_replica else "cpu")
+        self._progress("reading the model")
+        built = build_engine(
+            self._config, pool.max_running, device, lambda what, done: self._progress(f"{what} {done:.0%}")
+        )
+        warm_up(built.engine, pool.max_batched_tokens, lambda what, done: self._progress(f"{what} {done:.0%}"))
+        self._engine = built.engine
+        self._context = SecureContext(self._keys, self._metrics.bad_frames.labels("denied").inc)
+        self._mesh = Mesh(
+            self.peer,
+            self._context,
+            self._address,
+            self._on_message,
+            lambda peer: self._put(_Lost(peer)),
+            self._metrics.bad_frames.labels("mesh").inc,
+        )
+        self._connector = self._connect(built.engine, built.fingerprint)
+        lease_s = self._config.kv.lease_s
+        self._worker: PrefillWorker | DecodeWorker
+        if isinstance(pool, PrefillPool):
+            self._worker = PrefillWorker(
+                built.engine,
+                self._connector,
+                pool,
+                built.fingerprint,
+                lease_s,
+                built.max_model_len,
+                self._clock,
+                self._metrics,
+                self._mesh.send,
+            )
+        else:
+            self._worker = DecodeWorker(
+                built.engine,
+                self._connector,
+                pool,
+                self._config,
+                built.fingerprint,
+                built.max_model_len,
+                self._clock,
+                self._metrics,
+                self._mesh.send,
+            )
+        self._update_report()
+        self._mesh.start()
+        self._progress("ready")
+        logger.info("ready at %s", self._mesh.endpoint)
+
+    def _connect(self, engine: Engine, fingerprint: str) -> Connector:
+        cache, kv = engine.cache, self._config.kv
+        transports: dict[str, Transport] = {}
+        if self._role != "colocated":
+            transports["shm"] = ShmTransport(self._nudge)
+            bad_frame = self._metrics.bad_frames.labels("kv-zmq").inc
+            transports["zmq"] = ZmqTransport(self._nudge, self._context, self._address, bad_frame)
+        return Connector(
+            self.peer,
+            fingerprint,
+            cache.layout,
+            layer_groups(cache.layout.num_layers, kv.layer_groups),
+            cache.blocks,
+            cache.generations_buffer,
+            transports,
+            kv.transport,
+            kv.lease_s,
+            self._clock,
+            self._metrics,
+        )
+
+    def _run(self) -> None:
+        while not (self._stopping.is_set() and self._may_end()):
+            self._take(self._wait_s())
+            now_s = self._clock.monotonic_s()
+            deadline_s = self._worker.next_deadline_s()
+            if deadline_s is not None and now_s >= deadline_s:
+                self._worker.tick()
+            self._busy = self._worker.step()
+            self._look_after_links(now_s)
+            self._publish_report(now_s)
+        self._connector.close()
+        self._mesh.close()
+        self._engine.cache.close()
+        self._context.close()
+        logger.info("stopped")
+
+    def _may_end(self) -> bool:
+        return self._worker.drained() or self._clock.monotonic_s() >= self._stop_by_s
+
+    def _wait_s(self) -> float | None:
+        """How long nothing may happen; None: until somebody wakes us."""
+        if self._busy:
+            return 0.0
+        deadlines = [self._worker.next_deadline_s(), self._retry_s]
+        if self._current_report() != self._report:
+            deadlines.append(self._reported_s + _REPORT_PERIOD_S)
+        if self._stopping.is_set():
+            deadlines.append(self._clock.monotonic_s() + 0.05)
+        known = [deadline_s for deadline_s in deadlines if deadline_s is not None]
+        return max(0.0, min(known) - self._clock.monotonic_s()) if known else None
+
+    def _take(self, wait_s: float | None) -> None:
+        """Handle what is in the inbox, after waiting for a first item for at most ``wait_s``."""
+        try:
+            item = self._inbox.get(timeout=wait_s) if wait_s != 0.0 else self._inbox.get_nowait()
+            for _ in range(_MAX_TAKEN_AT_ONCE):
+                self._handle(item)
+                item = self._inbox.get_nowait()
+            self._handle(item)
+        except queue.Empty:
+            return
+
+    def _handle(self, item: _Item) -> None:
+        if item is None:
+            return
+        if isinstance(item, _Lost):
+            logger.warning("lost %s", item.peer)
+            self._subscribers.discard(item.peer)
+            self._linked.discard(item.peer)
+            self._retry_s = self._clock.monotonic_s() + _RETRY_PERIOD_S
+            self._worker.peer_lost(item.peer)
+            return
+        sender, message = item
+        if isinstance(message, Subscribe):
+            self._subscribers.add(sender)
+            self._mesh.send(sender, self._report)
+        elif isinstance(message, Membership):
+            self._membership = message
+            self._link(message)
+            self._worker.handle(sender, message)
+        else:
+            self._worker.handle(sender, message)
+
+    def _link(self, membership: Membership) -> None:
+        """Decode workers connect to every prefill worker."""
+        if self._role != "decode":
+            return
+        wanted = {m.peer: m.endpoint for m in membership.members if m.role == "prefill" and m.ready}
+        for peer in self._linked - wanted.keys():
+            self._mesh.disconnect(peer)
+        for peer in wanted.keys() - self._linked:
+            self._mesh.connect(peer, wanted[peer])
+        self._linked = set(wanted)
+
+    def _look_after_links(self, now_s: float) -> None:
+        """A peer that was lost and is still a member may only have been out of reach: try again."""
+        if self._retry_s is not None and now_s >= self._retry_s:
+            self._retry_s = None
+            if self._membership is not None:
+                self._link(self._membership)
+                self._worker.handle("controller", self._membership)
+
+    def _publish_report(self, now_s: float) -> None:
+        if now_s - self._reported_s >= _REPORT_PERIOD_S and self._update_report():
+            self._reported_s = now_s
+            for subscriber in self._subscribers:
+                self._mesh.send(subscriber, self._report)
+
+    def _current_report(self) -> Report:
+        return self._worker.report()
+
+    def _update_report(self) -> bool:
+        report = self._current_report()
+        if report == self._report:
+            return False
+        self._report = report
+        pool = self._engine.pool
+        self._metrics.blocks.labels("free").set(pool.num_free)
+        self._metrics.blocks.labels("cached").set(pool.num_cached)
+        self._metrics.blocks.labels("used").set(pool.num_blocks - pool.num_free)
+        self._metrics.running.set(report.running)
+        self._metrics.waiting.set(report.waiting)
+        self._metrics.leases.set(report.leases)
+        return True

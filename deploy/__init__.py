@@ -1,0 +1,1 @@
+"""Profiles, the demo model, and what it takes to deploy."""
