@@ -211,7 +211,7 @@ class Mesh:
                 if len(parts) != (2 if sender is None else 1):
                     raise ValueError(f"{len(parts)} parts")
                 message = decode(frame)
-            except (ValueError, IndexError, msgspec.MsgspecError, RecursionError) as error:
+            except (ValueError, IndexError, msgspec.DecodeError) as error:
                 self._on_bad_frame()
                 _log.warning("mesh-frame", "refused a frame: %s", error)
                 continue

@@ -25,9 +25,8 @@ from ..core.messages import Member, Membership, Message, Report, Scrape, Scraped
 from ..core.metrics import WorkerMetrics, render
 from ..core.wire import ClusterKeys, SecureContext
 from ..decode.worker import DecodeWorker
-from ..engine.build import build_engine, warm_up
+from ..engine.build import build_engine, use_threads, warm_up
 from ..engine.engine import Engine
-from ..kernels.compiled import set_num_threads
 from ..kv_transfer.connector import Connector
 from ..kv_transfer.layout import layer_groups
 from ..kv_transfer.transports import Transport
@@ -172,12 +171,12 @@ class WorkerRuntime:
         pools = self._config.pools
         pool: PrefillPool | DecodePool | ColocatedPool | None = getattr(pools, self._role)
         assert pool is not None
-        set_num_threads(pool.threads or os.cpu_count() or 1)
         device = torch.device("cuda" if pool.gpus_per_replica else "cpu")
         self._progress("reading the model")
         built = build_engine(
             self._config, pool.max_running, device, lambda what, done: self._progress(f"{what} {done:.0%}")
         )
+        use_threads(built.engine, pool.threads or os.cpu_count() or 1)
         warm_up(built.engine, pool.max_batched_tokens, lambda what, done: self._progress(f"{what} {done:.0%}"))
         self._engine = built.engine
         self._context = SecureContext(self._keys, self._metrics.bad_frames.labels("denied").inc)

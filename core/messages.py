@@ -14,7 +14,7 @@
 from __future__ import annotations
 
 import enum
-from typing import Annotated, Final
+from typing import Annotated, Final, TypeVar
 
 import msgspec
 from msgspec import Meta, Struct
@@ -373,7 +373,8 @@ Message = (
 )  # fmt: skip
 
 _encoder = msgspec.msgpack.Encoder()
-_decoder = msgspec.msgpack.Decoder(Message)
+_decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
+_T = TypeVar("_T")
 
 
 def encode(message: Message) -> bytes:
@@ -387,5 +388,16 @@ def decode(frame: bytes | memoryview) -> Message:
     Raises:
         msgspec.DecodeError: not MessagePack, or not one of the messages above within its bounds.
     """
-    message: Message = _decoder.decode(frame)
-    return message
+    return decode_with(_decoder, frame)
+
+
+def decode_with(decoder: msgspec.msgpack.Decoder[_T], frame: bytes | memoryview) -> _T:
+    """What ``decoder`` makes of a frame that came from outside; whatever is wrong with it, one kind of error.
+
+    Raises:
+        msgspec.DecodeError: see `decode`.
+    """
+    try:
+        return decoder.decode(frame)
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise msgspec.DecodeError(f"{type(error).__name__}: {error}") from None

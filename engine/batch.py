@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..kernels.prefill_attention import causal_mask
 from .sequence import Sequence
 
 
@@ -21,8 +20,6 @@ class Span(NamedTuple):
     block_table: Tensor
     """[blocks of the context] int64."""
     context_len: int
-    masks: dict[int, Tensor | None]
-    """Window → attention mask."""
 
 
 class Batch(NamedTuple):
@@ -52,16 +49,13 @@ class Work(NamedTuple):
     num_new: int
 
 
-def build_batch(
-    plan: Several[Work], wants_logits: Several[int], block_tokens: int, windows: set[int], device: torch.device
-) -> Batch:
+def build_batch(plan: Several[Work], wants_logits: Several[int], block_tokens: int, device: torch.device) -> Batch:
     """Lay a plan out.
 
     Args:
         plan: sequences with one new token first, then those with more.
         wants_logits: for each, how many of its last new tokens need logits.
         block_tokens: tokens a block.
-        windows: attention windows of the model's layers, 0 for none.
         device: where the tensors go.
     """
     tokens: list[int] = []
@@ -76,9 +70,8 @@ def build_batch(
         else:
             last = first + num_new
             blocks = sequence.block_table[: -(-last // block_tokens)]
-            masks = {window: causal_mask(num_new, last, window, device) for window in windows}
             start = len(tokens)
-            spans.append(Span(start, start + num_new, torch.from_numpy(blocks).to(device), last, masks))
+            spans.append(Span(start, start + num_new, torch.from_numpy(blocks).to(device), last))
             tokens.extend(sequence.tokens[first:last])
         position = np.arange(first, first + num_new)
         positions.append(position)

@@ -11,12 +11,15 @@ from ..core.config import Config, model_folder
 from ..core.errors import ConfigError
 from ..core.hashing import root_hash
 from ..core.messages import Child, Sampling
-from ..kernels.oracle import select
+from ..kernels.compiled import set_num_threads
+from ..kernels.linear import MAX_COMPILED_WEIGHTS
+from ..kernels.oracle import NATIVE, select
 from ..kv_transfer.layout import KVLayout, layer_groups
 from .batch import Work
 from .engine import Engine
 from .kv_cache import TORCH_DTYPES, KVCache, plan_num_blocks
 from .models.decoder import Decoder
+from .models.names import destinations
 from .models.spec import context_length, read_spec
 from .sequence import Sequence
 from .weights import fill_dummy, fingerprint, load_weights
@@ -72,6 +75,18 @@ def build_engine(config: Config, max_running: int, device: torch.device, progres
     groups = layer_groups(spec.num_layers, config.kv.layer_groups)
     engine = Engine(model, KVCache(layout, num_blocks), config.kv.prefix_cache, groups)
     return Built(engine, fingerprint(folder, config.model.load, dtype, config.model.seed), max_model_len)
+
+
+def use_threads(engine: Engine, count: int) -> None:
+    """Let one operation of the calling thread use ``count`` threads of the CPU.
+
+    Torch's threads wait for each other at every operation; when all large work is in compiled kernels, which do not, torch
+    gets one.
+    """
+    model = engine.model
+    set_num_threads(count)
+    compiled = model.ops is NATIVE and all(t.numel() <= MAX_COMPILED_WEIGHTS for t in destinations(model).values())
+    torch.set_num_threads(1 if compiled else count)
 
 
 def warm_up(engine: Engine, max_batched_tokens: int, progress: Progress) -> None:

@@ -52,7 +52,6 @@ class Engine:
         self.forward_s = 0.0
         """Time of the last step's forward pass."""
         self._layer_groups = layer_groups
-        self._windows = set(model.spec.windows)
         self._ops: Ops = model.ops
 
     def match_prefix(self, sequence: Sequence) -> int:
@@ -124,7 +123,7 @@ class Engine:
         # Single tokens first, as the batch wants them.
         plan = sorted(plan, key=lambda work: work.num_new > 1)
         wants = [self._num_logits(work) for work in plan]
-        batch = build_batch(plan, wants, self.block_tokens, self._windows, self.model.device)
+        batch = build_batch(plan, wants, self.block_tokens, self.model.device)
         start = time.perf_counter()
         logits = self.model.forward(batch, self.cache.tensor, self._layer_groups, publish)
         self.forward_s = time.perf_counter() - start

@@ -15,8 +15,9 @@ from .activation import silu_mul
 from .compiled import compiled, compiled_parallel, num_threads
 from .linear import dot_rows, wide
 
-MAX_COMPILED_TOKENS = 32
 MAX_COMPILED_EXPERT = 1 << 20
+CHUNK_ROWS = 128
+"""Rows that an expert works on at a time: its inputs and outputs stay in a core's cache."""
 
 
 def route(x: Tensor, router: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
@@ -84,16 +85,15 @@ def _grouped(
 
 def native(x: Tensor, router: Tensor, gate_up: Tensor, down: Tensor, top_k: int, renormalize: bool) -> Tensor:
     """`reference` for float32 on a CPU."""
-    if x.shape[0] > MAX_COMPILED_TOKENS or gate_up[0].numel() > MAX_COMPILED_EXPERT:
+    if gate_up[0].numel() > MAX_COMPILED_EXPERT:
         return _grouped(x, router, gate_up, down, top_k, renormalize, wide)
-    parts = min(num_threads(), len(x) * top_k)
-    out = np.zeros((parts, *x.shape), np.float32)
+    out = np.empty(x.shape, np.float32)
     arrays = x.numpy(), router.numpy(), gate_up.numpy(), down.numpy(), top_k, renormalize, out
-    if parts == 1:
+    if num_threads() == 1:
         _moe(*arrays)
-        return torch.from_numpy(out[0])
-    _moe_parallel(*arrays)
-    return torch.from_numpy(out.sum(axis=0))
+    else:
+        _moe_parallel(*arrays, num_threads())
+    return torch.from_numpy(out)
 
 
 @compiled
@@ -103,7 +103,7 @@ def _route(
     """chosen, weights [tokens, top_k]: each token's experts, likeliest first."""
     tokens, experts = len(x), len(router)
     logits = np.empty((tokens, experts), np.float32)
-    dot_rows(x, tokens, router, logits)
+    dot_rows(x, router, logits)
     for t in range(tokens):
         top = logits[t].max()
         total = np.float32(0)
@@ -126,48 +126,72 @@ def _route(
 
 
 @compiled
+def _sort(chosen: np.ndarray, num_experts: int, starts: np.ndarray, place: np.ndarray, source: np.ndarray) -> None:
+    """Order (token, choice) pairs by expert.
+
+    Args:
+        chosen: [tokens, top_k] experts.
+        num_experts: how many there are.
+        starts: [experts + 1] where each expert's pairs begin.
+        place: [tokens, top_k] where each pair went.
+        source: [tokens · top_k] the token of each place.
+    """
+    tokens, top_k = chosen.shape
+    starts[:] = 0
+    for t in range(tokens):
+        for k in range(top_k):
+            starts[chosen[t, k] + 1] += 1
+    for e in range(num_experts):
+        starts[e + 1] += starts[e]
+    cursor = starts[:-1].copy()
+    for t in range(tokens):
+        for k in range(top_k):
+            at = cursor[chosen[t, k]]
+            cursor[chosen[t, k]] += 1
+            place[t, k] = at
+            source[at] = t
+
+
+@compiled
 def _run_experts(
     x: np.ndarray,
     gate_up: np.ndarray,
     down: np.ndarray,
-    chosen: np.ndarray,
-    weights: np.ndarray,
-    part: int,
-    parts: int,
-    out: np.ndarray,
+    starts: np.ndarray,
+    source: np.ndarray,
+    first: int,
+    last: int,
+    result: np.ndarray,
 ) -> None:
-    """out [tokens, hidden] += the weighted outputs of every ``parts``-th of the experts that have tokens."""
-    tokens, hidden = x.shape
-    experts, double = gate_up.shape[0], gate_up.shape[1]
-    top_k = chosen.shape[1]
-    rows = np.empty((tokens, hidden), np.float32)
-    source = np.empty(tokens, np.int64)
-    scale = np.empty(tokens, np.float32)
-    both = np.empty((tokens, double), np.float32)
-    inner = np.empty((tokens, double // 2), np.float32)
-    result = np.empty((tokens, hidden), np.float32)
-    active = 0
-    for e in range(experts):
-        count = 0
-        for t in range(tokens):
-            for k in range(top_k):
-                if chosen[t, k] == e:
-                    source[count] = t
-                    scale[count] = weights[t, k]
-                    count += 1
-        if count == 0:
-            continue
-        active += 1
-        if active % parts != part:
-            continue
-        for i in range(count):
-            rows[i] = x[source[i]]
-        dot_rows(rows, count, gate_up[e], both)
-        silu_mul(both, count, inner)
-        dot_rows(inner, count, down[e], result)
-        for i in range(count):
-            for j in range(hidden):
-                out[source[i], j] += scale[i] * result[i, j]
+    """result[i] = the expert's output for place i, for first ≤ i < last."""
+    double, hidden = gate_up.shape[1], gate_up.shape[2]
+    chunk = min(last - first, CHUNK_ROWS)
+    rows = np.empty((chunk, hidden), np.float32)
+    both = np.empty((chunk, double), np.float32)
+    inner = np.empty((chunk, double // 2), np.float32)
+    for e in range(len(gate_up)):
+        low, high = max(starts[e], first), min(starts[e + 1], last)
+        while low < high:
+            count = min(high - low, chunk)
+            for i in range(count):
+                rows[i] = x[source[low + i]]
+            dot_rows(rows[:count], gate_up[e], both[:count])
+            silu_mul(both[:count], count, inner[:count])
+            dot_rows(inner[:count], down[e], result[low : low + count])
+            low += count
+
+
+@compiled
+def _combine(
+    result: np.ndarray, place: np.ndarray, weights: np.ndarray, first: int, last: int, out: np.ndarray
+) -> None:
+    """out[t] = Σₖ weights[t, k] · result[place[t, k]] for first ≤ t < last."""
+    for t in range(first, last):
+        out[t] = weights[t, 0] * result[place[t, 0]]
+        for k in range(1, place.shape[1]):
+            row, scale = result[place[t, k]], weights[t, k]
+            for j in range(len(row)):
+                out[t, j] += scale * row[j]
 
 
 @compiled
@@ -180,10 +204,15 @@ def _moe(
     renormalize: bool,
     out: np.ndarray,
 ) -> None:
-    chosen = np.empty((len(x), top_k), np.int64)
-    weights = np.empty((len(x), top_k), np.float32)
+    tokens = len(x)
+    chosen, place = np.empty((tokens, top_k), np.int64), np.empty((tokens, top_k), np.int64)
+    weights = np.empty((tokens, top_k), np.float32)
+    starts, source = np.empty(len(router) + 1, np.int64), np.empty(tokens * top_k, np.int64)
+    result = np.empty((tokens * top_k, x.shape[1]), np.float32)
     _route(x, router, top_k, renormalize, chosen, weights)
-    _run_experts(x, gate_up, down, chosen, weights, 0, 1, out[0])
+    _sort(chosen, len(router), starts, place, source)
+    _run_experts(x, gate_up, down, starts, source, 0, tokens * top_k, result)
+    _combine(result, place, weights, 0, tokens, out)
 
 
 @compiled_parallel
@@ -195,9 +224,17 @@ def _moe_parallel(
     top_k: int,
     renormalize: bool,
     out: np.ndarray,
+    parts: int,
 ) -> None:
-    chosen = np.empty((len(x), top_k), np.int64)
-    weights = np.empty((len(x), top_k), np.float32)
+    tokens = len(x)
+    chosen, place = np.empty((tokens, top_k), np.int64), np.empty((tokens, top_k), np.int64)
+    weights = np.empty((tokens, top_k), np.float32)
+    starts, source = np.empty(len(router) + 1, np.int64), np.empty(tokens * top_k, np.int64)
+    result = np.empty((tokens * top_k, x.shape[1]), np.float32)
     _route(x, router, top_k, renormalize, chosen, weights)
-    for part in numba.prange(len(out)):
-        _run_experts(x, gate_up, down, chosen, weights, part, len(out), out[part])
+    _sort(chosen, len(router), starts, place, source)
+    pairs = tokens * top_k
+    for part in numba.prange(parts):
+        _run_experts(x, gate_up, down, starts, source, pairs * part // parts, pairs * (part + 1) // parts, result)
+    for part in numba.prange(parts):
+        _combine(result, place, weights, tokens * part // parts, tokens * (part + 1) // parts, out)

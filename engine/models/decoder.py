@@ -79,9 +79,10 @@ class Layer:
             parts.append(ops.decode_attention(single, cache, self.index, tables, lengths, self.scale, self.window))
         for span in batch.spans:
             rows = q[span.start : span.stop]
-            mask = span.masks[self.window]
             parts.append(
-                ops.prefill_attention(rows, cache, self.index, span.block_table, span.context_len, self.scale, mask)
+                ops.prefill_attention(
+                    rows, cache, self.index, span.block_table, span.context_len, self.scale, self.window
+                )
             )
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 

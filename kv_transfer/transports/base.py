@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from ...core.ids import PeerId
+from ...kernels import copy_runs
 from ..layout import Runs
 from ..memory import Buffer
 
@@ -84,9 +85,22 @@ class Transport(Protocol):
         ...
 
 
-def bytes_of(regions: dict[str, Region], name: str) -> np.ndarray:
-    """A registered region's bytes."""
-    return regions[name].buffer.array
+def bytes_of(regions: dict[str, Region], name: str) -> np.ndarray | None:
+    """A registered region's bytes, or None."""
+    region = regions.get(name)
+    return None if region is None else region.buffer.array
+
+
+def copy_checked(read: Read, source: np.ndarray | None, target: np.ndarray | None) -> str:
+    """Copy a read's ranges between two buffers of this process's address space; returns why not, or ""."""
+    if source is None:
+        return f"{read.peer} has no region {read.source}"
+    if target is None:
+        return f"there is no local region {read.target}"
+    error = check_runs(read.runs, len(source), len(target))
+    if not error:
+        copy_runs.native(source, target, *read.runs)
+    return error
 
 
 def check_runs(runs: Runs, source_bytes: int, target_bytes: int) -> str:

@@ -10,12 +10,10 @@ import secrets
 from collections.abc import Iterable
 
 import msgspec
-import numpy as np
 
 from ...core.errors import TransferError
 from ...core.ids import PeerId
-from ...kernels import copy_runs
-from .base import Notify, Read, Region, TransferResult, bytes_of, check_runs
+from .base import Notify, Read, Region, TransferResult, bytes_of, copy_checked
 
 _open: dict[str, InprocTransport] = {}
 
@@ -78,9 +76,4 @@ class InprocTransport:
         peer = self._peers.get(read.peer)
         if peer is None or peer._token not in _open:
             return f"{read.peer} is gone"
-        source: np.ndarray = bytes_of(peer._regions, read.source)
-        target: np.ndarray = bytes_of(self._regions, read.target)
-        error = check_runs(read.runs, len(source), len(target))
-        if not error:
-            copy_runs.native(source, target, *read.runs)
-        return error
+        return copy_checked(read, bytes_of(peer._regions, read.source), bytes_of(self._regions, read.target))

@@ -11,9 +11,8 @@ import numpy as np
 
 from ...core.errors import TransferError
 from ...core.ids import PeerId
-from ...kernels import copy_runs
 from ..memory import SharedMemory, map_shared
-from .base import Notify, Read, Region, TransferResult, bytes_of, check_runs
+from .base import Notify, Read, Region, TransferResult, bytes_of, copy_checked
 
 
 class ShmTransport:
@@ -89,18 +88,11 @@ class ShmTransport:
                     continue
                 self._active = number
                 sources = self._peers.get(read.peer)
-            error = f"{read.peer} is gone" if sources is None else self._copy(read, sources)
+            if sources is None:
+                error = f"{read.peer} is gone"
+            else:
+                error = copy_checked(read, sources.get(read.source), bytes_of(self._regions, read.target))
             with self._lock:
                 self._active = 0
                 self._done.append(TransferResult(number, error))
             self._notify()
-
-    def _copy(self, read: Read, sources: dict[str, np.ndarray]) -> str:
-        source = sources.get(read.source)
-        if source is None:
-            return f"{read.peer} has no region {read.source}"
-        target = bytes_of(self._regions, read.target)
-        error = check_runs(read.runs, len(source), len(target))
-        if not error:
-            copy_runs.native(source, target, *read.runs)
-        return error

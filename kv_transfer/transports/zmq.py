@@ -19,6 +19,7 @@ import zmq
 from ...core.errors import TransferError
 from ...core.ids import PeerId
 from ...core.log import RateLimited
+from ...core.messages import decode_with
 from ...core.wire import SecureContext
 from ...kernels import copy_runs
 from ..layout import Runs
@@ -49,22 +50,24 @@ class _Answer(msgspec.Struct, array_like=True, frozen=True):
     error: str = ""
 
 
+_asks = msgspec.msgpack.Decoder(_Ask)
+_answers = msgspec.msgpack.Decoder(_Answer)
+
+
 class _Frame:
     """A part of a read that travels as one frame."""
 
-    def __init__(self, read_number: int, peer: PeerId, source: str, target: str, runs: Runs) -> None:
+    def __init__(self, read_number: int, read: Read, runs: Runs) -> None:
         self.read_number = read_number
-        self.peer = peer
-        self.source = source
-        self.target = target
+        self.source = read.source
+        self.target = read.target
         self.runs = runs
 
 
 class _Open:
     """A read that has frames outstanding."""
 
-    def __init__(self, peer: PeerId, frames: int) -> None:
-        self.peer = peer
+    def __init__(self, frames: int) -> None:
         self.frames = frames
         self.error = ""
         self.cancelled = False
@@ -127,22 +130,20 @@ class ZmqTransport:
         self._number += 1
         number = self._number
         with self._lock:
-            frames = [_Frame(number, read.peer, read.source, read.target, runs) for runs in split_runs(read.runs)]
             target = self._regions.get(read.target)
-            error = "" if target else f"no local region {read.target}"
-            if target is not None:
-                error = check_runs(read.runs, 1 << 62, len(target.buffer.array))
+            error = check_runs(read.runs, 1 << 62, len(target.buffer.array)) if target else f"no region {read.target}"
             if read.peer not in self._endpoints:
                 error = f"{read.peer} is gone"
-            if error or not frames:
-                self._done.append(TransferResult(number, error))
-            else:
-                self._reads[number] = _Open(read.peer, len(frames))
+            frames = [] if error else [_Frame(number, read, runs) for runs in split_runs(read.runs)]
+            if frames:
+                self._reads[number] = _Open(len(frames))
                 self._queued.setdefault(read.peer, deque()).extend(frames)
-        if error or not frames:
-            self._notify()
-        else:
+            else:
+                self._done.append(TransferResult(number, error))
+        if frames:
             self._wake(b"reads")
+        else:
+            self._notify()
         return number
 
     def poll(self) -> list[TransferResult]:
@@ -216,13 +217,15 @@ class ZmqTransport:
     ) -> None:
         with self._lock:
             wanted = dict(self._endpoints)
-        for peer in [p for p in dealers if p not in wanted]:
-            dealer = dealers.pop(peer)
-            poller.unregister(dealer)
-            dealer.close()
-            lost = asked.pop(peer)
-            with self._lock:
-                frames = [*lost.values(), *self._queued.pop(peer, ())]
+            # A peer can be gone before we ever connected to it.
+            gone = (dealers.keys() | self._queued.keys()) - wanted.keys()
+            lost = {peer: list(self._queued.pop(peer, ())) for peer in gone}
+        for peer, frames in lost.items():
+            dealer = dealers.pop(peer, None)
+            if dealer is not None:
+                poller.unregister(dealer)
+                dealer.close()
+                frames += asked.pop(peer).values()
             for frame in frames:
                 self._finish_frame(frame, f"{peer} is gone")
         for peer, endpoint in wanted.items():
@@ -248,7 +251,7 @@ class ZmqTransport:
         parts = self._server.recv_multipart()
         try:
             sender, body = parts
-            ask = msgspec.msgpack.decode(body, type=_Ask)
+            ask = decode_with(_asks, body)
             offsets, sizes = _unpack(ask.offsets), _unpack(ask.sizes)
         except (ValueError, msgspec.DecodeError) as error:
             self._on_bad_frame()
@@ -283,7 +286,7 @@ class ZmqTransport:
         while True:
             try:
                 head, payload = dealer.recv_multipart(flags=zmq.DONTWAIT, copy=False)
-                answer = msgspec.msgpack.decode(head.buffer, type=_Answer)
+                answer = decode_with(_answers, head.buffer)
             except zmq.Again:
                 return
             except (ValueError, msgspec.DecodeError) as error:

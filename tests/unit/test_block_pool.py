@@ -1,0 +1,131 @@
+"""The block pool against a slow, obviously right model."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
+from tandem.core.hashing import block_hashes, root_hash
+from tandem.engine.block_pool import BlockPool
+
+BLOCKS = 7
+ROOT = root_hash("test")
+
+
+def keys_of(length: int, salt: int) -> list[bytes]:
+    return block_hashes([salt] * length, 1, ROOT)
+
+
+class PoolMachine(RuleBasedStateMachine):
+    """Holders take, fill and give back blocks; a dictionary knows what each block must hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generations = np.zeros(BLOCKS, np.uint64)
+        self.pool = BlockPool(BLOCKS, self.generations)
+        self.holders: list[list[int]] = []
+        self.content: dict[int, bytes] = {}
+        self.seen = [0] * BLOCKS
+
+    held = Bundle("held")
+
+    @rule(target=held, count=st.integers(1, 4))
+    def allocate(self, count: int) -> list[int]:
+        used = {block for holder in self.holders for block in holder}
+        before = self.generations.copy()
+        blocks = self.pool.allocate(count)
+        if blocks is None:
+            assert count > BLOCKS - len(used), "refused although there was room"
+            return []
+        assert len(set(blocks)) == count
+        assert not used & set(blocks), "a used block was given out"
+        for block in blocks:
+            assert self.generations[block] == before[block] + 1, "reuse must show in the generation"
+            self.content.pop(block, None)
+        self.holders.append(blocks)
+        return blocks
+
+    @rule(holder=held, salt=st.integers(0, 2))
+    def commit(self, holder: list[int], salt: int) -> None:
+        if holder not in self.holders:
+            return
+        for block, key in zip(holder, keys_of(len(holder), salt), strict=True):
+            known = key in self.content.values()
+            self.pool.commit(block, key)
+            if block not in self.content and not known:
+                self.content[block] = key
+
+    @rule(target=held, salt=st.integers(0, 2), length=st.integers(1, 5))
+    def match(self, salt: int, length: int) -> list[int]:
+        keys = keys_of(length, salt)
+        blocks = self.pool.match(keys)
+        for block, key in zip(blocks, keys, strict=False):
+            assert self.content[block] == key, "a match must hold what was asked for"
+        present = set(self.content.values())
+        longest = next((i for i, key in enumerate(keys) if key not in present), length)
+        assert len(blocks) == longest
+        if blocks:
+            self.pool.acquire(blocks)
+            self.holders.append(blocks)
+        return blocks
+
+    @rule(holder=consumes(held))
+    def release(self, holder: list[int]) -> None:
+        if holder in self.holders:
+            self.holders.remove(holder)
+            self.pool.release(holder)
+
+    @invariant()
+    def consistent(self) -> None:
+        self.pool.check()
+        used = {block for holder in self.holders for block in holder}
+        assert self.pool.num_free == BLOCKS - len(used)
+
+
+TestPool = PoolMachine.TestCase
+
+
+def pool(blocks: int = 4, prefix_cache: bool = True) -> BlockPool:
+    return BlockPool(blocks, np.zeros(blocks, np.uint64), prefix_cache)
+
+
+def test_the_longest_unused_goes_first_and_tails_before_heads() -> None:
+    p = pool()
+    first, second = p.allocate(2), p.allocate(2)
+    assert first is not None
+    assert second is not None
+    for blocks, salt in ((first, 0), (second, 1)):
+        for block, key in zip(blocks, keys_of(2, salt), strict=True):
+            p.commit(block, key)
+    p.release(first)
+    p.release(second)
+    assert p.allocate(1) == [first[1]]
+    assert p.allocate(1) == [first[0]]
+    assert p.match(keys_of(2, 1)) == second
+
+
+def test_all_or_nothing() -> None:
+    p = pool()
+    assert p.allocate(5) is None
+    assert p.num_free == 4
+
+
+def test_releasing_twice_is_an_error() -> None:
+    p = pool()
+    blocks = p.allocate(1)
+    assert blocks is not None
+    p.release(blocks)
+    with pytest.raises(ValueError, match="once too often"):
+        p.release(blocks)
+
+
+def test_without_a_prefix_cache_nothing_is_found() -> None:
+    p = pool(prefix_cache=False)
+    blocks = p.allocate(2)
+    assert blocks is not None
+    for block, key in zip(blocks, keys_of(2, 0), strict=True):
+        p.commit(block, key)
+    assert p.match(keys_of(2, 0)) == []
+    p.release(blocks)
+    p.check()

@@ -1,0 +1,130 @@
+"""The YAML file: defaults, strictness, and what its mistakes are answered with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tandem.core.config import Config, load_config, model_folder, model_name
+from tandem.core.errors import ConfigError
+from tandem.core.units import format_bytes, parse_bytes
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "tandem.yaml"
+    path.write_text(text)
+    return path
+
+
+def complaint(tmp_path: Path, text: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(tmp_path, text))
+    return str(caught.value)
+
+
+def test_defaults_serve_the_demo_model() -> None:
+    config = load_config()
+    assert config.model.path == "demo"
+    assert config.pools.prefill is not None
+    assert config.pools.decode is not None
+    assert config.pools.colocated is None
+    assert model_name(config) == "tandem-demo"
+    assert (model_folder(config) / "config.json").is_file()
+
+
+def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
+    assert load_config(write(tmp_path, "# nothing\n")) == load_config()
+
+
+def test_the_demo_profile_is_the_defaults() -> None:
+    assert load_config(Path(__file__).parents[2] / "deploy" / "profiles" / "demo.yaml") == load_config()
+
+
+def test_an_unknown_key_names_its_neighbour_and_its_line(tmp_path: Path) -> None:
+    text = complaint(tmp_path, "model: {path: demo}\nkv:\n  blok_tokens: 3\n")
+    assert f"{tmp_path}/tandem.yaml:3: unknown key kv.blok_tokens; did you mean kv.block_tokens?" in text
+
+
+def test_an_unknown_key_in_a_pool(tmp_path: Path) -> None:
+    text = complaint(tmp_path, "pools:\n  decode: {max_runing: 4}\n")
+    assert "unknown key pools.decode.max_runing; did you mean pools.decode.max_running?" in text
+
+
+def test_a_key_without_a_neighbour_lists_what_is_known(tmp_path: Path) -> None:
+    assert "known here: model, pools, kv, routing, gateway, log" in complaint(tmp_path, "zzz: 1\n")
+
+
+def test_every_mistake_is_told_at_once(tmp_path: Path) -> None:
+    text = complaint(tmp_path, "kv: {block_tokens: 0, capacity: 12 foo}\ngateway: {port: 99999}\n")
+    assert "kv.block_tokens" in text
+    assert "not a size: '12 foo'" in text
+    assert "gateway.port" in text
+    assert text.count("kv.capacity") == 1
+
+
+def test_a_key_given_twice(tmp_path: Path) -> None:
+    assert "kv.block_tokens is given twice" in complaint(tmp_path, "kv:\n  block_tokens: 8\n  block_tokens: 16\n")
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "just words", "a: [", "\t- x", "a: !!python/object:os.system x"])
+def test_what_is_no_configuration(tmp_path: Path, text: str) -> None:
+    assert "tandem.yaml" in complaint(tmp_path, text)
+
+
+def test_a_missing_file() -> None:
+    with pytest.raises(ConfigError, match="no such file"):
+        load_config(Path("/nowhere/tandem.yaml"))
+
+
+def test_colocated_excludes_the_others() -> None:
+    config = load_config(None, ["pools.colocated={}"])
+    assert config.pools.prefill is None
+    assert config.pools.decode is None
+    with pytest.raises(ConfigError, match="give either colocated, or prefill and decode"):
+        load_config(None, ["pools.colocated={}", "pools.decode={}"])
+
+
+def test_overrides(tmp_path: Path) -> None:
+    path = write(tmp_path, "kv: {block_tokens: 8}\n")
+    config = load_config(path, ["kv.block_tokens=32", "gateway.api_keys=[a, b]", "pools.decode.max_running=3"])
+    assert config.kv.block_tokens == 32
+    assert config.gateway.api_keys == ("a", "b")
+    assert config.pools.decode is not None
+    assert config.pools.decode.max_running == 3
+
+
+@pytest.mark.parametrize("override", ["kv", "=3", "kv.=3", "kv.block_tokens.x=1", "kv.block_tokens=[", "kv.nope=1"])
+def test_bad_overrides(override: str) -> None:
+    with pytest.raises(ConfigError):
+        load_config(None, ["kv.block_tokens=16", override])
+
+
+def test_a_missing_model_folder() -> None:
+    with pytest.raises(ConfigError, match=r"model\.path: /nowhere: the folder does not exist"):
+        model_folder(load_config(None, ["model.path=/nowhere"]))
+
+
+def test_the_schema_is_json_and_explains_every_key() -> None:
+    schema = json.loads(json.dumps(Config.model_json_schema()))
+    for name, section in schema["$defs"].items():
+        for key, value in section["properties"].items():
+            assert value.get("description"), f"{name}.{key} has no description"
+
+
+def test_a_configuration_survives_its_own_json() -> None:
+    config = load_config(None, ["pools.colocated={replicas: 2}", "kv.capacity=64MiB"])
+    assert Config.model_validate_json(config.model_dump_json()) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("64MiB", 64 << 20), ("1.5 GiB", 3 << 29), ("10", 10), ("2kb", 2000), (7, 7)]
+)
+def test_sizes(text: str | int, size: int) -> None:
+    assert parse_bytes(text) == size
+
+
+def test_sizes_for_people() -> None:
+    assert format_bytes(1610612736) == "1.5 GiB"
+    assert format_bytes(12) == "12 B"
+    assert format_bytes(5 * 2**40) == "5.0 TiB"

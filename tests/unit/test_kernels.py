@@ -1,0 +1,310 @@
+"""Every kernel against its torch reference: odd shapes, fresh random inputs, poisoned outputs, one and several threads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numba
+import numpy as np
+import pytest
+import torch
+from tandem.kernels import (
+    activation,
+    decode_attention,
+    linear,
+    moe,
+    prefill_attention,
+    rms_norm,
+    rotary,
+    sampling,
+)
+from tandem.kernels.compiled import num_threads, set_num_threads
+from tandem.kernels.exponential import exp_inplace
+from tandem.kernels.oracle import NATIVE, REFERENCE, select
+from tandem.kernels.sampling import INVALID, SamplingRows
+
+
+@pytest.fixture(params=[1, 2], autouse=True)
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    if request.param > numba.config.NUMBA_NUM_THREADS:
+        pytest.skip("this machine has one core")
+    before = num_threads()
+    set_num_threads(request.param)
+    yield request.param
+    set_num_threads(before)
+
+
+@pytest.fixture
+def rng() -> torch.Generator:
+    # Not seeded with a constant: every run sees other numbers; a failure prints them.
+    seed = torch.seed() % 2**31
+    print("seed", seed)
+    return torch.Generator().manual_seed(seed)
+
+
+def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-5) -> None:
+    assert a.shape == b.shape
+    assert a.dtype == b.dtype
+    scale = b.double().abs().max().clamp(min=1e-3)
+    error = ((a.double() - b.double()).abs().max() / scale).item()
+    assert error <= tolerance, f"relative error {error:.2e}"
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 7, 16, 17, 33, 130])
+@pytest.mark.parametrize(("outputs", "inputs"), [(1, 1), (3, 5), (19, 31), (160, 256), (515, 48)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_linear(rng: torch.Generator, rows: int, outputs: int, inputs: int, bias: bool) -> None:
+    x = torch.randn(rows, inputs, generator=rng)
+    w = torch.randn(outputs, inputs, generator=rng)
+    b = torch.randn(outputs, generator=rng) if bias else None
+    exact = torch.nn.functional.linear(x.double(), w.double(), None if b is None else b.double()).float()
+    close(linear.native(x, w, b), exact)
+    close(linear.wide(x, w, b), exact)
+
+
+def test_linear_with_large_weights_goes_to_the_library(rng: torch.Generator) -> None:
+    w = torch.randn(1, linear.MAX_COMPILED_WEIGHTS + 1, generator=rng)
+    x = torch.randn(2, linear.MAX_COMPILED_WEIGHTS + 1, generator=rng)
+    close(linear.native(x, w), linear.reference(x, w), 1e-4)
+
+
+@pytest.mark.parametrize(("tokens", "hidden"), [(1, 1), (3, 7), (16, 256), (65, 130)])
+def test_rms_norm(rng: torch.Generator, tokens: int, hidden: int) -> None:
+    x, r = torch.randn(tokens, hidden, generator=rng), torch.randn(tokens, hidden, generator=rng)
+    w = torch.randn(hidden, generator=rng)
+    for residual in (None, r):
+        want = rms_norm.reference(x, residual, w, 1e-5)
+        got = rms_norm.native(x, None if residual is None else residual.clone(), w, 1e-5)
+        close(got[0], want[0])
+        close(got[1], want[1])
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "block_tokens"), [(8, 2, 32, 16), (3, 1, 2, 1), (6, 6, 10, 8)]
+)
+@pytest.mark.parametrize("norm", [False, True])
+def test_rotary(rng: torch.Generator, heads: int, kv_heads: int, head_dim: int, block_tokens: int, norm: bool) -> None:
+    tokens = 13
+    qkv = torch.randn(tokens, (heads + 2 * kv_heads) * head_dim, generator=rng)
+    head_norm = None
+    if norm:
+        head_norm = rotary.HeadNorm(torch.randn(head_dim, generator=rng), torch.randn(head_dim, generator=rng), 1e-6)
+    table = torch.randn(50, head_dim, generator=rng)
+    positions = torch.randint(0, 50, (tokens,), generator=rng)
+    cache = torch.full((20, 3, 2, kv_heads, block_tokens, head_dim), torch.nan)
+    other = cache.clone()
+    slots = torch.randperm(20 * block_tokens, generator=rng)[:tokens]
+    want = rotary.reference(qkv, head_norm, table, positions, cache, 1, slots)
+    got = rotary.native(qkv, head_norm, table, positions, other, 1, slots)
+    close(got, want)
+    assert (cache.isnan() == other.isnan()).all(), "another place was written"
+    close(other.nan_to_num(), cache.nan_to_num())
+
+
+CASES = [(8, 2, 32, 16), (6, 2, 10, 8), (5, 1, 14, 64), (4, 4, 16, 1), (12, 2, 64, 16)]
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "block_tokens"), CASES)
+@pytest.mark.parametrize("window", [0, 1, 17])
+def test_decode_attention(
+    rng: torch.Generator, heads: int, kv_heads: int, head_dim: int, block_tokens: int, window: int
+) -> None:
+    lengths = torch.tensor([1, 2, block_tokens, block_tokens + 1, 77, 130])
+    most = -(-130 // block_tokens)
+    # Blocks that no sequence may read are poison.
+    cache = torch.full((6 * most + 1, 2, 2, kv_heads, block_tokens, head_dim), torch.nan)
+    tables = torch.full((6, most), 6 * most)
+    free = iter(torch.randperm(6 * most, generator=rng).tolist())
+    for i, length in enumerate(lengths.tolist()):
+        for block in range(-(-length // block_tokens)):
+            tables[i, block] = next(free)
+            cache[tables[i, block]] = torch.randn(2, 2, kv_heads, block_tokens, head_dim, generator=rng)
+    q = torch.randn(6, heads, head_dim, generator=rng)
+    want = decode_attention.reference(q, cache, 1, tables, lengths, head_dim**-0.5, window)
+    assert not want.isnan().any()
+    close(decode_attention.native(q, cache, 1, tables, lengths, head_dim**-0.5, window), want)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "block_tokens"), CASES)
+@pytest.mark.parametrize(("tokens", "context"), [(1, 1), (2, 2), (5, 300), (33, 33), (70, 131), (129, 400)])
+@pytest.mark.parametrize("window", [0, 1, 17, 1000])
+def test_prefill_attention(
+    rng: torch.Generator, heads: int, kv_heads: int, head_dim: int, block_tokens: int, tokens: int, context: int,
+    window: int,
+) -> None:  # fmt: skip
+    blocks = -(-context // block_tokens)
+    cache = torch.randn(blocks + 2, 2, 2, kv_heads, block_tokens, head_dim, generator=rng)
+    table = torch.randperm(blocks + 2, generator=rng)[:blocks]
+    q = torch.randn(tokens, heads, head_dim, generator=rng)
+    want = prefill_attention.reference(q, cache, 1, table, context, head_dim**-0.5, window)
+    close(prefill_attention.native(q, cache, 1, table, context, head_dim**-0.5, window), want)
+
+
+def test_both_attentions_agree(rng: torch.Generator) -> None:
+    cache = torch.randn(9, 1, 2, 2, 16, 8, generator=rng)
+    table = torch.randperm(9, generator=rng)
+    q = torch.randn(1, 4, 8, generator=rng)
+    for window in (0, 20):
+        one = decode_attention.native(q, cache, 0, table.unsqueeze(0), torch.tensor([140]), 0.3, window)
+        close(prefill_attention.native(q, cache, 0, table, 140, 0.3, window), one)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 200])
+@pytest.mark.parametrize("inner", [1, 19, 80, 700])
+def test_silu_mul(rng: torch.Generator, rows: int, inner: int) -> None:
+    x = torch.randn(rows, 2 * inner, generator=rng) * 20
+    close(activation.native(x), activation.reference(x.double()).float())
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 5, 16, 40, 300])
+@pytest.mark.parametrize(
+    ("experts", "top_k", "inner", "hidden"), [(16, 2, 80, 256), (5, 3, 19, 48), (4, 4, 7, 12), (3, 1, 1, 5)]
+)
+@pytest.mark.parametrize("renormalize", [False, True])
+def test_moe(
+    rng: torch.Generator, tokens: int, experts: int, top_k: int, inner: int, hidden: int, renormalize: bool
+) -> None:
+    x = torch.randn(tokens, hidden, generator=rng)
+    router = torch.randn(experts, hidden, generator=rng)
+    gate_up = torch.randn(experts, 2 * inner, hidden, generator=rng) / hidden**0.5
+    down = torch.randn(experts, hidden, inner, generator=rng) / inner**0.5
+    want = moe.reference(x, router, gate_up, down, top_k, renormalize)
+    close(moe.native(x, router, gate_up, down, top_k, renormalize), want, 1e-4)
+
+
+def test_moe_with_one_expert_for_all(rng: torch.Generator) -> None:
+    x = torch.randn(1, 16, generator=rng).expand(300, 16).contiguous()
+    router, gate_up = torch.randn(8, 16, generator=rng), torch.randn(8, 12, 16, generator=rng)
+    down = torch.randn(8, 16, 6, generator=rng)
+    out = moe.native(x, router, gate_up, down, 2, True)
+    close(out, moe.reference(x, router, gate_up, down, 2, True), 1e-4)
+    assert (out == out[0]).all()
+
+
+def test_exponential() -> None:
+    x = np.concatenate([np.linspace(-100, 80, 1001), [0.0, -0.0, -1e30, -np.inf, np.nan]]).astype(np.float32)
+    exact = np.exp(x.astype(np.float64))
+    got = x.copy()
+    exp_inplace(got, np.empty(len(x), np.int32))
+    assert np.isnan(got[-1])
+    inside = np.abs(x) < 85
+    assert (np.abs(got[inside] / exact[inside] - 1) < 3e-7).all()
+    assert (got[x < -87] < 1e-37).all()
+
+
+def rows(count: int, rng: torch.Generator, **fixed: float) -> SamplingRows:
+    """Random parameters, with every filter on and off."""
+
+    def some(value: torch.Tensor, off: float) -> torch.Tensor:
+        return torch.where(torch.rand(count, generator=rng) < 0.5, value, torch.tensor(off))
+
+    params = SamplingRows(
+        temperature=some(torch.rand(count, generator=rng) * 2 + 0.01, 0.0),
+        top_k=some(torch.randint(1, 60, (count,), generator=rng), 0).to(torch.int64),
+        top_p=some(torch.rand(count, generator=rng) * 0.98 + 0.01, 1.0),
+        min_p=some(torch.rand(count, generator=rng) * 0.3, 0.0),
+        seed=torch.randint(0, 2**62, (count,), generator=rng),
+        position=torch.randint(0, 10_000, (count,), generator=rng),
+    )
+    fields = {name: torch.full_like(getattr(params, name), value) for name, value in fixed.items()}
+    return params._replace(**fields)
+
+
+def test_sampling_equals_its_reference(rng: torch.Generator) -> None:
+    for vocabulary in (2, 131, 4096):
+        logits = torch.randn(200, vocabulary, generator=rng) * 5
+        params = rows(200, rng)
+        want, got = sampling.reference(logits, params), sampling.native(logits, params)
+        # Where a filter's sum lands within rounding of its bound, the two may differ.
+        assert (want != got).sum() <= 1
+
+
+def test_sampling_follows_the_distribution(rng: torch.Generator) -> None:
+    logits = torch.randn(1, 50, generator=rng) * 1.5
+    count = 40_000
+    params = rows(count, rng, temperature=0.8, top_k=0, top_p=1.0, min_p=0.0)
+    params = params._replace(position=torch.arange(count), seed=torch.full((count,), 12345))
+    drawn = torch.bincount(sampling.native(logits.expand(count, 50).contiguous(), params), minlength=50)
+    expected = (logits[0] / 0.8).softmax(-1) * count
+    keep = expected > 5
+    chi2 = ((drawn[keep] - expected[keep]) ** 2 / expected[keep]).sum().item()
+    # Mean keep, variance 2 keep: six standard deviations.
+    assert chi2 < keep.sum().item() + 6 * (2 * keep.sum().item()) ** 0.5
+
+
+def test_a_draw_depends_on_seed_and_position_alone(rng: torch.Generator) -> None:
+    logits = torch.randn(30, 500, generator=rng)
+    params = rows(30, rng, temperature=1.0)
+    together = sampling.native(logits, params)
+    for i in torch.randperm(30, generator=rng).tolist():
+        alone = sampling.native(logits[i : i + 1].clone(), SamplingRows(*(field[i : i + 1] for field in params)))
+        assert alone.item() == together[i].item()
+    assert (sampling.native(logits, params._replace(seed=params.seed + 1)) != together).any()
+    assert (sampling.native(logits, params._replace(position=params.position + 1)) != together).any()
+
+
+def test_a_draw_is_as_robust_as_the_greedy_choice(rng: torch.Generator) -> None:
+    """Logits that differ in the last bits, as other batch shapes make them, must not change the text."""
+    logits = torch.randn(2000, 500, generator=rng) * 3
+    params = rows(2000, rng, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
+    noise = torch.randn(2000, 500, generator=rng) * 1e-6
+    changed = (sampling.native(logits, params) != sampling.native(logits + noise, params)).sum()
+    assert changed <= 1
+
+
+def test_filters_keep_what_they_should(rng: torch.Generator) -> None:
+    logits = torch.randn(1, 200, generator=rng) * 3
+    count = 3000
+    wide = logits.expand(count, 200).contiguous()
+    base = rows(count, rng, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)._replace(position=torch.arange(count))
+    order = logits[0].argsort(descending=True)
+    shares = logits[0].softmax(-1)
+    top_k = sampling.native(wide, base._replace(top_k=torch.full((count,), 5)))
+    assert set(top_k.tolist()) == set(order[:5].tolist())
+    cumulative = shares[order].cumsum(-1)
+    nucleus = order[: int((cumulative < 0.7).sum()) + 1]
+    top_p = sampling.native(wide, base._replace(top_p=torch.full((count,), 0.7)))
+    assert set(top_p.tolist()) == set(nucleus.tolist())
+    min_p = sampling.native(wide, base._replace(min_p=torch.full((count,), 0.2)))
+    assert set(min_p.tolist()) <= set((shares >= 0.2 * shares.max()).nonzero().flatten().tolist())
+    for extreme in (
+        base._replace(top_k=torch.ones(count, dtype=torch.int64)),
+        base._replace(top_p=torch.full((count,), 1e-6)),
+    ):
+        assert (sampling.native(wide, extreme) == order[0]).all()
+
+
+@pytest.mark.parametrize("sample", [sampling.reference, sampling.native])
+def test_rows_without_an_answer(sample: object, rng: torch.Generator) -> None:
+    logits = torch.randn(5, 20, generator=rng)
+    logits[1, 7] = torch.nan
+    logits[3] = -torch.inf
+    logits[4] = -torch.inf
+    logits[4, 11] = 1.0
+    for temperature in (0.0, 1.0):
+        got = sample(logits.clone(), rows(5, rng, temperature=temperature))  # type: ignore[operator]
+        assert (got == INVALID).tolist() == [False, True, False, True, False]
+        assert got[4] == 11
+
+
+def test_penalties() -> None:
+    row = torch.tensor([1.0, -1.0, 2.0, 0.5, 3.0])
+    sampling.apply_penalties(row, torch.tensor([0, 1]), torch.tensor([2, 2, 4]), 0.1, 0.2, 2.0)
+    torch.testing.assert_close(row, torch.tensor([0.5, -2.0, 1.0 - 0.5, 0.5, 1.5 - 0.3]))
+
+
+def test_logprobs(rng: torch.Generator) -> None:
+    logits = torch.randn(3, 40, generator=rng)
+    tokens = torch.tensor([3, 5, 7])
+    chosen, ids, values = sampling.top_logprobs(logits, tokens, 4)
+    exact = logits.log_softmax(-1)
+    close(chosen, exact[torch.arange(3), tokens])
+    close(values, exact.sort(descending=True).values[:, :4])
+    assert (ids[:, 0] == logits.argmax(-1)).all()
+
+
+def test_the_oracle() -> None:
+    cpu = torch.device("cpu")
+    assert select(cpu, torch.float32) is NATIVE
+    assert select(cpu, torch.bfloat16) is REFERENCE
+    assert select(torch.device("cuda"), torch.float32) is REFERENCE
