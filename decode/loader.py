@@ -123,6 +123,10 @@ class Loader:
     def __len__(self) -> int:
         return len(self._loads)
 
+    def loads(self, stream: Stream) -> bool:
+        """Whether a stream's load is not over yet."""
+        return any(load.stream is stream for load in self._loads.values())
+
     def start(self, stream: Stream, peer: PeerId) -> None:
         """Ask ``peer`` for a stream's prompt, and start to fetch its KV into the stream's blocks.
 

@@ -60,9 +60,11 @@ class DecodeScheduler:
     @property
     def queued_tokens(self) -> int:
         """Prompt tokens that wait, or are being computed here."""
-        return sum(s.sequence.num_tokens for s in self._waiting) + sum(
-            s.sequence.num_tokens - s.sequence.num_computed for s in self._prefilling.values()
-        )
+        return sum(s.sequence.num_tokens for s in self._waiting) + self._num_prefilling_tokens
+
+    @property
+    def _num_prefilling_tokens(self) -> int:
+        return sum(s.sequence.num_tokens - s.sequence.num_computed for s in self._prefilling.values())
 
     def add(self, stream: Stream) -> None:
         """Queue a new or split-off stream, in its order."""
@@ -71,10 +73,13 @@ class DecodeScheduler:
     def admit(self) -> Iterator[Stream]:
         """Take waiting streams off the queue while there is room for them.
 
+        Prompts that are computed here start when they would take part in the next step, not sooner: what a step computes,
+        later streams with the same prefix find in the cache.
+
         Each comes with blocks for all its tokens, matched against the prefix cache, and must be given to `load`,
         `prefill` or `end` before the next is asked for.
         """
-        while self._waiting:
+        while self._waiting and self._num_prefilling_tokens < self._max_batched_tokens:
             stream = self._waiting[0]
             sequence = stream.sequence
             busy = sum(len(s.children) for streams in (self._loading, self._prefilling) for s in streams.values())

@@ -247,7 +247,7 @@ class DecodeWorker:
             streams.remove(stream)
             if not streams:
                 del self._streams[stream.key]
-        if stream.state is StreamState.LOADING:
+        if stream.state is StreamState.LOADING and self._loader.loads(stream):
             self._scheduler.drain(stream)
             self._apply(self._loader.abort(stream))
         elif stream.state is not StreamState.DRAINING:
@@ -259,6 +259,8 @@ class DecodeWorker:
         for event in events:
             stream = event.stream
             match event:
+                case _ if stream.state is StreamState.ENDED:  # by an earlier event of the same list
+                    continue
                 case LoadClosed() | LoadDone() | LoadFailed() if stream.state is StreamState.DRAINING:
                     self._scheduler.end(stream)
                 case PromptStarted():
@@ -465,6 +467,8 @@ class DecodeWorker:
         stream.log.error("ended with status %d: %s", status, message)
         self._emitter.refuse(stream.gateway, stream.request.ticket, status, message, retryable=retryable)
         for other in list(self._streams.get(stream.key, [stream])):
+            if status >= 500 and other.state in (StreamState.PREFILLING, StreamState.RUNNING):
+                self._engine.discard(other.sequence)
             self._close(other)
 
     def _stage(self, stream: Stream, name: str, detail: str = "") -> None:

@@ -101,6 +101,11 @@ class BlockPool:
             self._keys[block] = key
             self._by_key[key] = block
 
+    def uncache(self, blocks: Iterable[int]) -> None:
+        """Make used blocks unfindable: their content is not to be trusted."""
+        for block in blocks:
+            self._forget(block)
+
     def generations_of(self, blocks: Sequence[int]) -> list[int]:
         """Present generation of each block."""
         return [int(generation) for generation in self.generations[blocks]] if len(blocks) else []

@@ -86,6 +86,11 @@ class Engine:
         self.commit(sequence)
         self.pool.release(sequence.drop_blocks())
 
+    def discard(self, sequence: Sequence) -> None:
+        """Take a sequence's blocks back, and let nobody find what it computed: it went wrong."""
+        self.pool.uncache(sequence.blocks)
+        self.pool.release(sequence.drop_blocks())
+
     def commit(self, sequence: Sequence) -> None:
         """Offer a sequence's full blocks to the prefix cache."""
         full = min(sequence.num_computed, sequence.num_tokens) // self.block_tokens

@@ -63,9 +63,20 @@ class PrefillScheduler:
         self._queued[job.transfer] = job
 
     def admit(self) -> list[Job]:
-        """Start queued jobs while there are blocks for them. Returns those started: matched against the prefix cache."""
+        """Start queued jobs while there are blocks for them, and they would take part in the next step.
+
+        Not sooner: what a step computes, later jobs with the same prefix find in the cache.
+
+        Returns:
+            the jobs started, matched against the prefix cache.
+        """
         started = []
-        while self._queued and len(self._running) + len(self._held) < self._max_running:
+        tokens = sum(job.sequence.num_tokens - job.sequence.num_computed for job in self._running.values())
+        while (
+            self._queued
+            and tokens < self._max_batched_tokens
+            and len(self._running) + len(self._held) < self._max_running
+        ):
             transfer, job = next(iter(self._queued.items()))
             self._engine.match_prefix(job.sequence)
             if not self._engine.reserve(job.sequence, job.sequence.num_tokens):
@@ -75,6 +86,7 @@ class PrefillScheduler:
             job.started_s = self._clock.monotonic_s()
             job.move(JobState.RUNNING, job.started_s)
             self._running[transfer] = job
+            tokens += job.sequence.num_tokens - job.sequence.num_computed
             started.append(job)
         return started
 

@@ -254,6 +254,7 @@ class PrefillWorker:
 
     def _fail(self, job: Job, message: str, status: int) -> None:
         self._leases.release(job.transfer)
+        self._engine.discard(job.sequence)
         self._scheduler.remove(job)
         RequestLog(job.sequence.request_id).error("%s", message)
         self._send(

@@ -6,10 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 
 # `support` is imported by its own name: the tests are not part of the package.
 sys.path.insert(0, str(Path(__file__).parent))
+
+# Torch's threads wait for each other; with small tensors, and other processes on the cores, that is all they do.
+torch.set_num_threads(1)
 
 settings.register_profile(
     "tandem", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]

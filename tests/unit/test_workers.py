@@ -1,0 +1,642 @@
+"""Prefill and decode workers, single-stepped: aborts, failures, expiry, preemption, several outputs, bad requests."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.checkpoints import make_checkpoint
+from support.pair import GATEWAY, Pair
+from tandem.core.config import Config
+from tandem.core.messages import (
+    Accepted,
+    BlocksReady,
+    Child,
+    FailureReason,
+    FinishReason,
+    Generate,
+    Member,
+    Membership,
+    Message,
+    Prefill,
+    Prefilled,
+    PrefillFailed,
+    Release,
+    Sampling,
+    Stopping,
+)
+from tandem.decode.cost import CostModel
+from tandem.decode.stream import StreamState
+from tandem.engine.engine import Engine
+
+PROMPT = list(range(1, 51))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("qwen3_moe")
+    make_checkpoint("qwen3_moe", folder)
+    return folder
+
+
+class Make:
+    """Makes pairs, and looks at the end whether anything leaked."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._pairs: list[Pair] = []
+
+    def __call__(self, **sections: dict[str, object]) -> Pair:
+        base: dict[str, object] = {
+            "model": {"path": str(self._folder), "max_model_len": 256},
+            "kv": {"block_tokens": 8, "capacity": "4MiB"} | sections.pop("kv", {}),
+            "routing": {"local_prefill": "never"},
+        }
+        pair = Pair(Config.model_validate(base | sections))
+        self._pairs.append(pair)
+        return pair
+
+    def check(self) -> None:
+        for pair in self._pairs:
+            pair.run()
+            for node in pair.nodes.values():
+                node.check_idle()
+                assert node.worker.drained()
+            pair.close()
+
+
+@pytest.fixture
+def make(folder: Path) -> Iterator[Make]:
+    maker = Make(folder)
+    yield maker
+    maker.check()
+
+
+@pytest.fixture(scope="module")
+def golden(folder: Path) -> dict[tuple[int, ...], list[int]]:
+    """Undisturbed outputs of prompts, by their start and length."""
+    pair = Pair(
+        Config.model_validate({"model": {"path": str(folder), "max_model_len": 256}, "pools": {"colocated": {}}})
+    )
+    prompts = [list(range(i, i + 30 + i)) for i in range(1, 40)]
+    outputs = pair.generate(prompts, max_tokens=20)
+    pair.close()
+    return {tuple(prompt): output for prompt, output in zip(prompts, outputs, strict=True)}
+
+
+def prompt_of(i: int) -> list[int]:
+    return list(range(i, i + 30 + i))
+
+
+# ---- ends -----------------------------------------------------------------------------------------------------------
+
+
+def test_length_and_stop(make: Make) -> None:
+    pair = make()
+    ticket = pair.submit(PROMPT, max_tokens=12)
+    pair.run()
+    whole = pair.outputs[ticket]
+    assert whole.finish == {0: FinishReason.LENGTH}
+    assert len(whole.tokens[0]) == 12
+    stop = whole.tokens[0][5]
+    first = whole.tokens[0].index(stop)
+    ticket = pair.submit(PROMPT, max_tokens=12, stop_ids=[stop])
+    pair.run()
+    assert pair.outputs[ticket].tokens[0] == whole.tokens[0][: first + 1]
+    assert pair.outputs[ticket].finish == {0: FinishReason.STOP}
+
+
+def test_the_context_is_an_end(make: Make) -> None:
+    pair = make()
+    ticket = pair.submit(list(range(100)) * 2, max_tokens=1000)
+    pair.run()
+    assert len(pair.outputs[ticket].tokens[0]) == 256 - 200
+    assert pair.outputs[ticket].finish == {0: FinishReason.LENGTH}
+
+
+def test_one_token_needs_no_transfer(make: Make) -> None:
+    pair = make()
+    ticket = pair.submit(PROMPT, max_tokens=1)
+    pair.run()
+    assert len(pair.outputs[ticket].tokens[0]) == 1
+    assert "decode.started" not in pair.outputs[ticket].stages
+
+
+def test_the_first_token_comes_before_the_kv(make: Make) -> None:
+    pair = make()
+    pair.decode.connector.poll = lambda: []  # type: ignore[method-assign] - the reads take for ever
+    ticket = pair.submit(PROMPT)
+    for _ in range(20):
+        pair.turn()
+    assert len(pair.outputs[ticket].tokens[0]) == 1
+    del pair.decode.connector.poll
+    pair.run()
+    assert len(pair.outputs[ticket].tokens[0]) == 8
+
+
+# ---- several outputs ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pools", [{}, {"colocated": {}}], ids=["apart", "together"])
+def test_several_outputs_are_computed_from_one_prompt(make: Make, pools: dict[str, object]) -> None:
+    sampling = Sampling(temperature=1.5)
+    pair = make(pools=pools)
+    ticket = pair.submit(PROMPT, max_tokens=10, sampling=sampling, seeds=[7, 8, 9])
+    pair.run()
+    worker = pair.decode if pools else pair.prefill
+    assert worker.worker.report().prompt_tokens == len(PROMPT)
+    together = pair.outputs[ticket].tokens
+    assert set(together) == {0, 1, 2}
+    for index, seed in enumerate([7, 8, 9]):
+        alone = pair.submit(PROMPT, max_tokens=10, sampling=sampling, seeds=[seed])
+        pair.run()
+        assert pair.outputs[alone].tokens[0] == together[index]
+
+
+def test_outputs_that_end_with_their_first_token(make: Make) -> None:
+    sampling = Sampling(temperature=5.0)
+    pair = make()
+    ticket = pair.submit(PROMPT, max_tokens=6, sampling=sampling, seeds=[1, 2, 3, 4])
+    pair.run()
+    firsts = [pair.outputs[ticket].tokens[i][0] for i in range(4)]
+    ticket = pair.submit(PROMPT, max_tokens=6, sampling=sampling, seeds=[1, 2, 3, 4], stop_ids=firsts[:2])
+    pair.run()
+    output = pair.outputs[ticket]
+    assert output.tokens[0] == [firsts[0]]
+    assert output.tokens[1] == [firsts[1]]
+    assert output.finish[0] == FinishReason.STOP
+    assert set(output.finish) == {0, 1, 2, 3}
+
+
+def test_one_of_several_outputs_is_aborted(make: Make) -> None:
+    pair = make()
+    for turns in range(0, 12):
+        ticket = pair.submit(PROMPT, max_tokens=30, sampling=Sampling(temperature=1.0), seeds=[1, 2, 3])
+        for _ in range(turns):
+            pair.turn()
+        pair.abort(ticket, child=1)
+        pair.run()
+        output = pair.outputs[ticket]
+        assert set(output.finish) == {0, 2}, turns
+        assert len(output.tokens[0]) == len(output.tokens[2]) == 30
+
+
+def test_several_outputs_with_hardly_any_blocks(make: Make, folder: Path) -> None:
+    block_bytes = 3 * 2 * 2 * 8 * 16 * 4
+    pair = make(kv={"capacity": 33 * block_bytes})
+    tickets = [
+        pair.submit(PROMPT, max_tokens=40, sampling=Sampling(temperature=1.0), seeds=list(range(10 * i, 10 * i + 4)))
+        for i in range(3)
+    ]
+    pair.run()
+    assert pair.decode.metrics.preemptions._value.get() > 0
+    roomy = make(pools={"colocated": {}})
+    for i, ticket in enumerate(tickets):
+        want = roomy.submit(
+            PROMPT, max_tokens=40, sampling=Sampling(temperature=1.0), seeds=list(range(10 * i, 10 * i + 4))
+        )
+        roomy.run()
+        assert pair.outputs[ticket].tokens == roomy.outputs[want].tokens
+
+
+# ---- aborts ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_thousand_aborts_in_every_state(make: Make) -> None:
+    """After each, both sides are back where they were; neighbours say what they would have said."""
+    rng = random.Random(0)
+    pair = make(
+        pools={"prefill": {"max_batched_tokens": 16}, "decode": {"max_running": 4, "max_batched_tokens": 16}},
+        kv={"capacity": "1MiB"},
+    )
+    seen: Counter[StreamState] = Counter()
+    neighbour = pair.generate([PROMPT], max_tokens=20)[0]
+    for _ in range(250):
+        kept = pair.submit(PROMPT, max_tokens=20)
+        doomed = [
+            pair.submit(
+                [rng.randrange(131) for _ in range(rng.randrange(1, 120))],
+                max_tokens=rng.randrange(1, 30),
+                seeds=list(range(rng.choice([1, 1, 1, 3]))),
+                prefill="" if rng.random() < 0.2 else None,
+            )
+            for _ in range(4)
+        ]
+        for ticket in doomed:
+            for _ in range(rng.randrange(0, 9)):
+                pair.turn()
+            for stream in pair.decode.worker._scheduler:  # type: ignore[union-attr]
+                if stream.request.ticket == ticket:
+                    seen[stream.state] += 1
+            pair.abort(ticket)
+        pair.run()
+        assert pair.outputs[kept].tokens[0] == neighbour
+        for node in pair.nodes.values():
+            node.check_idle()
+    wanted = {StreamState.WAITING, StreamState.LOADING, StreamState.PREFILLING, StreamState.RUNNING}
+    assert wanted <= set(seen), seen
+    assert all(seen[state] >= 20 for state in wanted), seen
+
+
+def test_an_abort_while_reads_are_under_way_waits_for_them(make: Make) -> None:
+    """Blocks that a read may still write into are not given to anybody else."""
+    pair = make()
+    transport = pair.decode.transport
+    poll, cancel = transport.poll, transport.cancel
+    stuck: set[int] = set()
+    transport.poll = lambda: []  # type: ignore[method-assign]
+    transport.cancel = lambda numbers: stuck.update(numbers) or set(numbers)  # type: ignore[func-returns-value,method-assign]
+    ticket = pair.submit(PROMPT)
+    for _ in range(10):
+        pair.turn()
+    free = pair.decode.engine.pool.num_free
+    pair.abort(ticket)
+    for _ in range(10):
+        pair.turn()
+    assert stuck
+    assert pair.decode.engine.pool.num_free == free
+    transport.poll, transport.cancel = poll, cancel  # type: ignore[method-assign]
+    pair.run()
+    pair.decode.check_idle()
+
+
+def test_a_gateway_that_goes_away_takes_its_requests_with_it(make: Make) -> None:
+    pair = make()
+    for turns in (0, 2, 5, 9):
+        pair.submit(PROMPT, max_tokens=100)
+        for _ in range(turns):
+            pair.turn()
+        pair.decode.worker.peer_lost(GATEWAY)
+        pair.run()
+        for node in pair.nodes.values():
+            node.check_idle()
+
+
+# ---- failures -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("turns", range(0, 14, 1))
+def test_prefill_dies_at_any_moment(make: Make, golden: dict[tuple[int, ...], list[int]], turns: int) -> None:
+    pair = make(pools={"prefill": {"max_batched_tokens": 16}, "decode": {}})
+    prompts = [prompt_of(i) for i in (3, 9, 20)]
+    tickets = [pair.submit(prompt, max_tokens=20) for prompt in prompts]
+    for _ in range(turns):
+        pair.turn()
+    pair.remove("prefill-0#1")
+    pair.run()
+    assert [pair.outputs[t].tokens[0] for t in tickets] == [golden[tuple(p)] for p in prompts]
+
+
+def test_another_prefill_takes_over(make: Make, golden: dict[tuple[int, ...], list[int]]) -> None:
+    pair = make(pools={"prefill": {"max_batched_tokens": 16}, "decode": {}})
+    other = pair.add("prefill-1#1", "prefill")
+    pair.announce()
+    pair.pump()
+    pair.pump()
+    ticket = pair.submit(prompt_of(20), max_tokens=20, prefill="prefill-0#1")
+    for _ in range(3):
+        pair.turn()
+    pair.remove("prefill-0#1")
+    pair.run()
+    assert pair.outputs[ticket].tokens[0] == golden[tuple(prompt_of(20))]
+    assert other.worker.report().prompt_tokens > 0
+
+
+def test_a_prefill_that_comes_back_is_used_again(make: Make, golden: dict[tuple[int, ...], list[int]]) -> None:
+    pair = make()
+    pair.remove("prefill-0#1")
+    again = pair.add("prefill-0#2", "prefill")
+    pair.announce()
+    pair.pump()
+    pair.pump()
+    assert pair.generate([prompt_of(5)], max_tokens=20) == [golden[tuple(prompt_of(5))]]
+    assert again.worker.report().prompt_tokens == len(prompt_of(5))
+
+
+def poison(engine: Engine) -> None:
+    """Whatever is not in use holds NaN: if it were ever read, the output would tell."""
+    free = [*engine.pool._empty, *engine.pool._cached]
+    engine.cache.tensor[free] = float("nan")
+
+
+def test_an_expired_lease_is_noticed_never_read(make: Make, golden: dict[tuple[int, ...], list[int]]) -> None:
+    """The reader stalls past the lease; the blocks are reused and poisoned: it must compute the prompt itself."""
+    pair = make(kv={"prefix_cache": False, "capacity": "1MiB"})
+    pair.decode.transport.poll = lambda: []  # type: ignore[method-assign]
+    pair.deliver = lambda sender, to, message: not isinstance(message, PrefillFailed)
+    ticket = pair.submit(prompt_of(12), max_tokens=20)
+    for _ in range(10):
+        pair.turn()
+    pair.clock.advance(31)
+    pair.prefill.worker.tick()
+    pair.prefill.check_idle()
+    poison(pair.prefill.engine)
+    # The pool gives the blocks to somebody else.
+    blocks = pair.prefill.engine.pool.allocate(pair.prefill.engine.pool.num_blocks)
+    assert blocks is not None
+    pair.prefill.engine.pool.release(blocks)
+    del pair.decode.transport.poll
+    pair.run()
+    assert pair.outputs[ticket].tokens[0] == golden[tuple(prompt_of(12))]
+    assert "transfer.failed" in pair.outputs[ticket].stages
+    assert pair.decode.metrics.load_failures.labels("generation")._value.get() == 1
+
+
+def test_a_lease_is_renewed_while_it_is_needed(make: Make, golden: dict[tuple[int, ...], list[int]]) -> None:
+    pair = make()
+    pair.decode.transport.poll = lambda: []  # type: ignore[method-assign]
+    ticket = pair.submit(prompt_of(12), max_tokens=20)
+    for _ in range(5):
+        for _ in range(4):
+            pair.turn()
+        pair.clock.advance(10)
+    assert not pair.prefill.worker.drained()
+    del pair.decode.transport.poll
+    pair.run()
+    assert pair.outputs[ticket].tokens[0] == golden[tuple(prompt_of(12))]
+    assert "transfer.failed" not in pair.outputs[ticket].stages
+
+
+def test_a_prefill_that_stands_still_is_given_up(make: Make, golden: dict[tuple[int, ...], list[int]]) -> None:
+    pair = make()
+    pair.deliver = lambda sender, to, message: not isinstance(message, Prefilled | BlocksReady)
+    ticket = pair.submit(prompt_of(12), max_tokens=20)
+    for _ in range(10):
+        pair.turn()
+    pair.clock.advance(61)
+    pair.run()
+    assert pair.outputs[ticket].tokens[0] == golden[tuple(prompt_of(12))]
+    assert pair.decode.metrics.load_failures.labels("timeout")._value.get() == 1
+
+
+@pytest.mark.parametrize("kind", [Accepted, Prefilled, BlocksReady, Release, Prefill])
+def test_lost_messages_cost_time_not_tokens(
+    make: Make, golden: dict[tuple[int, ...], list[int]], kind: type[Message]
+) -> None:
+    pair = make()
+    dropped = 0
+
+    def deliver(sender: str, to: str, message: Message) -> bool:
+        nonlocal dropped
+        if isinstance(message, kind) and dropped == 0:
+            dropped += 1
+            return False
+        return True
+
+    pair.deliver = deliver
+    ticket = pair.submit(prompt_of(12), max_tokens=20)
+    for _ in range(4):
+        for _ in range(30):
+            pair.turn()
+        pair.clock.advance(31)
+    pair.run()
+    assert dropped == 1
+    assert pair.outputs[ticket].tokens[0] == golden[tuple(prompt_of(12))]
+
+
+def test_failures_can_fail_the_request_instead(make: Make) -> None:
+    pair = make(kv={"on_load_failure": "fail"})
+    ticket = pair.submit(PROMPT)
+    pair.turn()
+    pair.remove("prefill-0#1")
+    pair.run()
+    refused = pair.outputs[ticket].refused
+    assert refused is not None
+    assert refused.status == 503
+    assert refused.retryable
+    assert "peer_lost" in refused.message
+
+
+def test_a_peer_that_breaks_the_protocol_harms_itself_alone(
+    make: Make, golden: dict[tuple[int, ...], list[int]]
+) -> None:
+    pair = make()
+    ticket = pair.submit(prompt_of(12), max_tokens=20)
+    pair.turn()
+    pair.decode.worker.handle("prefill-0#1", BlocksReady(1, 0, 8))
+    pair.decode.worker.handle("prefill-0#1", Accepted(1, [1], [1], 0))
+    pair.decode.worker.handle("prefill-7#1", PrefillFailed(1, FailureReason.EXPIRED, "not mine"))
+    pair.run()
+    assert pair.outputs[ticket].tokens[0] == golden[tuple(prompt_of(12))]
+
+
+def test_mismatched_workers_never_exchange_kv(make: Make, folder: Path, tmp_path: Path) -> None:
+    """Each difference is refused in the handshake, named with both values; requests are served without."""
+    make_checkpoint("qwen3_moe", tmp_path, seed=1)
+    base = {"model": {"path": str(folder), "max_model_len": 256}, "kv": {"block_tokens": 8, "capacity": "4MiB"}}
+    for section, key, value, words in (
+        ("kv", "block_tokens", 16, ("block_tokens", "16", "8")),
+        ("kv", "layer_groups", 3, ("layer_groups", "[0, 1, 2]", "[0, 1]")),
+        ("model", "path", str(tmp_path), ("model", "prefill-1#1", "decode-0#1")),
+    ):
+        pair = make()
+        pair.config = Config.model_validate(base | {section: base[section] | {key: value}})
+        pair.add("prefill-1#1", "prefill")
+        pair.announce()
+        pair.run()
+        refusal = pair.decode.connector.refusal("prefill-1#1")
+        assert all(word in refusal for word in words), refusal
+        assert pair.decode.worker.report().peers == ["prefill-0#1"]
+        ticket = pair.submit(PROMPT, prefill="prefill-1#1")
+        pair.run()
+        assert len(pair.outputs[ticket].tokens[0]) == 8
+
+
+# ---- bad requests ---------------------------------------------------------------------------------------------------
+
+
+def bad_requests() -> list[Generate]:
+    def request(**changes: object) -> Generate:
+        fields: dict[str, object] = {
+            "ticket": 77, "request_id": "r", "tokens": PROMPT, "num_prompt_tokens": 50, "children": [Child(0, 0)],
+            "sampling": Sampling(), "stopping": Stopping(8), "prefill": "prefill-0#1",
+        }  # fmt: skip
+        return Generate(**(fields | changes))  # type: ignore[arg-type]
+
+    return [
+        request(tokens=[131]),
+        request(tokens=[2**31 - 1]),
+        request(tokens=[1] * 256),
+        request(tokens=[1] * 100_000),
+        request(num_prompt_tokens=51),
+    ]
+
+
+@pytest.mark.parametrize("request_", bad_requests())
+def test_bad_requests_are_refused_and_harm_nobody(
+    make: Make, golden: dict[tuple[int, ...], list[int]], request_: Generate
+) -> None:
+    pair = make()
+    ticket = pair.submit(prompt_of(5), max_tokens=20)
+    pair.turn()
+    pair.outputs[77] = type(pair.outputs[ticket])()
+    pair.post(GATEWAY, pair.decode.peer, request_)
+    pair.run()
+    refused = pair.outputs[77].refused
+    assert refused is not None
+    assert refused.status == 400
+    assert pair.outputs[ticket].tokens[0] == golden[tuple(prompt_of(5))]
+
+
+def test_prefill_checks_for_itself(make: Make) -> None:
+    pair = make()
+    answers: list[Message] = []
+    pair.prefill.worker._send = lambda to, message: answers.append(message)
+    for tokens, skip in (([131], 0), ([1] * 300, 0), (PROMPT, 3), (PROMPT, 56)):
+        pair.prefill.worker.handle(
+            "decode-0#1", Prefill(len(answers), "r", tokens, len(tokens), skip, [Child(0, 0)], Sampling())
+        )
+    assert [type(answer) for answer in answers] == [PrefillFailed] * 4
+    assert pair.prefill.worker.drained()
+
+
+def test_a_ticket_twice_and_unknown_tickets(make: Make) -> None:
+    pair = make()
+    ticket = pair.submit(PROMPT)
+    request = Generate(ticket, "r", PROMPT, 50, [Child(0, 0)], Sampling(), Stopping(8))
+    pair.post(GATEWAY, pair.decode.peer, request)
+    pair.abort(12345)
+    pair.run()
+    assert len(pair.outputs[ticket].tokens[0]) == 8
+
+
+def test_logits_that_are_no_numbers_end_that_request_alone(make: Make) -> None:
+    pair = make()
+    prompt = list(range(40, 90))
+    [good] = pair.generate([prompt], max_tokens=8)
+    bad_token = next(token for token in range(40) if token not in good)
+    for node in pair.nodes.values():
+        node.engine.model.embedding[bad_token] = float("nan")
+    bad, fine = pair.submit([bad_token] * 20, max_tokens=8), pair.submit(prompt, max_tokens=8)
+    pair.run()
+    refused = pair.outputs[bad].refused
+    assert refused is not None
+    assert refused.status == 500
+    assert "not a number" in refused.message
+    assert pair.outputs[fine].tokens[0] == good
+    # What it left in the cache is not found again.
+    for node in pair.nodes.values():
+        node.engine.model.embedding[bad_token] = 0.0
+    ticket = pair.submit([bad_token] * 20, max_tokens=8)
+    pair.run()
+    assert len(pair.outputs[ticket].tokens[0]) == 8
+
+
+def test_a_step_that_breaks_ends_its_requests_and_the_worker_goes_on(make: Make) -> None:
+    for name in ("prefill", "decode"):
+        pair = make()
+        engine: Engine = getattr(pair, name).engine
+        step = engine.step
+
+        def broken(*args: object) -> None:
+            raise RuntimeError("out of memory")
+
+        ticket = pair.submit(PROMPT, max_tokens=30)
+        for _ in range(0 if name == "prefill" else 8):
+            pair.turn()
+        engine.step = broken  # type: ignore[method-assign,assignment]
+        for _ in range(4):
+            pair.turn()
+        engine.step = step  # type: ignore[method-assign]
+        pair.run()
+        if name == "decode":
+            refused = pair.outputs[ticket].refused
+            assert refused is not None
+            assert "out of memory" in refused.message
+        else:  # decode computed the prompt itself
+            assert len(pair.outputs[ticket].tokens[0]) == 30
+        assert len(pair.generate([PROMPT], max_tokens=5)[0]) == 5
+
+
+# ---- sharing --------------------------------------------------------------------------------------------------------
+
+
+def test_equal_prefixes_are_computed_once_and_salts_separate(make: Make) -> None:
+    pair = make()
+    pair.generate([PROMPT], max_tokens=4)
+    before = pair.prefill.worker.report().prompt_tokens
+    pair.generate([[*PROMPT[:48], 99, 98]], max_tokens=4)
+    assert pair.prefill.worker.report().prompt_tokens - before == 2
+    before = pair.prefill.worker.report().prompt_tokens
+    pair.generate([PROMPT], max_tokens=4, salt="another tenant")
+    assert pair.prefill.worker.report().prompt_tokens - before == len(PROMPT)
+
+
+def test_prefixes_of_prompts_that_wait_together_are_shared(make: Make) -> None:
+    pair = make(pools={"prefill": {"max_batched_tokens": 64}, "decode": {}})
+    pair.generate([[*PROMPT, i] for i in range(10)], max_tokens=2)
+    assert pair.prefill.worker.report().prompt_tokens < 4 * len(PROMPT)
+
+
+def test_what_decode_has_is_not_fetched_again(make: Make) -> None:
+    pair = make()
+    first = pair.submit(PROMPT, max_tokens=20)
+    pair.run()
+    follow_up = PROMPT + pair.outputs[first].tokens[0]
+    second = pair.submit(follow_up + [5, 6], max_tokens=4)
+    pair.run()
+    usage = pair.outputs[second].usage
+    assert usage is not None
+    assert usage.cached_tokens == (len(follow_up) - 1) // 8 * 8
+    one_block = pair.decode.engine.cache.layout.block_bytes
+    assert usage.transferred_bytes <= 2 * one_block
+
+
+def test_kv_is_read_while_later_layers_and_chunks_still_compute(make: Make) -> None:
+    pair = make(pools={"prefill": {"max_batched_tokens": 16}, "decode": {}}, kv={"layer_groups": 3})
+    ready: list[tuple[int, int]] = []
+    reads_before_the_end = 0
+
+    def deliver(sender: str, to: str, message: Message) -> bool:
+        nonlocal reads_before_the_end
+        if isinstance(message, BlocksReady):
+            ready.append((message.layer_group, message.num_tokens))
+        if isinstance(message, Prefilled):
+            reads_before_the_end = int(pair.decode.metrics.transfer_bytes.labels("inproc", "prefill-0")._value.get())
+        return True
+
+    pair.deliver = deliver
+    pair.submit(PROMPT, max_tokens=4)
+    pair.run()
+    assert ready == [(group, tokens) for tokens in (16, 32, 48, 50) for group in range(3)]
+    assert reads_before_the_end >= 4 * pair.decode.engine.cache.layout.block_bytes
+
+
+def test_membership_of_strangers_changes_nothing(make: Make) -> None:
+    pair = make()
+    members = [Member(peer, peer.split("-")[0], "n", "", True) for peer in (*pair.nodes, GATEWAY, "gateway-7#2")]
+    pair.decode.worker.handle("controller", Membership(2, members))
+    assert len(pair.generate([PROMPT], max_tokens=3)[0]) == 3
+
+
+# ---- where prompts are computed -------------------------------------------------------------------------------------
+
+
+def test_the_cost_model_prefers_what_is_sooner() -> None:
+    cost = CostModel("auto", 512)
+    cost.local_s_per_token = cost.remote_s_per_token = 1e-4
+    cost.handoff_s = 5e-3
+    assert cost.local_is_sooner(16, num_running=0)
+    assert not cost.local_is_sooner(400, num_running=10)
+    assert not cost.local_is_sooner(513, num_running=0)
+    assert cost.local_is_sooner(16, num_running=2)
+    assert not cost.local_is_sooner(100, num_running=2)
+    assert CostModel("always", 1).local_is_sooner(10**6, 100)
+    assert not CostModel("never", 10**6).local_is_sooner(1, 0)
+    for _ in range(50):
+        cost.computed_locally(100, 1.0)
+        cost.handed_off(100, 0.2, 0.1, 0.05)
+    assert abs(cost.local_s_per_token - 0.01) < 1e-3
+    assert abs(cost.handoff_s - 0.05) < 1e-3
+
+
+def test_short_rests_are_computed_locally_in_auto(folder: Path) -> None:
+    config = {"model": {"path": str(folder), "max_model_len": 256}, "kv": {"block_tokens": 8, "capacity": "4MiB"}}
+    pair = Pair(Config.model_validate(config))
+    ticket = pair.submit([1, 2, 3], max_tokens=3)
+    pair.run()
+    assert "decode.prefill" in pair.outputs[ticket].stages
+    pair.close()
