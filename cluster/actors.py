@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import shutil
 import tempfile
 import threading
@@ -30,7 +31,7 @@ from ..core.wire import ClusterKeys, make_cluster_keys
 from .controller import Controller, Event, Handle, WorkerStatus, desired_workers
 
 NAMESPACE = "tandem"
-CONTROLLER = "tandem-controller"
+NAME = "tandem"
 
 _START_TIMEOUT_S = 600.0
 _ANSWER_TIMEOUT_S = 3.0
@@ -139,7 +140,8 @@ class _ActorHandle:
 class _RayLauncher:
     """`controller.Launcher` over Ray: workers are spread over the nodes, gateways stay on the controller's."""
 
-    def __init__(self, config: Config, keys: ClusterKeys, log_folder: str) -> None:
+    def __init__(self, name: str, config: Config, keys: ClusterKeys, log_folder: str) -> None:
+        self._name = name
         self._config = config
         self._keys = msgspec.msgpack.encode(keys)
         self._log_folder = log_folder
@@ -166,7 +168,7 @@ class _RayLauncher:
         actor = (
             ray.remote(_Process)
             .options(
-                name=f"tandem-{peer}",
+                name=f"{self._name}-{peer}",
                 namespace=NAMESPACE,
                 max_concurrency=8,
                 runtime_env={"env_vars": worker_environment()},
@@ -187,12 +189,12 @@ class _RayLauncher:
 class _ControllerActor:
     """The controller's process. It owns all others: when it goes, they go."""
 
-    def __init__(self, config: str, log_folder: str) -> None:
+    def __init__(self, name: str, config: str, log_folder: str) -> None:
         parsed = Config.model_validate_json(config)
         configure_logging("controller", parsed.log.level, parsed.log.format, Path(log_folder) / "controller.log")
         self._config = parsed
         self._log_folder = log_folder
-        self._launcher = _RayLauncher(parsed, make_cluster_keys(), log_folder)
+        self._launcher = _RayLauncher(name, parsed, make_cluster_keys(), log_folder)
         self._controller = Controller(parsed, self._launcher, SystemClock())
 
     async def start(self) -> None:
@@ -243,28 +245,33 @@ class Cluster:
         self._starting: Any = None
 
     @classmethod
-    def launch(cls, config: Config, log_folder: Path) -> Cluster:
+    def launch(cls, config: Config, log_folder: Path, name: str = NAME) -> Cluster:
         """Start a controller on the connected Ray cluster; `wait_ready` comes next.
 
+        Args:
+            config: what should run.
+            log_folder: where its logs go.
+            name: several clusters can share a Ray under different names.
+
         Raises:
-            ConfigError: one runs already, or the cluster lacks resources.
+            ConfigError: one runs already, or the Ray cluster lacks resources.
         """
         with contextlib.suppress(ValueError):
-            ray.get_actor(CONTROLLER, NAMESPACE)
+            ray.get_actor(_controller_name(name), NAMESPACE)
             raise ConfigError("Tandem already runs on this Ray cluster", fix="`tandem down` stops it")
         _check_resources(config)
         node = ray.get_runtime_context().get_node_id()
         controller = (
             ray.remote(_ControllerActor)
             .options(
-                name=CONTROLLER,
+                name=_controller_name(name),
                 namespace=NAMESPACE,
                 lifetime="detached",
                 num_cpus=0,
                 max_concurrency=1000,
                 scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
             )
-            .remote(config.model_dump_json(), str(log_folder))
+            .remote(name, config.model_dump_json(), str(log_folder))
         )
         cluster = cls(controller)
         cluster._starting = controller.start.remote()
@@ -278,7 +285,7 @@ class Cluster:
             ConfigError: there is none.
         """
         try:
-            return cls(ray.get_actor(CONTROLLER, NAMESPACE))
+            return cls(ray.get_actor(_controller_name(NAME), NAMESPACE))
         except ValueError:
             raise ConfigError("no Tandem runs on this Ray cluster", fix="`tandem up` starts one") from None
 
@@ -337,17 +344,17 @@ class LocalRay:
     `core.config.prepare_local_ray` must have been called before this module was imported.
 
     Args:
-        config: how many logical CPUs are needed.
+        configs: of the clusters that will run there: they tell how many logical CPUs are needed.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, *configs: Config) -> None:
         # Sockets live below this folder, and their paths must be short.
         self._folder = Path(tempfile.mkdtemp(prefix="tandem-ray-"))
         try:
             ray.init(
                 address="local",
                 namespace=NAMESPACE,
-                num_cpus=max(psutil.cpu_count() or 1, -(-int(_wanted_cpus(config) * 100) // 100) + 1),
+                num_cpus=max(psutil.cpu_count() or 1, math.ceil(sum(map(_wanted_cpus, configs)))),
                 include_dashboard=False,
                 log_to_driver=False,
                 configure_logging=False,
@@ -396,6 +403,10 @@ def disconnect_ray() -> None:
 def default_log_folder() -> Path:
     """Where the logs of a launch go."""
     return cache_folder() / "logs"
+
+
+def _controller_name(name: str) -> str:
+    return f"{name}-controller"
 
 
 def _wanted_cpus(config: Config) -> float:

@@ -139,3 +139,62 @@ def config_show(file: FileArgument = None, set_: SetOption = None) -> None:
     from ...core.config import load_config
 
     typer.echo(yaml.safe_dump(load_config(file, set_ or []).model_dump(mode="json"), sort_keys=False), nl=False)
+
+
+@bench_app.command("serve")
+def bench_serve(
+    file: FileArgument = None,
+    set_: SetOption = None,
+    baseline: Annotated[
+        str,
+        typer.Option(help="colocated: as many workers, each doing both. transformers: one batch of generate. none."),
+    ] = "none",
+    requests: Annotated[int, typer.Option(min=1, help="Requests of one run.")] = 64,
+    rate: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(min=0.001, help="Open loop: Poisson arrivals, requests a second."),
+    ] = None,
+    concurrency: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="Closed loop: requests in flight. Default 16, without --rate or --trace."),
+    ] = None,
+    input_tokens: Annotated[str, typer.Option(help="Prompt length: 128, or 100:1000 for a range.")] = "128",
+    output_tokens: Annotated[str, typer.Option(help="Output length, likewise.")] = "64",
+    long_share: Annotated[float, typer.Option(min=0, max=1, help="Share of requests with long prompts.")] = 0.0,
+    long_input_tokens: Annotated[str, typer.Option(help="Their prompt length.")] = "2048",
+    long_output_tokens: Annotated[str, typer.Option(help="Their output length.")] = "8",
+    trace: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Arrivals, lengths and shared prefixes of a trace in Mooncake's JSONL format."),
+    ] = None,
+    trace_speed: Annotated[float, typer.Option(min=0.001, help="How much faster than it was recorded.")] = 1.0,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of every arm, in turns, each with fresh prompts.")] = 3,
+    slo_ttft_ms: Annotated[float, typer.Option(min=0, help="Goodput counts requests within this TTFT …")] = 1000,
+    slo_itl_ms: Annotated[float, typer.Option(min=0, help="… and this mean time between tokens.")] = 50,
+    seed: Annotated[int, typer.Option(help="Of prompts and arrivals.")] = 0,
+    url: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Measure a server that runs already, at http://HOST:PORT."),
+    ] = None,
+    api_key: Annotated[str, typer.Option(envvar="TANDEM_API_KEY", help="For --url.")] = "",
+    out: Annotated[Path, typer.Option(help="Folder for the JSON lines and the plot.")] = Path("bench/out"),
+    plot: Annotated[bool, typer.Option(help="Draw a PNG (needs matplotlib).")] = True,
+) -> None:
+    """Load a served model: TTFT, ITL and E2E at p50, p90 and p99, goodput, throughput, stages, failures.
+
+    Starts what it measures, and its baseline beside it, runs the same load on both in turns, and prints JSON lines: a
+    header with configuration and machine, one line a run, and the medians with their ratios.
+    """
+    from ...bench.summary import Slo
+    from .bench import Options
+    from .bench import bench_serve as run
+
+    if baseline not in ("none", "colocated", "transformers"):
+        raise typer.BadParameter("choose none, colocated or transformers", param_hint="--baseline")
+    if url is not None and baseline == "colocated":
+        raise typer.BadParameter("a colocated baseline needs a cluster of its own: leave --url out")
+    options = Options(
+        url, api_key, baseline, rate, concurrency, requests, input_tokens, output_tokens, long_share, long_input_tokens,
+        long_output_tokens, trace, trace_speed, repeats, Slo(slo_ttft_ms / 1e3, slo_itl_ms / 1e3), seed, out, plot,
+    )  # fmt: skip
+    run(file, set_ or [], options)
