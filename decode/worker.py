@@ -30,7 +30,7 @@ from ..core.messages import (
 from ..core.metrics import WorkerMetrics
 from ..engine.batch import Work
 from ..engine.engine import Engine, Outcome
-from ..engine.limits import check_tokens
+from ..engine.limits import check_prompt
 from ..engine.sequence import Sequence
 from ..kv_transfer.connector import Connector
 from .cost import CostModel
@@ -169,7 +169,7 @@ class DecodeWorker:
             return
         capacity = self._engine.pool.num_blocks * self._engine.block_tokens
         try:
-            check_tokens(message.tokens, self._engine.model.spec.vocab_size, self._max_model_len, capacity)
+            check_prompt(message.tokens, self._engine.model.spec.vocab_size, min(self._max_model_len, capacity))
             if message.num_prompt_tokens > len(message.tokens):
                 raise RequestError("num_prompt_tokens is larger than the number of tokens")
         except RequestError as error:

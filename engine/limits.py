@@ -1,4 +1,4 @@
-"""What a request must satisfy before the engine sees it. The gateway checks too; workers trust nobody."""
+"""What a request must satisfy before the engine sees it. The gateway checks, and so do workers: they trust nobody."""
 
 from __future__ import annotations
 
@@ -7,19 +7,27 @@ from collections.abc import Sequence
 from ..core.errors import RequestError
 
 
-def check_tokens(tokens: Sequence[int], vocab_size: int, max_model_len: int, max_cached_tokens: int) -> None:
-    """Refuse token ids that the model lacks, and prompts that can never fit.
+def check_prompt(tokens: Sequence[int], vocab_size: int, context_tokens: int, param: str = "prompt") -> None:
+    """Refuse token ids that the model lacks, and prompts that leave no room for an output token.
 
     Raises:
-        RequestError: says which.
+        RequestError: says which; ``param`` names the field.
     """
     if not tokens:
-        raise RequestError("the prompt is empty")
-    worst = max(tokens)
-    if worst >= vocab_size or min(tokens) < 0:
+        raise RequestError("the prompt is empty", param=param)
+    check_ids(tokens, vocab_size, param)
+    if len(tokens) >= context_tokens:
         raise RequestError(
-            f"token id {worst if worst >= vocab_size else min(tokens)} is not within 0 … {vocab_size - 1}"
+            f"the prompt has {len(tokens)} tokens, and the context {context_tokens}, output included", param=param
         )
-    limit = min(max_model_len, max_cached_tokens)
-    if len(tokens) >= limit:
-        raise RequestError(f"the prompt has {len(tokens)} tokens, and the context {limit}, output included")
+
+
+def check_ids(tokens: Sequence[int], vocab_size: int, param: str) -> None:
+    """Refuse token ids that the model lacks.
+
+    Raises:
+        RequestError: names the first of the worst.
+    """
+    for worst in (max(tokens, default=0), min(tokens, default=0)):
+        if not 0 <= worst < vocab_size:
+            raise RequestError(f"token id {worst} is not within 0 … {vocab_size - 1}", param=param)

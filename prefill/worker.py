@@ -30,7 +30,7 @@ from ..core.messages import (
 )
 from ..core.metrics import WorkerMetrics
 from ..engine.engine import Engine, Outcome
-from ..engine.limits import check_tokens
+from ..engine.limits import check_prompt
 from ..engine.sequence import Sequence
 from ..kv_transfer.connector import Connector
 from ..kv_transfer.lease import LeaseTable
@@ -179,12 +179,9 @@ class PrefillWorker:
             log.warning("%s sent transfer %d twice; the second is ignored", *transfer)
             return
         try:
-            check_tokens(
-                message.tokens,
-                self._engine.model.spec.vocab_size,
-                self._max_model_len,
-                self._engine.pool.num_blocks * self._engine.block_tokens,
-            )
+            capacity = self._engine.pool.num_blocks * self._engine.block_tokens
+            vocab_size = self._engine.model.spec.vocab_size
+            check_prompt(message.tokens, vocab_size, min(self._max_model_len, capacity))
             block_tokens = self._engine.block_tokens
             if message.skip_tokens % block_tokens or message.skip_tokens >= len(message.tokens):
                 raise RequestError(

@@ -20,6 +20,7 @@ from ...core.errors import AuthError, CapacityError, NotFoundError, TandemError,
 from ...core.ids import new_request_id
 from ...core.log import RequestLog, logger
 from ...core.metrics import GatewayMetrics
+from ...engine.limits import check_ids
 from .dispatcher import Dispatcher
 from .generation import Generation, Model
 from .responses import error_body, event, to_json
@@ -155,9 +156,7 @@ class Api:
         """POST /detokenize"""
         body = parse(DetokenizeBody, await self._body(request))
         self._check_model(body.model)
-        worst = max(body.tokens, default=0)
-        if worst >= self._model.vocab_size:
-            raise NotFoundError(f"token id {worst} is not within 0 … {self._model.vocab_size - 1}", status=400)
+        check_ids(body.tokens, self._model.vocab_size, "tokens")
         return Json({"prompt": self._model.require_tokenizer("tokens").decode(body.tokens)})
 
     async def timeline(self, request: Request) -> Response:

@@ -13,6 +13,7 @@ from ...core.ids import RequestId
 from ...core.messages import Child, FinishReason, Stopping, TokenLogprobs
 from ...core.metrics import GatewayMetrics
 from ...core.randomness import child_seed
+from ...engine.limits import check_ids, check_prompt
 from .choice import Choice, Piece
 from .dispatcher import Dispatcher
 from .live import LiveRequest
@@ -252,26 +253,15 @@ class Generation:
     def _check(self, tokens: list[int]) -> None:
         param = "messages" if isinstance(self._body, ChatBody) else "prompt"
         limit = self._model.max_model_len
-        if not tokens:
-            raise RequestError("the prompt is empty", param=param)
-        worst = max(tokens)
-        if worst >= self._model.vocab_size:
-            raise RequestError(f"token id {worst} is not within 0 … {self._model.vocab_size - 1}", param=param)
-        if len(tokens) >= limit:
-            raise RequestError(
-                f"the prompt has {len(tokens)} tokens, and the context {limit}, output included", param=param
-            )
+        check_prompt(tokens, self._model.vocab_size, limit, param)
         wanted = self._wanted_tokens()
         if wanted is not None and len(tokens) + wanted > limit:
             raise RequestError(
-                f"max_tokens: {len(tokens)} prompt tokens and {wanted} output tokens are more than the context of {limit}",
+                f"{len(tokens)} prompt tokens and {wanted} output tokens are more than the context of {limit}",
                 param="max_tokens",
             )
-        for token in (*self._body.sampling(-1).logit_bias, *(self._body.stop_token_ids or ())):
-            if token >= self._model.vocab_size:
-                raise RequestError(
-                    f"token id {token} is not within 0 … {self._model.vocab_size - 1}", param="logit_bias"
-                )
+        check_ids(list(self._body.sampling(-1).logit_bias), self._model.vocab_size, "logit_bias")
+        check_ids(self._body.stop_token_ids or [], self._model.vocab_size, "stop_token_ids")
         if self._body.stops:
             self._model.require_tokenizer("stop")
 
