@@ -95,6 +95,8 @@ class Mesh:
             self._post("", None)
             self._thread.join()
         self._thread = None
+        self._wake_in.close()
+        self._wake_out.close()
 
     def _post(self, peer: PeerId, what: Message | str | None) -> None:
         self._outbox.append((peer, what))

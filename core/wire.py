@@ -73,7 +73,7 @@ class SecureContext:
         Raises:
             zmq.ZMQError: the address is not this host's or the port is taken.
         """
-        socket = self._socket(zmq.ROUTER)
+        socket = self._socket(zmq.ROUTER, address)
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         # A peer that reconnects after a cut link takes its name over from the dead connection.
         socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
@@ -87,7 +87,7 @@ class SecureContext:
 
     def connect(self, identity: str, endpoint: str) -> zmq.Socket[bytes]:
         """A DEALER socket that introduces itself as ``identity``. Connects in the background, and reconnects."""
-        socket = self._socket(zmq.DEALER)
+        socket = self._socket(zmq.DEALER, endpoint.removeprefix("tcp://").rpartition(":")[0])
         socket.setsockopt(zmq.IDENTITY, identity.encode())
         socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
         if self._encrypt:
@@ -114,13 +114,13 @@ class SecureContext:
             self._authenticator = None
         self._context.destroy(linger=0)
 
-    def _socket(self, kind: int) -> zmq.Socket[bytes]:
+    def _socket(self, kind: int, address: str) -> zmq.Socket[bytes]:
         socket = self._context.socket(kind)
         socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
         socket.setsockopt(zmq.SNDHWM, QUEUED_MESSAGES)
         socket.setsockopt(zmq.RCVHWM, QUEUED_MESSAGES)
-        socket.setsockopt(zmq.IPV6, 1)
+        socket.setsockopt(zmq.IPV6, int(":" in address))
         socket.setsockopt(zmq.HEARTBEAT_IVL, int(HEARTBEAT_INTERVAL_S * 1000))
         socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, int(HEARTBEAT_TIMEOUT_S * 1000))
         return socket

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from ..core.clock import Clock
 from ..core.errors import IllegalTransition
 from ..core.ids import PeerId
-from ..core.log import logger
+from ..core.log import RateLimited, logger
 from ..core.messages import (
     Accepted,
     BlocksReady,
@@ -25,6 +25,9 @@ from ..kv_transfer import handoff as steps
 from ..kv_transfer.connector import Connector
 from ..kv_transfer.handoff import Handoff, Pull
 from .stream import Stream
+
+
+_log = RateLimited()
 
 
 class PromptStarted(NamedTuple):
@@ -174,7 +177,7 @@ class Loader:
         try:
             return self._take(load, message)
         except IllegalTransition as error:  # the peer broke the protocol: its loads are its problem, not ours
-            logger.warning("%s: %s", sender, error)
+            _log.warning(sender, "%s: %s", sender, error)
             return self._run(load, load.handoff.fail(FailureReason.REFUSED))
 
     def _take(self, load: _Load, message: Accepted | BlocksReady | Prefilled | PrefillFailed) -> list[LoadEvent]:

@@ -12,7 +12,7 @@ from ..core.config import Config, DecodePool
 from ..core.errors import RequestError, TransferError
 from ..core.hashing import root_hash
 from ..core.ids import PeerId
-from ..core.log import logger
+from ..core.log import RateLimited, logger
 from ..core.messages import (
     Abort,
     Child,
@@ -40,6 +40,7 @@ from .scheduler import DecodeScheduler
 from .stream import Stream, StreamState
 
 Send = Callable[[PeerId, Message], None]
+_log = RateLimited()
 
 _MAX_LOAD_ATTEMPTS = 2
 
@@ -165,7 +166,7 @@ class DecodeWorker:
     def _generate(self, gateway: PeerId, message: Generate) -> None:
         key = gateway, message.ticket
         if key in self._streams:
-            logger.warning("%s sent ticket %d twice; the second is ignored", *key)
+            _log.warning("twice", "%s sent ticket %d twice; the second is ignored", *key)
             return
         capacity = self._engine.pool.num_blocks * self._engine.block_tokens
         try:

@@ -12,7 +12,7 @@ from ..core.config import PrefillPool
 from ..core.errors import RequestError
 from ..core.hashing import root_hash
 from ..core.ids import PeerId, TransferId
-from ..core.log import RequestLog, logger
+from ..core.log import RateLimited, RequestLog, logger
 from ..core.messages import (
     Accepted,
     BlocksReady,
@@ -38,6 +38,7 @@ from .job import Job, JobState
 from .scheduler import PrefillScheduler
 
 Send = Callable[[PeerId, Message], None]
+_log = RateLimited()
 
 
 class PrefillWorker:
@@ -94,7 +95,7 @@ class PrefillWorker:
             case Hello():
                 reply = self._connector.answer(message)
                 if reply.refused:
-                    logger.warning("refused %s: %s", sender, reply.refused)
+                    _log.warning(f"hello {sender}", "refused %s: %s", sender, reply.refused)
                 self._send(sender, reply)
             case Membership():
                 alive = {member.peer for member in message.members}
@@ -176,7 +177,7 @@ class PrefillWorker:
         transfer = TransferId(sender, message.number)
         log = RequestLog(message.request_id)
         if transfer in self._leases:
-            log.warning("%s sent transfer %d twice; the second is ignored", *transfer)
+            _log.warning("twice", "%s sent transfer %d twice; the second is ignored", *transfer)
             return
         try:
             capacity = self._engine.pool.num_blocks * self._engine.block_tokens

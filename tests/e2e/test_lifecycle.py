@@ -1,0 +1,208 @@
+"""Starting, failing to start, and stopping: nothing is left behind, and every mistake is one clear line within seconds."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from support.served import TANDEM, Served, free_port, wait_for
+
+pytestmark = pytest.mark.e2e
+
+
+class Traces:
+    """What a run could leave on the machine."""
+
+    def __init__(self) -> None:
+        self.shared_memory = set(os.listdir("/dev/shm")) if Path("/dev/shm").is_dir() else set()
+        self.folders = {path.name for path in Path("/tmp").glob("tandem-ray-*")}
+
+    def check(self, processes: list[psutil.Process], port: int) -> None:
+        wait_for(
+            lambda: not [p for p in processes if p.is_running() and p.status() != "zombie"], 5, "all processes to end"
+        )
+        with socket.create_server(("127.0.0.1", port)):
+            pass
+        now = Traces()
+        assert now.shared_memory <= self.shared_memory
+        assert now.folders <= self.folders
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_everything(tmp_path: Path, number: signal.Signals) -> None:
+    traces = Traces()
+    served = Served(tmp_path)
+    try:
+        served.wait_ready()
+        seconds = time.monotonic() - served.started_s
+        text = served.text()
+        assert "prefill-0" in text, "progress is visible"
+        assert f"curl {served.url}/v1/completions" in text
+        assert "def fibonacci(n):" in text
+        processes = served.tree()
+        assert len(processes) > 5
+        if number == signal.SIGTERM:  # what a process manager does: the one process, not the group
+            served.process.send_signal(number)
+            assert served.process.wait(timeout=30) == 0
+        else:
+            assert served.stop(number) == 0
+        traces.check(processes, served.port)
+        assert served.text().splitlines()[-1].startswith("stopped")
+        print(f"ready after {seconds:.1f} s")
+    finally:
+        served.kill()
+
+
+@pytest.mark.parametrize("after_s", [0.5, 3.5, 6.0])
+def test_a_signal_while_it_starts(tmp_path: Path, after_s: float) -> None:
+    traces = Traces()
+    served = Served(tmp_path)
+    try:
+        time.sleep(after_s)
+        processes = served.tree()
+        assert served.stop(signal.SIGINT) == 0, served.text()
+        traces.check(processes, served.port)
+    finally:
+        served.kill()
+
+
+def test_a_killed_serve_takes_its_processes_with_it(tmp_path: Path) -> None:
+    served = Served(tmp_path)
+    try:
+        served.wait_ready()
+        processes = served.tree()
+        served.process.kill()
+        served.process.wait(timeout=10)
+        wait_for(lambda: not [p for p in processes if p.is_running() and p.status() != "zombie"], 30, "orphans to end")
+    finally:
+        served.kill()
+
+
+def fail(*arguments: str, file: Path | None = None) -> str:
+    """Run `tandem serve`, which must fail within seconds; returns its one complaint."""
+    start_s = time.monotonic()
+    command = [TANDEM, "serve", *([str(file)] if file else []), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode != 0
+    assert time.monotonic() - start_s < 10
+    assert "Traceback" not in done.stderr + done.stdout
+    assert done.stderr.startswith("tandem: ")
+    assert len(done.stderr.splitlines()) <= 3
+    return done.stderr
+
+
+def test_a_port_in_use() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        text = fail("--set", f"gateway.port={port}")
+    assert f"cannot listen on 127.0.0.1:{port}" in text
+    assert f"fix: stop what uses it, or choose another with --set gateway.port={port + 1}" in text
+
+
+def test_what_is_not_there(tmp_path: Path) -> None:
+    assert "no such file" in fail(file=Path("/nowhere.yaml"))
+    assert "model.path: /nowhere: the folder does not exist" in fail("--set", "model.path=/nowhere")
+    (tmp_path / "config.json").write_text('{"architectures": ["GPT2LMHeadModel"]}')
+    text = fail("--set", f"model.path={tmp_path}")
+    assert "architecture GPT2LMHeadModel is not supported" in text
+    assert "LlamaForCausalLM" in text
+
+
+def test_a_bad_key(tmp_path: Path) -> None:
+    file = tmp_path / "my.yaml"
+    file.write_text("kv:\n  block_token: 3\n")
+    assert f"{file}:2: unknown key kv.block_token; did you mean kv.block_tokens?" in fail(file=file)
+
+
+def test_what_only_a_worker_can_know(tmp_path: Path) -> None:
+    """The cause reaches the user from the process that found it, and everything is stopped again."""
+    import shutil
+
+    from tandem.core.config import load_config, model_folder
+
+    traces = Traces()
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder(load_config()), folder)
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    port = free_port()
+    command = [TANDEM, "serve", "--set", f"model.path={folder}", "--set", f"gateway.port={port}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "model.safetensors: not a readable safetensors file" in done.stderr
+    assert "Traceback" not in done.stderr
+    command[3:4] = [f"model.path={model_folder(load_config())}", "--set", "kv.capacity=1KiB"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "kv.capacity" in done.stderr
+    assert "fix: raise kv.capacity or lower model.max_model_len" in done.stderr
+    traces.check([], port)
+
+
+def test_the_command_line_teaches() -> None:
+    for arguments in ([], ["serve"], ["up"], ["down"], ["status"], ["config"], ["config", "check"], ["bench", "serve"]):
+        done = subprocess.run([TANDEM, *arguments, "--help"], capture_output=True, text=True, timeout=30)
+        assert done.returncode == 0
+        assert len(done.stdout) > 200
+    assert subprocess.run([TANDEM, "--version"], capture_output=True, text=True).stdout.startswith("tandem ")
+
+
+def test_config_commands(tmp_path: Path) -> None:
+    import json
+
+    schema = subprocess.run([TANDEM, "config", "schema"], capture_output=True, text=True, check=True).stdout
+    assert json.loads(schema)["title"] == "Config"
+    file = tmp_path / "my.yaml"
+    file.write_text("kv: {block_tokens: 32}\n")
+    checked = subprocess.run([TANDEM, "config", "check", str(file)], capture_output=True, text=True, check=True).stdout
+    assert "good; Qwen3MoeForCausalLM, 6 layers, sequences of up to 4096 tokens" in checked
+    shown = subprocess.run([TANDEM, "config", "show", str(file)], capture_output=True, text=True, check=True).stdout
+    assert "block_tokens: 32" in shown
+    file.write_text("kv: {block_tokens: x}\n")
+    failed = subprocess.run([TANDEM, "config", "check", str(file)], capture_output=True, text=True)
+    assert failed.returncode == 1
+    assert "kv.block_tokens" in failed.stderr
+
+
+def test_status_without_a_cluster() -> None:
+    done = subprocess.run(
+        [TANDEM, "status", "--address", f"127.0.0.1:{free_port()}"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 1
+    assert "no Ray cluster at" in done.stderr
+
+
+def test_idle_costs_next_to_nothing(served: Served) -> None:
+    """All of Tandem's processes together, Ray's own left out: under 3 % of a core."""
+    served.wait_idle()
+    time.sleep(3)
+    names = ("prefill-0", "decode-0", "gateway-0", "controller")
+    processes = [psutil.Process(served.process.pid)]
+    for process in served.tree():
+        files = " ".join(file.path for file in process.open_files())
+        if any(f"/{name}" in files and ".log" in files for name in names) and "/tandem/logs/" in files:
+            processes.append(process)
+    assert len(processes) == 5
+
+    def seconds() -> float:
+        return sum(sum(process.cpu_times()[:2]) for process in processes)
+
+    before, start_s = seconds(), time.monotonic()
+    time.sleep(20)
+    share = (seconds() - before) / (time.monotonic() - start_s)
+    print(f"idle: {share:.2%} of a core")
+    assert share < 0.03
+
+
+def test_logs_name_the_request_in_every_line_about_it(served: Served) -> None:
+    request_id = served.complete(prompt=list(range(5, 1200)), max_tokens=3)["id"]
+    time.sleep(0.3)
+    lines = [line for line in served.logs().splitlines() if "prompt of 1195 tokens" in line]
+    assert lines
+    assert all(request_id in line for line in lines)
