@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import math
 import shutil
+import socket
 import tempfile
 import threading
 from collections.abc import Callable
@@ -29,6 +30,7 @@ from ..core.log import configure_logging
 from ..core.messages import Member, Membership, Report
 from ..core.wire import ClusterKeys, make_cluster_keys
 from .controller import Controller, Event, Handle, WorkerStatus, desired_workers
+from .janitor import hire
 
 NAMESPACE = "tandem"
 NAME = "tandem"
@@ -350,6 +352,7 @@ class LocalRay:
     def __init__(self, *configs: Config) -> None:
         # Sockets live below this folder, and their paths must be short.
         self._folder = Path(tempfile.mkdtemp(prefix="tandem-ray-"))
+        self._janitor = hire(self._folder)
         try:
             ray.init(
                 address="local",
@@ -370,6 +373,7 @@ class LocalRay:
         """End Ray and remove its files. Idempotent."""
         ray.shutdown()
         shutil.rmtree(self._folder, ignore_errors=True)
+        self._janitor.communicate()
 
 
 def connect_ray(address: str | None) -> None:
@@ -378,6 +382,7 @@ def connect_ray(address: str | None) -> None:
     Raises:
         ConfigError: there is none, or it lets strangers in.
     """
+    _probe(address)
     try:
         ray.init(address=address or "auto", namespace=NAMESPACE, log_to_driver=False, configure_logging=False)
     except (ConnectionError, RuntimeError, ValueError) as error:
@@ -393,6 +398,20 @@ def connect_ray(address: str | None) -> None:
             "and this environment does not ask for token authentication",
             fix="set RAY_AUTH_MODE=token and the same RAY_AUTH_TOKEN on every node, before `ray start`, and here",
         )
+
+
+def _probe(address: str | None) -> None:
+    """Ray itself waits for minutes for an address where nobody listens."""
+    host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=_ANSWER_TIMEOUT_S).close()
+    except OSError as error:
+        raise ConfigError(
+            f"no Ray cluster at {address}: {(error.strerror or str(error)).lower()}",
+            fix="`ray start --head` starts one and prints its address",
+        ) from None
 
 
 def disconnect_ray() -> None:

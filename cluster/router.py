@@ -31,7 +31,7 @@ class Router:
         """Outputs that this gateway waits for, by worker."""
         self._prefill_load: dict[PeerId, int] = {}
         """Prompt tokens that this gateway waits for, by worker."""
-        self._turn = itertools.count()
+        self._turns = {"decode": itertools.count(), "prefill": itertools.count()}
 
     def follow(self, membership: Membership) -> None:
         """The members have changed."""
@@ -58,17 +58,20 @@ class Router:
         decoders = [member.peer for member in self._members.values() if member.role in ("decode", "colocated")]
         if not decoders:
             return None
-        decode = self._pick(decoders, self._decode_load)
+        decode = self._pick("decode", decoders, self._decode_load)
         if self._members[decode].role == "colocated":
             return Placement(decode, "")
         report = self._reports.get(decode)
         reachable = [peer for peer in (report.peers if report else ()) if peer in self._members]
-        return Placement(decode, self._pick(reachable, self._prefill_load) if reachable else "")
+        return Placement(decode, self._pick("prefill", reachable, self._prefill_load) if reachable else "")
 
     def routable(self, wants_prefill: bool) -> bool:
         """Whether a request could be served now, on separate workers if ``wants_prefill``."""
-        placement = self.place()
-        return placement is not None and (bool(placement.prefill) or not wants_prefill)
+        return any(
+            not wants_prefill or any(prefill in self._members for prefill in self._reports[peer].peers)
+            for peer, member in self._members.items()
+            if member.role in ("decode", "colocated") and peer in self._reports
+        )
 
     def sent(self, placement: Placement, num_outputs: int, num_tokens: int) -> None:
         """A request has been sent."""
@@ -83,8 +86,8 @@ class Router:
         """A request's outputs are over."""
         self._add(self._decode_load, placement.decode, -num_outputs)
 
-    def _pick(self, peers: list[PeerId], load: dict[PeerId, int]) -> PeerId:
-        turn = next(self._turn)
+    def _pick(self, pool: str, peers: list[PeerId], load: dict[PeerId, int]) -> PeerId:
+        turn = next(self._turns[pool])
         if self._policy == "round_robin":
             return peers[turn % len(peers)]
         # Ties go round, so that an idle cluster is used evenly.

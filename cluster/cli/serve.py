@@ -34,10 +34,14 @@ def serve(file: Path | None, overrides: list[str]) -> None:
     config = load_config(file, overrides)
     _check(config)
     stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        # Ray's calls do not take kindly to exceptions out of signal handlers: set a flag, and look at it often.
-        signal.signal(number, lambda *_: stop.set())
+    _watch_signals(stop)
     _run(config, console, stop)
+
+
+def _watch_signals(stop: threading.Event) -> None:
+    """Set a flag, which is looked at often: Ray's calls do not take kindly to exceptions out of signal handlers."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: stop.set())
 
 
 def _check(config: Config) -> None:
@@ -57,6 +61,7 @@ def _run(config: Config, console: Console, stop: threading.Event) -> None:
     cluster: Cluster | None = None
     try:
         ray = LocalRay(config)
+        _watch_signals(stop)  # Ray has put a handler of its own in place
         log_folder = default_log_folder() / time.strftime("%Y%m%d-%H%M%S")
         cluster = Cluster.launch(config, log_folder)
         show_launch(cluster, progress)

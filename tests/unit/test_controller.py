@@ -1,0 +1,203 @@
+"""Desired against actual state, with processes that the test kills by hand."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import pytest
+from tandem.cluster.controller import Controller, desired_workers
+from tandem.core.clock import ManualClock
+from tandem.core.config import Config
+from tandem.core.errors import ConfigError, WorkerError
+from tandem.core.ids import PeerId, worker_of
+from tandem.core.messages import Member, Membership, Report
+
+
+class Process:
+    """A launched process, as the launcher's handle."""
+
+    def __init__(self, peer: PeerId, role: str, fails: Exception | None) -> None:
+        self.peer = peer
+        self.role = role
+        self.memberships: list[Membership] = []
+        self.death: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self.is_ready = asyncio.Event()
+        self._fails = fails
+
+    async def ready(self) -> Member:
+        await self.is_ready.wait()
+        if self._fails is not None:
+            raise self._fails
+        return Member(self.peer, self.role, "node", "tcp://127.0.0.1:1")
+
+    async def gone(self) -> str:
+        return await asyncio.shield(self.death)
+
+    async def follow(self, membership: Membership) -> None:
+        self.memberships.append(membership)
+
+    async def report(self) -> Report | None:
+        return Report(1, 2, 3, 4, 5)
+
+    async def stop(self, grace_s: float) -> None:
+        self.die("stopped")
+
+    def die(self, how: str = "SIGKILL") -> None:
+        if not self.death.done():
+            self.death.set_result(how)
+
+
+class Launched:
+    """A launcher that remembers; ``fails`` says whose start goes wrong."""
+
+    def __init__(self, fails: dict[PeerId, Exception] | None = None, hold: bool = False) -> None:
+        self.processes: dict[PeerId, Process] = {}
+        self.order: list[PeerId] = []
+        self._fails = fails or {}
+        self._hold = hold
+
+    def launch(self, peer: PeerId, role: str, on_phase: Callable[[str], None]) -> Process:
+        process = self.processes[peer] = Process(peer, role, self._fails.get(peer))
+        self.order.append(peer)
+        on_phase("reading the model")
+        if not self._hold:
+            process.is_ready.set()
+        return process
+
+
+async def settle() -> None:
+    for _ in range(50):
+        await asyncio.sleep(0)
+
+
+def test_every_configured_worker_is_wanted() -> None:
+    config = Config.model_validate({"pools": {"prefill": {"replicas": 2}, "decode": {}}})
+    assert desired_workers(config) == [
+        ("prefill-0", "prefill"), ("prefill-1", "prefill"), ("decode-0", "decode"), ("gateway-0", "gateway"),
+    ]  # fmt: skip
+    assert desired_workers(Config.model_validate({"pools": {"colocated": {}}}))[0] == ("colocated-0", "colocated")
+
+
+def test_all_are_told_of_all() -> None:
+    async def run() -> None:
+        launched = Launched()
+        controller = Controller(Config(), launched, ManualClock())
+        await controller.start()
+        assert set(launched.processes) == {"prefill-0#1", "decode-0#1", "gateway-0#1"}
+        for process in launched.processes.values():
+            assert {member.peer for member in process.memberships[-1].members} == set(launched.processes)
+        versions = [membership.version for membership in launched.processes["gateway-0#1"].memberships]
+        assert versions == sorted(set(versions))
+        status = await controller.status()
+        assert [(row.worker, row.phase, row.restarts) for row in status][0] == ("prefill-0", "ready", 0)
+        await controller.stop(1)
+        assert all(process.death.done() for process in launched.processes.values())
+
+    asyncio.run(run())
+
+
+def test_progress_is_told() -> None:
+    async def run() -> None:
+        launched = Launched(hold=True)
+        controller = Controller(Config(), launched, ManualClock())
+        start = asyncio.create_task(controller.start())
+        await settle()
+        assert controller.phases() == dict.fromkeys(("prefill-0", "decode-0", "gateway-0"), "reading the model")
+        for process in launched.processes.values():
+            process.is_ready.set()
+        await start
+        assert set(controller.phases().values()) == {"ready"}
+        await controller.stop(1)
+
+    asyncio.run(run())
+
+
+def test_a_dead_worker_comes_back_as_a_new_incarnation() -> None:
+    async def run() -> None:
+        clock = ManualClock()
+        launched = Launched()
+        controller = Controller(Config(), launched, clock)
+        await controller.start()
+        clock.advance(60)
+        launched.processes["decode-0#1"].die("SIGKILL")
+        await settle()
+        assert "decode-0#2" in launched.processes
+        gateway = launched.processes["gateway-0#1"]
+        told = [{member.peer for member in membership.members} for membership in gateway.memberships]
+        assert {"prefill-0#1", "gateway-0#1"} in told, "its death was told"
+        assert told[-1] == {"prefill-0#1", "decode-0#2", "gateway-0#1"}
+        texts = [event.text for event in await controller.events(0, 0.1)]
+        assert texts == ["decode-0#1 is gone: SIGKILL", "decode-0#2 is ready"]
+        assert (await controller.status())[1].restarts == 1
+        assert await controller.events(2, 0.01) == []
+        await controller.stop(1)
+
+    asyncio.run(run())
+
+
+def test_a_crash_loop_backs_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> None:
+        pauses: list[float] = []
+        sleep = asyncio.sleep
+
+        async def instant(seconds: float) -> None:
+            if seconds:
+                pauses.append(seconds)
+            await sleep(0)
+
+        monkeypatch.setattr(asyncio, "sleep", instant)
+        launched = Launched()
+        controller = Controller(Config(), launched, ManualClock())
+        await controller.start()
+        for life in range(1, 9):
+            launched.processes[f"prefill-0#{life}"].die()
+            await settle()
+        assert pauses == [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0]
+        await controller.stop(1)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("error", [ConfigError("kv.capacity: too small"), WorkerError("died while it started")])
+def test_a_first_start_that_fails_stops_everything_and_says_why(error: Exception) -> None:
+    async def run() -> None:
+        launched = Launched({"decode-0#1": error})
+        controller = Controller(Config(), launched, ManualClock())
+        with pytest.raises(type(error), match=str(error)):
+            await controller.start()
+        assert all(p.death.done() for p in launched.processes.values() if worker_of(p.peer) != "decode-0")
+        assert len(launched.order) == 3
+
+    asyncio.run(run())
+
+
+def test_a_later_start_that_fails_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> None:
+        sleep = asyncio.sleep
+        monkeypatch.setattr(asyncio, "sleep", lambda seconds: sleep(0))
+        launched = Launched({"decode-0#2": WorkerError("no memory"), "decode-0#3": ConfigError("no file")})
+        controller = Controller(Config(), launched, ManualClock())
+        await controller.start()
+        launched.processes["decode-0#1"].die()
+        await settle()
+        assert "decode-0#4" in launched.processes
+        texts = " ".join(event.text for event in await controller.events(0, 0.1))
+        assert "no memory" in texts
+        assert "no file" in texts
+        await controller.stop(1)
+
+    asyncio.run(run())
+
+
+def test_nothing_is_started_again_once_stopped() -> None:
+    async def run() -> None:
+        launched = Launched()
+        controller = Controller(Config(), launched, ManualClock())
+        await controller.start()
+        await controller.stop(0)
+        await controller.stop(0)
+        await settle()
+        assert len(launched.order) == 3
+
+    asyncio.run(run())

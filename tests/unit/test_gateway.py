@@ -1,0 +1,393 @@
+"""Inside the gateway: text and stop strings, request bodies, replays, timelines."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Sequence
+
+import pytest
+import transformers
+from hypothesis import given
+from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry
+from tandem.cluster.gateway.choice import Choice
+from tandem.cluster.gateway.dispatcher import Dispatcher
+from tandem.cluster.gateway.live import Delta, LiveRequest
+from tandem.cluster.gateway.schema import ChatBody, CompletionBody, parse
+from tandem.cluster.gateway.timeline import Timelines
+from tandem.cluster.gateway.tokenizer import Tokenizer
+from tandem.cluster.router import Router
+from tandem.core.clock import ManualClock
+from tandem.core.config import GatewayConfig, load_config, model_folder
+from tandem.core.errors import CapacityError, NotFoundError, RequestError, TandemError, WorkerError
+from tandem.core.ids import PeerId
+from tandem.core.messages import (
+    Abort,
+    Child,
+    ChildUpdate,
+    FinishReason,
+    Generate,
+    Member,
+    Membership,
+    Message,
+    PromptLogprobs,
+    Refused,
+    Report,
+    Sampling,
+    Stage,
+    Stopping,
+    TokenLogprobs,
+    Update,
+    Usage,
+)
+from tandem.core.metrics import GatewayMetrics
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer(model_folder(load_config()))
+
+
+@pytest.fixture(scope="module")
+def plain() -> transformers.PreTrainedTokenizerFast:
+    return transformers.AutoTokenizer.from_pretrained(model_folder(load_config()))
+
+
+# ---- text -----------------------------------------------------------------------------------------------------------
+
+
+def said(choice: Choice, tokens: Sequence[int], rng: random.Random) -> str:
+    """Push tokens in pieces of random size, as steps would, until the choice ends."""
+    text = ""
+    at = 0
+    while at < len(tokens) and choice.finish is None:
+        size = rng.randrange(1, 4)
+        last = at + size >= len(tokens)
+        text += choice.push(Delta(0, list(tokens[at : at + size]), None, FinishReason.LENGTH if last else None)).text
+        at += size
+    return text
+
+
+@given(st.text(min_size=1, max_size=40), st.text(max_size=20), st.randoms())
+def test_pieces_make_the_whole(text: str, prompt: str, rng: random.Random) -> None:
+    tokenizer = Tokenizer.__new__(Tokenizer)
+    tokenizer.__dict__ = _shared().__dict__
+    fast = tokenizer._fast
+    tokens, before = fast.encode(text).ids, fast.encode(prompt).ids
+    assert said(Choice(tokenizer, before, []), tokens, rng) == fast.decode(tokens)
+
+
+_cache: list[Tokenizer] = []
+
+
+def _shared() -> Tokenizer:
+    if not _cache:
+        _cache.append(Tokenizer(model_folder(load_config())))
+    return _cache[0]
+
+
+@given(st.text("ab\n", min_size=1, max_size=30), st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3), st.randoms())
+def test_text_ends_before_the_first_stop_string(text: str, stops: list[str], rng: random.Random) -> None:
+    tokenizer = _shared()
+    tokens = tokenizer._fast.encode(text).ids
+    choice = Choice(tokenizer, [5, 6], stops)
+    got = said(choice, tokens, rng)
+    ends = [position for stop in stops if (position := text.find(stop)) >= 0]
+    # Tokens come in pieces: of two stop strings in one piece the earlier wins, as in the whole text.
+    assert got == (text[: min(ends)] if ends else text)
+    assert choice.finish == (FinishReason.STOP if ends else FinishReason.LENGTH)
+
+
+def test_special_tokens_are_not_text(tokenizer: Tokenizer) -> None:
+    assert tokenizer.eos_id is not None
+    choice = Choice(tokenizer, [5], [])
+    assert choice.push(Delta(0, [*tokenizer._fast.encode("x = 1").ids, tokenizer.eos_id], None, FinishReason.STOP)).text == "x = 1"
+
+
+def test_without_a_tokenizer_there_are_only_tokens() -> None:
+    piece = Choice(None, [1], []).push(Delta(0, [5, 6], None, FinishReason.LENGTH))
+    assert (piece.text, piece.tokens) == ("", [5, 6])
+
+
+def test_bytes_of_tokens(tokenizer: Tokenizer) -> None:
+    text = "é☃🎉 naïve\n\tx"
+    tokens = tokenizer._fast.encode(text).ids
+    assert b"".join(tokenizer.token_bytes(token) for token in tokens).decode() == text
+
+
+def test_long_texts_are_told_by_their_length(tokenizer: Tokenizer) -> None:
+    assert tokenizer.too_long("x" * 10**6, 1000)
+    assert not tokenizer.too_long("x" * 100, 1000)
+
+
+def test_a_template_that_raises_is_the_clients_fault(tokenizer: Tokenizer) -> None:
+    with pytest.raises(RequestError):
+        asyncio.run(tokenizer.encode_chat([{"content": "no role"}], add_generation_prompt=True))  # type: ignore[list-item]
+
+
+# ---- bodies ---------------------------------------------------------------------------------------------------------
+
+
+def test_defaults_are_openais() -> None:
+    body = parse(CompletionBody, b'{"prompt": "x"}')
+    assert body.sampling(-1) == Sampling(temperature=1.0)
+    assert body.prompts == ["x"]
+    assert parse(CompletionBody, b'{"prompt": [1, 2]}').prompts == [[1, 2]]
+    assert parse(CompletionBody, b'{"prompt": ["a", "b"]}').prompts == ["a", "b"]
+    assert parse(CompletionBody, b'{"prompt": [[1], [2]], "stop": "x"}').stops == ["x"]
+    assert parse(CompletionBody, b'{"prompt": "x", "top_k": -1}').sampling(3) == Sampling(temperature=1.0, logprobs=3)
+
+
+def test_content_parts_are_joined() -> None:
+    body = parse(ChatBody, b'{"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]}')
+    assert body.template_messages() == [{"role": "user", "content": "ab"}]
+
+
+@pytest.mark.parametrize(
+    ("body", "message", "param"),
+    [
+        (b'{"prompt": "x", "max_token": 3}', "unknown field 'max_token'; did you mean max_tokens?", "max_token"),
+        (b'{"prompt": "x", "n": 1000000}', "n: Input should be less than or equal to 128, found 1000000", "n"),
+        (b"{", "the body is not JSON", None),
+        (b'{"prompt": "x", "temperature": NaN}', "temperature: Input should be a finite number", "temperature"),
+        (b"{}", "prompt: Field required", "prompt"),
+    ],
+)
+def test_complaints_name_the_field(body: bytes, message: str, param: str | None) -> None:
+    with pytest.raises(RequestError) as caught:
+        parse(CompletionBody, body)
+    assert message in caught.value.message
+    assert caught.value.param == param
+
+
+# ---- requests and their workers -------------------------------------------------------------------------------------
+
+
+class Gateway:
+    """A dispatcher whose workers are a list of what was sent to them."""
+
+    def __init__(self, max_queued: int = 100) -> None:
+        self.clock = ManualClock()
+        self.router = Router("least_loaded")
+        self.sent: list[tuple[PeerId, Message]] = []
+        self.metrics = GatewayMetrics(CollectorRegistry())
+        config = GatewayConfig(max_queued=max_queued, failover_timeout_s=0.05)
+        self.dispatcher = Dispatcher(
+            config, self.router, self.clock, self.metrics, lambda peer, message: self.sent.append((peer, message))
+        )
+        self.timelines = Timelines("gateway-0#1", self.clock)
+        self.follow("decode-0#1", "prefill-0#1")
+
+    def follow(self, *peers: str) -> None:
+        self.dispatcher.follow(Membership(1, [Member(p, p.split("-")[0], "n", "tcp://x:1") for p in peers]))
+        for peer in peers:
+            if peer.startswith("decode"):
+                prefills = [p for p in peers if p.startswith("prefill")]
+                self.dispatcher.receive(peer, Report(0, 0, 0, 1, 1, peers=prefills))
+
+    def submit(self, outputs: int = 1, prompt_logprobs: int = -1) -> LiveRequest:
+        live = LiveRequest(
+            "cmpl-1", [1, 2, 3], [Child(i, 10 + i) for i in range(outputs)], Sampling(), Stopping(8), prompt_logprobs, "",
+            self.timelines.open("cmpl-1"),
+        )  # fmt: skip
+        self.dispatcher.submit(live)
+        return live
+
+    def generates(self) -> list[tuple[PeerId, Generate]]:
+        return [(peer, message) for peer, message in self.sent if isinstance(message, Generate)]
+
+    def tokens(self, ticket: int, index: int, *tokens: int, finish: FinishReason | None = None, peer: str = "decode-0#1") -> None:
+        self.dispatcher.receive(peer, Update(children=[ChildUpdate(ticket, index, list(tokens), None, finish)]))
+
+    def check_idle(self) -> None:
+        assert self.dispatcher.num_live == 0
+        assert self.dispatcher._by_ticket == {}
+        assert self.dispatcher._homeless == {}
+        assert not any(self.router._decode_load.values())
+        assert not any(self.router._prefill_load.values())
+
+
+async def drain(live: LiveRequest) -> list[tuple[int, int]]:
+    """What has come so far: (output, token)."""
+    deltas = await asyncio.wait_for(live.next_deltas(), 1)
+    return [(delta.index, token) for delta in deltas for token in delta.tokens]
+
+
+def test_tokens_reach_their_request() -> None:
+    async def run() -> None:
+        gateway = Gateway()
+        live = gateway.submit()
+        [(peer, sent)] = gateway.generates()
+        assert peer == "decode-0#1"
+        assert (sent.tokens, sent.prefill) == ([1, 2, 3], "prefill-0#1")
+        gateway.tokens(sent.ticket, 0, 7)
+        gateway.tokens(sent.ticket, 0, 8, finish=FinishReason.LENGTH)
+        assert await drain(live) == [(0, 7), (0, 8)]
+        gateway.tokens(sent.ticket, 0, 9)
+        gateway.dispatcher.finish(live)
+        gateway.check_idle()
+        assert not any(isinstance(message, Abort) for _, message in gateway.sent)
+
+    asyncio.run(run())
+
+
+def test_strangers_cannot_speak_for_a_worker() -> None:
+    async def run() -> None:
+        gateway = Gateway()
+        live = gateway.submit()
+        [(_, sent)] = gateway.generates()
+        gateway.tokens(sent.ticket, 0, 666, peer="decode-9#1")
+        gateway.dispatcher.receive("decode-9#1", Refused(sent.ticket, 500, "no"))
+        gateway.dispatcher.receive("decode-0#1", Update(
+            children=[ChildUpdate(999, 0, [1]), ChildUpdate(sent.ticket, 5, [1])], stages=[Stage(999, "x", 0.0)],
+            prompt_logprobs=[PromptLogprobs(sent.ticket, 10**6, [TokenLogprobs(0.0)])], usages=[Usage(999, 0, 0, 0, 0, 0)],
+        ))  # fmt: skip
+        gateway.tokens(sent.ticket, 0, 7)
+        assert await drain(live) == [(0, 7)]
+        gateway.dispatcher.finish(live)
+
+    asyncio.run(run())
+
+
+def test_a_lost_worker_is_replaced_from_where_it_stood() -> None:
+    async def run() -> None:
+        gateway = Gateway()
+        live = gateway.submit(outputs=3)
+        [(_, first)] = gateway.generates()
+        gateway.tokens(first.ticket, 0, 7, 8)
+        gateway.tokens(first.ticket, 1, 9, finish=FinishReason.STOP)
+        gateway.follow("decode-1#1", "prefill-0#1")
+        later = gateway.generates()[1:]
+        assert [(peer, sent.tokens, [c.index for c in sent.children]) for peer, sent in later] == [
+            ("decode-1#1", [1, 2, 3], [2]), ("decode-1#1", [1, 2, 3, 7, 8], [0]),
+        ]  # fmt: skip
+        assert all(sent.num_prompt_tokens == 3 for _, sent in later)
+        assert later[1][1].children == [Child(0, 10)], "the same seed"
+        # Late words of the dead are not heard.
+        gateway.tokens(first.ticket, 0, 666)
+        gateway.tokens(later[1][1].ticket, 0, 10, finish=FinishReason.LENGTH, peer="decode-1#1")
+        gateway.tokens(later[0][1].ticket, 2, 11, finish=FinishReason.LENGTH, peer="decode-1#1")
+        assert await drain(live) == [(0, 7), (0, 8), (1, 9), (0, 10), (2, 11)]
+        assert gateway.metrics.replays._value.get() == 1
+        gateway.dispatcher.finish(live)
+        gateway.check_idle()
+
+    asyncio.run(run())
+
+
+def test_a_request_waits_for_a_worker_to_appear() -> None:
+    async def run() -> None:
+        gateway = Gateway()
+        live = gateway.submit()
+        gateway.follow("prefill-0#1")
+        assert len(gateway.generates()) == 1
+        gateway.follow("decode-0#2", "prefill-0#1")
+        assert gateway.generates()[-1][0] == "decode-0#2"
+        gateway.dispatcher.finish(live)
+        assert gateway.sent[-1] == ("decode-0#2", Abort([gateway.generates()[-1][1].ticket]))
+        gateway.check_idle()
+
+    asyncio.run(run())
+
+
+def test_a_request_does_not_wait_for_ever() -> None:
+    async def run() -> None:
+        gateway = Gateway()
+        gateway.follow()
+        live = gateway.submit()
+        with pytest.raises(WorkerError, match="no decode worker appeared") as caught:
+            await asyncio.wait_for(live.next_deltas(), 2)
+        assert caught.value.status == 503
+        gateway.dispatcher.finish(live)
+        gateway.check_idle()
+
+    asyncio.run(run())
+
+
+def test_prompt_logprobs_are_asked_for_until_they_are_known() -> None:
+    async def run() -> None:
+        gateway = Gateway()
+        live = gateway.submit(prompt_logprobs=2)
+        [(_, sent)] = gateway.generates()
+        assert sent.prompt_logprobs == 2
+        values = [TokenLogprobs(-1.0), TokenLogprobs(-2.0)]
+        gateway.dispatcher.receive("decode-0#1", Update(prompt_logprobs=[PromptLogprobs(sent.ticket, 1, values[:1])]))
+        gateway.follow("decode-1#1")
+        again = gateway.generates()[-1][1]
+        assert again.prompt_logprobs == 2
+        gateway.dispatcher.receive("decode-1#1", Update(prompt_logprobs=[PromptLogprobs(again.ticket, 1, values)]))
+        assert live.prompt_logprobs == [None, *values]
+        gateway.follow("decode-2#1")
+        assert gateway.generates()[-1][1].prompt_logprobs == -1
+        gateway.dispatcher.finish(live)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"), [(400, RequestError), (404, NotFoundError), (429, CapacityError), (500, WorkerError), (503, WorkerError)]
+)
+def test_refusals_keep_their_status_and_come_after_the_tokens(status: int, kind: type[TandemError]) -> None:
+    async def run() -> None:
+        gateway = Gateway()
+        live = gateway.submit()
+        [(_, sent)] = gateway.generates()
+        gateway.tokens(sent.ticket, 0, 7)
+        gateway.dispatcher.receive("decode-0#1", Refused(sent.ticket, status, "because"))
+        assert await drain(live) == [(0, 7)]
+        with pytest.raises(kind, match="because") as caught:
+            await live.next_deltas()
+        assert caught.value.status == status
+        gateway.dispatcher.finish(live)
+        gateway.check_idle()
+
+    asyncio.run(run())
+
+
+def test_an_output_that_ends_by_a_stop_string_is_stopped_at_the_worker() -> None:
+    async def run() -> None:
+        gateway = Gateway()
+        live = gateway.submit(outputs=2)
+        [(_, sent)] = gateway.generates()
+        gateway.dispatcher.finish_output(live, 1)
+        gateway.dispatcher.finish_output(live, 1)
+        assert [m for _, m in gateway.sent if isinstance(m, Abort)] == [Abort([sent.ticket], 1)]
+        gateway.tokens(sent.ticket, 1, 666)
+        gateway.tokens(sent.ticket, 0, 7, finish=FinishReason.STOP)
+        assert await drain(live) == [(0, 7)]
+        gateway.dispatcher.finish(live)
+        gateway.check_idle()
+
+    asyncio.run(run())
+
+
+def test_room_is_bounded() -> None:
+    async def run() -> None:
+        gateway = Gateway(max_queued=2)
+        lives = [gateway.submit() for _ in range(2)]
+        with pytest.raises(CapacityError, match="max_queued is 2"):
+            gateway.dispatcher.check_room(1)
+        gateway.dispatcher.finish(lives[0])
+        gateway.dispatcher.check_room(1)
+        gateway.dispatcher.finish(lives[1])
+
+    asyncio.run(run())
+
+
+def test_timelines_are_ordered_and_bounded() -> None:
+    clock = ManualClock()
+    timelines = Timelines("gateway-0#1", clock, size=2)
+    first = timelines.open("a")
+    clock.advance(1.0)
+    first.mark("gateway.sent")
+    first.add("prefill.started", "prefill-0#1", 0.5, "5 tokens cached")
+    for _ in range(2000):
+        first.mark("again")
+    told = first.as_json()
+    assert [(s["stage"], s["ms"]) for s in told["stages"][:2]] == [("prefill.started", 0.0), ("gateway.sent", 500.0)]
+    assert len(told["stages"]) == 512
+    timelines.open("b")
+    timelines.open("c")
+    assert timelines.get("a") is None
+    assert timelines.get("c") is not None
