@@ -1,7 +1,7 @@
 """`tandem bench serve`: load against a served model, and the same load against a baseline, in turns.
 
-Each arm is a whole cluster of its own on the same machine; only one is loaded at a time, and the order changes with every
-repetition. The transformers arm runs the same prompts as one batch of `generate`.
+Each arm is a whole cluster of its own on the same machine; only one is loaded at a time, and the order changes with
+every repetition. The transformers arm runs the same prompts as one batch of `generate`.
 """
 
 from __future__ import annotations

@@ -78,9 +78,9 @@ class Synthetic(NamedTuple):
 def read_trace(path: Path, num_requests: int, speed: float, vocabulary: int, max_model_len: int) -> list[Job]:
     """Requests of a trace in Mooncake's JSONL format.
 
-    Each line has ``timestamp`` in milliseconds, ``input_length`` and ``output_length`` in tokens, and ``hash_ids``, one for
-    every 512 tokens of the prompt: equal ids are equal blocks of text. Prompts are made up so that they share what the
-    trace says; those longer than the model's context are cut.
+    Each line has ``timestamp`` in milliseconds, ``input_length`` and ``output_length`` in tokens, and ``hash_ids``,
+    one for every 512 tokens of the prompt: equal ids are equal blocks of text. Prompts are made up so that they share
+    what the trace says; those longer than the model's context are cut.
 
     Args:
         path: the file.

@@ -243,7 +243,7 @@ class Cluster:
     """A running Tandem, seen from a driver process. Every method blocks."""
 
     def __init__(self, controller: Any) -> None:
-        self._controller = controller
+        self._controller: Any = controller
         self._starting: Any = None
 
     @classmethod
@@ -263,7 +263,7 @@ class Cluster:
             raise ConfigError("Tandem already runs on this Ray cluster", fix="`tandem down` stops it")
         _check_resources(config)
         node = ray.get_runtime_context().get_node_id()
-        controller = (
+        controller: Any = (
             ray.remote(_ControllerActor)
             .options(
                 name=_controller_name(name),

@@ -22,7 +22,8 @@ _GRACE_S = 3.0
 
 
 def hire(folder: Path) -> subprocess.Popen[bytes]:
-    """Start a janitor for a folder; it ends when the returned process's standard input is closed, by us or by our death."""
+    """Start a janitor for a folder; it ends when the returned process's standard input is closed, by us or by our
+    death."""
     return subprocess.Popen(
         [sys.executable, "-m", __spec__.name, str(folder)], stdin=subprocess.PIPE, start_new_session=True
     )

@@ -1,7 +1,7 @@
 """Messages between processes: one thread, one listening socket, one connection to each peer that we speak to first.
 
-A reply travels back on the connection that the request came by, so that only workers listen. A connection that breaks, or
-stays silent for longer than the heartbeats allow, is reported as a lost peer, once, and forgotten.
+A reply travels back on the connection that the request came by, so that only workers listen. A connection that
+breaks, or stays silent for longer than the heartbeats allow, is reported as a lost peer, once, and forgotten.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class Mesh:
     def _guarded(self) -> None:
         try:
             self._run()
-        except BaseException:
+        except BaseException:  # noqa: BLE001 - whatever it was, it is told
             logger.exception("the message thread broke; the process ends")
             os._exit(70)
 

@@ -1,7 +1,8 @@
 """A worker process: one thread that computes, one that speaks, and the queue between them.
 
-The engine thread alone touches the model, the block pool and the transports. It sleeps when there is nothing to do, and is
-woken by messages and by finished reads. If either thread breaks, the process ends: the controller starts a new one.
+The engine thread alone touches the model, the block pool and the transports. It sleeps when there is nothing to do,
+and is woken by messages and by finished reads. If either thread breaks, the process ends: the controller starts a new
+one.
 """
 
 from __future__ import annotations
@@ -155,7 +156,7 @@ class WorkerRuntime:
             self._failure = error
             self._ready.set()
             return
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - whatever it was, it is told
             logger.exception("the worker could not start")
             self._failure = ConfigError(f"{self.peer} could not start: {type(error).__name__}: {error}")
             self._ready.set()
@@ -163,7 +164,7 @@ class WorkerRuntime:
         self._ready.set()
         try:
             self._run()
-        except BaseException:
+        except BaseException:  # noqa: BLE001 - whatever it was, it is told
             logger.exception("the engine thread broke; the process ends")
             os._exit(70)
 

@@ -10,10 +10,10 @@ import os
 import secrets
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .errors import ConfigError
 from .units import parse_bytes
@@ -43,39 +43,45 @@ class ModelConfig(_Section):
     """Seed of dummy weights."""
 
 
-class PrefillPool(_Section):
+class _Pool(_Section):
     replicas: int = Field(default=1, ge=1, le=1024)
-    """Prefill workers."""
+    """Workers of this kind."""
     cpus_per_replica: float = Field(default=1, ge=0)
     """Logical CPUs that Ray reserves for each."""
     gpus_per_replica: int = Field(default=0, ge=0, le=1)
-    """0 runs on the CPU."""
+    """0 runs on the CPU. In this version 1 is for colocated workers alone."""
     threads: int | None = Field(default=None, ge=1, le=1024)
-    """Threads of one CPU operation. Default: the node's cores (see docs/yaml.md)."""
+    """Threads that one CPU operation may use. Default: all of the node's."""
+
+    _reads_gpu_memory: ClassVar[bool] = False
+
+    @field_validator("gpus_per_replica")
+    @classmethod
+    def _check_gpus(cls, value: int) -> int:
+        if value and not cls._reads_gpu_memory:
+            raise ValueError("no transport of this version reads KV from GPU memory; colocated workers need none")
+        return value
+
+
+class PrefillPool(_Pool):
     max_batched_tokens: int = Field(default=2048, ge=16, le=1 << 20)
     """Tokens of one step; a longer prompt runs in chunks of this."""
     max_running: int = Field(default=256, ge=1, le=1 << 16)
     """Prompts that hold blocks at a time, those being computed and those waiting to be fetched."""
 
 
-class DecodePool(_Section):
-    replicas: int = Field(default=1, ge=1, le=1024)
-    """Decode workers."""
-    cpus_per_replica: float = Field(default=1, ge=0)
-    """Logical CPUs that Ray reserves for each."""
-    gpus_per_replica: int = Field(default=0, ge=0, le=1)
-    """0 runs on the CPU."""
-    threads: int | None = Field(default=None, ge=1, le=1024)
-    """Threads of one CPU operation. Default: the node's cores (see docs/yaml.md)."""
+class DecodePool(_Pool):
     max_running: int = Field(default=64, ge=1, le=1 << 16)
     """Sequences that decode, or wait for their KV, at a time; more wait in the queue."""
     max_batched_tokens: int = Field(default=512, ge=16, le=1 << 20)
-    """Tokens of one step when some of them are a prompt's (a short prompt, or a lost prefix, computed locally)."""
+    """Tokens of one step when some are a prompt's: a short prompt, or a lost prefix, computed locally."""
 
 
 class ColocatedPool(DecodePool):
     max_batched_tokens: int = Field(default=2048, ge=16, le=1 << 20)
     """Tokens of one step, prompts' and outputs' together."""
+
+    _reads_gpu_memory: ClassVar[bool] = True
 
 
 class PoolsConfig(_Section):
@@ -233,8 +239,8 @@ def worker_environment() -> dict[str, str]:
     wanted = {
         # A thread that waits for its siblings spins for some microseconds, and then sleeps: others need the core.
         "GOMP_SPINCOUNT": "10000",
-        # Freed memory is kept: a prefill step takes and frees megabytes many times over, and taking them anew costs a page
-        # fault for every 4 KiB (measured: a prefill of 2,048 tokens in 55 ms instead of 80).
+        # Freed memory is kept: a prefill step takes and frees megabytes many times over, and taking them anew costs a
+        # page fault for every 4 KiB (measured: a prefill of 2,048 tokens in 55 ms instead of 80).
         "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
         "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
         "TOKENIZERS_PARALLELISM": "false",

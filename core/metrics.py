@@ -1,7 +1,7 @@
 """Prometheus metrics: every name, label and bucket in one place.
 
-Each process has one `CollectorRegistry`; workers send theirs as text to the gateway, which serves all under one path with
-a ``worker`` label (`merge`).
+Each process has one `CollectorRegistry`; workers send theirs as text to the gateway, which serves all under one path
+with a ``worker`` label (`merge`).
 """
 
 from __future__ import annotations
@@ -109,5 +109,5 @@ def merge(texts: dict[str, str]) -> str:
             else:
                 merged.samples.extend(samples)
     registry = CollectorRegistry()
-    registry.register(_Families(families.values()))  # type: ignore[arg-type]
+    registry.register(_Families(families.values()))
     return render(registry)

@@ -1,7 +1,7 @@
 """Authenticated ZMQ sockets: CURVE with one key pair for servers and one for clients, made per cluster.
 
-A server admits only the cluster's client key; both secrets reach processes through Ray alone. Every socket is bounded in
-message size and queue length, does not linger, and notices a silent peer by heartbeats.
+A server admits only the cluster's client key; both secrets reach processes through Ray alone. Every socket is bounded
+in message size and queue length, does not linger, and notices a silent peer by heartbeats.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Where the rest of a prompt is computed sooner: here, or by a prefill worker. All figures are measured as they come."""
+"""Where the rest of a prompt is computed sooner: here, or by a prefill worker. All figures are measured."""
 
 from __future__ import annotations
 

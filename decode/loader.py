@@ -26,7 +26,6 @@ from ..kv_transfer.connector import Connector
 from ..kv_transfer.handoff import Handoff, Pull
 from .stream import Stream
 
-
 _log = RateLimited()
 
 

@@ -14,9 +14,9 @@ from .stream import Stream, StreamState
 class DecodeScheduler:
     """The streams of a worker. Owned by the engine thread; nothing blocks.
 
-    A waiting stream is admitted when there are blocks for all its known tokens, and a spare block for each stream that
-    already runs. When a running stream needs a block and none is free, the youngest stream gives its blocks up and waits
-    again: the oldest always moves on.
+    A waiting stream is admitted when there are blocks for all its known tokens, and a spare block for each stream
+    that already runs. When a running stream needs a block and none is free, the youngest stream gives its blocks up
+    and waits again: the oldest always moves on.
 
     Args:
         engine: whose blocks are given out.
@@ -73,8 +73,8 @@ class DecodeScheduler:
     def admit(self) -> Iterator[Stream]:
         """Take waiting streams off the queue while there is room for them.
 
-        Prompts that are computed here start when they would take part in the next step, not sooner: what a step computes,
-        later streams with the same prefix find in the cache.
+        Prompts that are computed here start when they would take part in the next step, not sooner: what a step
+        computes, later streams with the same prefix find in the cache.
 
         Each comes with blocks for all its tokens, matched against the prefix cache, and must be given to `load`,
         `prefill` or `end` before the next is asked for.
@@ -151,8 +151,8 @@ class DecodeScheduler:
         return works, preempted
 
     def _preempt(self) -> Stream:
-        """Send the youngest stream that holds blocks back to the queue. A loading one is left alone: its KV is on the way,
-        and it ends without our help."""
+        """Send the youngest stream that holds blocks back to the queue. A loading one is left alone: its KV is on the
+        way, and it ends without our help."""
         candidates = [*self._running.values(), *self._prefilling.values()]
         victim = max(candidates, key=lambda s: s.order)
         self._running.pop(id(victim), None)

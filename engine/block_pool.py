@@ -1,8 +1,8 @@
 """KV blocks: who uses them, what they hold, and when they may be reused.
 
-A block is *used* (references ≥ 1) or *free*. A free block keeps its content, and its key in the prefix cache, until it is
-allocated again; the longest unused goes first. Reuse bumps the block's generation before anything is written, which is
-what a remote reader checks after its bytes have landed.
+A block is *used* (references ≥ 1) or *free*. A free block keeps its content, and its key in the prefix cache, until
+it is allocated again; the longest unused goes first. Reuse bumps the block's generation before anything is written,
+which is what a remote reader checks after its bytes have landed.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ class BlockPool:
         return len(self._cached)
 
     def match(self, keys: Sequence[BlockHash]) -> list[int]:
-        """The blocks that hold the longest cached prefix of ``keys``. Takes no reference: `acquire` before anything else."""
+        """The blocks that hold the longest cached prefix of ``keys``. Takes no reference: `acquire` before anything
+        else."""
         blocks: list[int] = []
         if self._prefix_cache:
             for key in keys:
@@ -96,7 +97,8 @@ class BlockPool:
                     self._cached[block] = None
 
     def commit(self, block: int, key: BlockHash) -> None:
-        """A used block is full and holds the prefix that ``key`` names. The first block of a key is the one that is found."""
+        """A used block is full and holds the prefix that ``key`` names. The first block of a key is the one that is
+        found."""
         if self._prefix_cache and self._keys[block] is None and key not in self._by_key:
             self._keys[block] = key
             self._by_key[key] = block

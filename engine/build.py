@@ -71,17 +71,17 @@ def build_engine(config: Config, max_running: int, device: torch.device, progres
             f"kv.dtype: {layout.dtype} KV cannot be used by the float32 kernels of a CPU",
             fix="leave kv.dtype at auto",
         )
-    num_blocks = plan_num_blocks(layout, config.kv.capacity, max_running, max_model_len)
+    num_blocks = plan_num_blocks(layout, config.kv.capacity, max_running, max_model_len, device)
     groups = layer_groups(spec.num_layers, config.kv.layer_groups)
-    engine = Engine(model, KVCache(layout, num_blocks), config.kv.prefix_cache, groups)
+    engine = Engine(model, KVCache(layout, num_blocks, device), config.kv.prefix_cache, groups)
     return Built(engine, fingerprint(folder, config.model.load, dtype, config.model.seed), max_model_len)
 
 
 def use_threads(engine: Engine, count: int) -> None:
     """Let one operation of the calling thread use ``count`` threads of the CPU.
 
-    Torch's threads wait for each other at every operation; when all large work is in compiled kernels, which do not, torch
-    gets one.
+    Torch's threads wait for each other at every operation; when all large work is in compiled kernels, which do not,
+    torch gets one.
     """
     model = engine.model
     set_num_threads(count)
@@ -90,7 +90,8 @@ def use_threads(engine: Engine, count: int) -> None:
 
 
 def warm_up(engine: Engine, max_batched_tokens: int, progress: Progress) -> None:
-    """Run every kind of step once, so that the first request does not pay for compilation. Leaves no trace in the cache."""
+    """Run every kind of step once, so that the first request does not pay for compilation. Leaves no trace in the
+    cache."""
     root = root_hash("warm-up")
     vocab = engine.model.spec.vocab_size
     prompt = min(max_batched_tokens, engine.cache.num_blocks * engine.block_tokens // 4, 256)

@@ -101,7 +101,8 @@ class Engine:
             sequence.num_committed = full
 
     def fork(self, parent: Sequence, child: Child, request_id: str) -> Sequence | None:
-        """A sequence with the same computed tokens: shares the full blocks, copies the last. None without a free block."""
+        """A sequence with the same computed tokens: shares the full blocks, copies the last. None without a free
+        block."""
         full = parent.num_computed // self.block_tokens
         partial = self.pool.allocate(1) if parent.num_computed % self.block_tokens else []
         if partial is None:

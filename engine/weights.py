@@ -1,7 +1,7 @@
 """Filling a model's memory from safetensors files.
 
-Files are mapped, never read whole. A mapping's pages count as this process's memory while it is open, so a file is closed
-and opened again after every `_MAPPED_BYTES` copied: the peak stays near the weights' own size.
+Files are mapped, never read whole. A mapping's pages count as this process's memory while it is open, so a file is
+closed and opened again after every `_MAPPED_BYTES` copied: the peak stays near the weights' own size.
 """
 
 from __future__ import annotations
@@ -78,7 +78,8 @@ def fill_dummy(model: Decoder, seed: int) -> None:
 
 
 def fingerprint(folder: Path, load: str, dtype: str, seed: int) -> str:
-    """Which model this is: 32 hex digits over config.json, the tensors' names, shapes and places, and samples of the data.
+    """Which model this is: 32 hex digits over config.json, the tensors' names, shapes and places, and samples of the
+    data.
 
     Equal on hosts that have equal files, whatever their paths and dates.
     """

@@ -31,7 +31,7 @@ def _prefer_tbb() -> None:
         for file in importlib.metadata.files("tbb") or ():
             if file.name.startswith("libtbb.so.12"):
                 ctypes.CDLL(str(file.locate()), mode=ctypes.RTLD_GLOBAL)
-                numba.config.THREADING_LAYER = "tbb"
+                numba.config.THREADING_LAYER = "tbb"  # type: ignore[attr-defined]
                 return
 
 
@@ -39,7 +39,7 @@ _prefer_tbb()
 
 
 def compiled(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Compile a function over NumPy arrays and scalars at its first call, or load it from the cache. Releases the GIL."""
+    """Compile a function over arrays and scalars at its first call, or load it from the cache. Releases the GIL."""
     jitted: Callable[_P, _R] = numba.njit(nogil=True, cache=True, fastmath=_FAST_MATH)(function)
     return jitted
 
@@ -52,7 +52,7 @@ def compiled_parallel(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
 def set_num_threads(count: int) -> None:
     """How many threads one compiled operation of the calling thread may use."""
-    numba.set_num_threads(min(count, numba.config.NUMBA_NUM_THREADS))
+    numba.set_num_threads(min(count, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
 
 
 def num_threads() -> int:

@@ -1,9 +1,9 @@
 """``x @ weight.T + bias``.
 
-Small weights stay in a core's cache, and a compiled loop over them beats every library, which must first find out what it
-is asked. Large ones go to oneDNN, which on processors that are not Intel's is twice as fast as the BLAS behind torch's own
-linear (AMD EPYC with AVX-512, float32, one core: 253 against 112 GFLOP/s); but oneDNN compiles code for every new number
-of rows, which small products do not pay back.
+Small weights stay in a core's cache, and a compiled loop over them beats every library, which must first find out
+what it is asked. Large ones go to oneDNN, which on processors that are not Intel's is twice as fast as the BLAS
+behind torch's own linear (AMD EPYC with AVX-512, float32, one core: 253 against 112 GFLOP/s); but oneDNN compiles
+code for every new number of rows, which small products do not pay back.
 """
 
 from __future__ import annotations
@@ -90,8 +90,9 @@ def _split_columns(x: np.ndarray, weight: np.ndarray, out: np.ndarray, parts: in
 def dot_rows(x: np.ndarray, weight: np.ndarray, out: np.ndarray) -> None:
     """out[i, j] = Σₖ x[i, k] · weight[j, k]; float32, contiguous rows.
 
-    Dot products along contiguous memory, in tiles of four rows and four outputs: eight loads feed sixteen multiply-adds,
-    and the sums stay in registers (measured on one core with AVX-512: 167 GFLOP/s, where BLAS reaches 112).
+    Dot products along contiguous memory, in tiles of four rows and four outputs: eight loads feed sixteen
+    multiply-adds, and the sums stay in registers (measured on one core with AVX-512: 167 GFLOP/s, where BLAS reaches
+    112).
     """
     rows = len(x)
     whole = rows - rows % 4

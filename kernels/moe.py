@@ -1,4 +1,4 @@
-"""Mixture of experts: softmax routing to the top k, gated experts, weighted sum (Fedus et al. 2021, arXiv:2101.03961)."""
+"""Mixture of experts: softmax routing to the top k, gated experts, weighted sum (Fedus et al., arXiv:2101.03961)."""
 
 from __future__ import annotations
 

@@ -48,5 +48,5 @@ NATIVE = Ops(
 
 
 def select(device: torch.device, dtype: torch.dtype) -> Ops:
-    """The fastest implementation that serves ``dtype`` on ``device``: compiled loops for float32 on a CPU, else torch."""
+    """The fastest implementation that serves ``dtype`` on ``device``: compiled for float32 on a CPU, else torch."""
     return NATIVE if device.type == "cpu" and dtype == torch.float32 else REFERENCE

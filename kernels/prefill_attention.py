@@ -146,7 +146,7 @@ def _tile(
             for t in range(max(0, position + 1 - at), width):
                 row[t] = _NEVER
             if window > 0:
-                for t in range(0, min(max(0, position - window + 1 - at), width)):
+                for t in range(min(max(0, position - window + 1 - at), width)):
                     row[t] = _NEVER
             highest = top[r]
             for t in range(width):

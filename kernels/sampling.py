@@ -1,8 +1,8 @@
 """Choosing tokens, with randomness that depends on the request's seed and the token's position alone.
 
 A token is drawn by the Gumbel-max trick: the argmax of logits / temperature plus noise, where the noise of vocabulary
-entry i is a function of (seed, position, i). Whatever worker computes the same logits draws the same token, in any batch.
-And the draw is as robust as the greedy choice: logits that differ in the last bits change it about as rarely.
+entry i is a function of (seed, position, i). Whatever worker computes the same logits draws the same token, in any
+batch. And the draw is as robust as the greedy choice: logits that differ in the last bits change it about as rarely.
 
 The generator is SplitMix64 (`core.randomness`) used as a counter: the i-th output of the stream that (seed, position)
 starts, computed directly.

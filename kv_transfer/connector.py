@@ -129,7 +129,8 @@ class Connector:
             the name of the transport, and why it was chosen.
 
         Raises:
-            TransferError: it refused us, we refuse it, or no transport works between us; names the field and both values.
+            TransferError: it refused us, we refuse it, or no transport works between us; names the field and both
+            values.
         """
         peer = reply.hello.peer
         reason = reply.refused or self._incompatible(reply.hello)

@@ -8,8 +8,9 @@
         ▼                      ▼
     DRAINING (reads still write into our blocks) ──last read ended──► FAILED or CLOSED
 
-The reader owns the destination blocks throughout. They are given to somebody else (a recomputation, the free list) only
-when no read can write into them any more; that is what DRAINING waits for. Every way out ends with `Release`, exactly one.
+The reader owns the destination blocks throughout. They are given to somebody else (a recomputation, the free list)
+only when no read can write into them any more; that is what DRAINING waits for. Every way out ends with `Release`,
+exactly one.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ class HandoffState(enum.Enum):
 
 
 class Pull(NamedTuple):
-    """Read these blocks of one layer group, and verify them: positions ``start`` … ``stop`` − 1 of the handoff's blocks."""
+    """Read these blocks of one layer group, and verify them: positions ``start`` … ``stop`` − 1 of the handoff's
+    blocks."""
 
     layer_group: int
     start: int

@@ -1,8 +1,8 @@
 """Memory that a peer on the same host can map, and that the kernel frees whatever happens to its owner.
 
 The memory is an anonymous file (memfd_create, Linux): it has no name in any file system, so a killed process leaves
-nothing behind. A peer opens it through ``/proc/<pid>/fd/<n>``, and checks a random token against its name there, so that
-a reused process id is never mistaken for the owner. A mapping outlives its owner's death.
+nothing behind. A peer opens it through ``/proc/<pid>/fd/<n>``, and checks a random token against its name there, so
+that a reused process id is never mistaken for the owner. A mapping outlives its owner's death.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ def map_shared(shared: SharedMemory) -> np.ndarray:
     """Map a peer's buffer, for reading: [num_bytes] uint8.
 
     Raises:
-        TransferError: it cannot be opened from here: the owner is gone, or lives on another host or in another container.
+        TransferError: it cannot be opened from here: the owner is gone, or lives on another host or in another
+        container.
     """
     path = f"/proc/{shared.pid}/fd/{shared.descriptor}"
     try:

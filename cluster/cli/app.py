@@ -80,8 +80,9 @@ def serve(file: FileArgument = None, set_: SetOption = None) -> None:
 def up(file: FileArgument = None, set_: SetOption = None, address: AddressOption = None) -> None:
     """Start Tandem on a running Ray cluster, its workers spread over the nodes, and return when it serves.
 
-    `ray start --head` (on every other node `ray start --address=…`) makes a cluster. Off the loopback address Ray must
-    authenticate: RAY_AUTH_MODE=token and one RAY_AUTH_TOKEN, in the environment of every `ray start` and of this command.
+    `ray start --head` (on every other node `ray start --address=…`) makes a cluster. Off the loopback address Ray
+    must authenticate: RAY_AUTH_MODE=token and one RAY_AUTH_TOKEN, in the environment of every `ray start` and of this
+    command.
     """
     from .cluster import up as run
 
@@ -90,7 +91,7 @@ def up(file: FileArgument = None, set_: SetOption = None, address: AddressOption
 
 @app.command()
 def down(address: AddressOption = None) -> None:
-    """Stop the Tandem that runs on a Ray cluster: gateways first, then workers, once their clients have their tokens."""
+    """Stop the Tandem that runs on a Ray cluster: gateways first, workers once their clients are served."""
     from .cluster import down as run
 
     run(address)

@@ -64,7 +64,7 @@ class EventStream(Response):
             async for chunk in self._generation.events():
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
-        except Exception:
+        except Exception:  # noqa: BLE001 - a bug must end the stream as an error, not as silence
             logger.exception("a stream broke")
             body = event(error_body(TandemError("the stream broke inside the gateway")))
             await send({"type": "http.response.body", "body": body, "more_body": False})
@@ -221,7 +221,8 @@ class Api:
             return
         given = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
         # Compare with every key, whatever the outcome: the time tells nothing.
-        if not any([hmac.compare_digest(given, key.encode()) for key in self._config.api_keys]):
+        matches = [hmac.compare_digest(given, key.encode()) for key in self._config.api_keys]
+        if not any(matches):
             raise AuthError("a valid API key is needed", fix="send it as `Authorization: Bearer …`")
 
     async def _body(self, request: Request) -> bytes:

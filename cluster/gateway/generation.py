@@ -304,16 +304,16 @@ class Generation:
             if not deltas:
                 return
             for delta in deltas:
-                if delta.index not in open_choices:
+                if delta.child not in open_choices:
                     continue
-                index = number * self._n + delta.index
+                index = number * self._n + delta.child
                 piece = self._choices[index].push(delta)
                 if self._only_prompt:
                     piece = Piece("", [], [], 0, FinishReason.LENGTH)
                     self._choices[index].finish, self._choices[index].num_tokens = FinishReason.LENGTH, 0
                 if piece.finish is not None:
-                    open_choices.discard(delta.index)
-                    self._dispatcher.finish_output(live, delta.index)
+                    open_choices.discard(delta.child)
+                    self._dispatcher.finish_output(live, delta.child)
                 batch.append((index, piece))
             yield batch
 

@@ -15,9 +15,9 @@ from .timeline import Timeline
 
 
 class Delta(NamedTuple):
-    """New tokens of one output."""
+    """New tokens of one output, the ``child``-th."""
 
-    index: int
+    child: int
     tokens: list[int]
     logprobs: list[TokenLogprobs] | None
     finish: FinishReason | None

@@ -124,7 +124,10 @@ class Responses:
         return {"token": self._text(token), "logprob": max(logprob, -9999.0), "bytes": octets}
 
     def _completion_logprobs(self, pairs: list[tuple[int, TokenLogprobs | None]], offset: int) -> dict[str, Any]:
-        texts, chosen, tops, offsets = [], [], [], []
+        texts: list[str] = []
+        offsets: list[int] = []
+        chosen: list[float | None] = []
+        tops: list[dict[str, float] | None] = []
         for token, value in pairs:
             texts.append(self._text(token))
             offsets.append(offset)

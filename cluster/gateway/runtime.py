@@ -158,7 +158,7 @@ class GatewayRuntime:
         assert self._server is not None
         try:
             self._loop.run_until_complete(self._server.serve(sockets=[self._socket]))
-        except BaseException:
+        except BaseException:  # noqa: BLE001 - whatever it was, it is told
             logger.exception("the gateway's thread broke; the process ends")
             os._exit(70)
         logger.info("stopped")

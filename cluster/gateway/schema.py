@@ -1,7 +1,7 @@
 """What clients may send: OpenAI's request bodies, with their bounds, and what Tandem adds to them.
 
-Unknown fields are refused, so that a field that does nothing is never mistaken for one that does, and no internal field can
-be smuggled in.
+Unknown fields are refused, so that a field that does nothing is never mistaken for one that does, and no internal
+field can be smuggled in.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ class CompletionBody(GenerationBody):
         if isinstance(self.prompt, str):
             return [self.prompt]
         if self.prompt and isinstance(self.prompt[0], int):
-            return [self.prompt]  # type: ignore[list-item]
+            return [self.prompt]
         return list(self.prompt)  # type: ignore[arg-type]
 
 

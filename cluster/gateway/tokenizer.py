@@ -18,7 +18,8 @@ _T = TypeVar("_T")
 
 
 def _byte_characters() -> dict[str, int]:
-    """The character that byte-level BPE vocabularies write for each byte (Radford et al. 2019): itself where it prints."""
+    """The character that byte-level BPE vocabularies write for each byte (Radford et al. 2019): itself where it
+    prints."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}

@@ -1,1 +1,2 @@
-"""Models: what a checkpoint's config.json means (`spec`), the forward pass (`decoder`), names in checkpoints (`names`)."""
+"""Models: what a checkpoint's config.json means (`spec`), the forward pass (`decoder`), names in checkpoints
+(`names`)."""

@@ -186,7 +186,7 @@ def _build(config: Mapping[str, Any], generation: Mapping[str, Any], name: str, 
         raise ValueError(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
     if head_dim % 2:
         raise ValueError(f"head_dim {head_dim} is odd; rotary positions need pairs")
-    own = {
+    own: dict[str, Any] = {
         "qkv_bias": False,
         "o_bias": False,
         "mlp_bias": False,

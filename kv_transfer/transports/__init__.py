@@ -1,4 +1,4 @@
-"""Transports by name, the fastest first. One conformance suite, `tests/conformance/test_transports.py`, holds for all."""
+"""Transports by name, the fastest first. One suite holds for all: `tests/conformance/test_transports.py`."""
 
 from .base import Read, Region, TransferResult, Transport
 

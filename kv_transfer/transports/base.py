@@ -68,7 +68,7 @@ class Transport(Protocol):
         ...
 
     def submit(self, read: Read) -> int:
-        """Start a read, and return its number. Never blocks, never raises for a peer's sake: errors come from `poll`."""
+        """Start a read, and return its number. Never blocks; a peer's errors come from `poll`."""
         ...
 
     def poll(self) -> list[TransferResult]:

@@ -1,4 +1,4 @@
-"""Between processes of one host: the peer's memory is mapped once, and read like our own, by a thread without the GIL."""
+"""Between processes of one host: the peer's memory is mapped, and read like our own, by a thread without the GIL."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ answered, which the generation check, a later read, allows for.
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import threading
 from collections import deque
@@ -30,6 +31,7 @@ IN_FLIGHT_FRAMES = 8
 IN_FLIGHT_BYTES = FRAME_BYTES * IN_FLIGHT_FRAMES
 _MAX_RUNS = 1 << 16
 
+_NOTHING = np.empty(0, np.uint8)
 _log = RateLimited()
 
 
@@ -253,29 +255,27 @@ class ZmqTransport:
             sender, body = parts
             ask = decode_with(_asks, body)
             offsets, sizes = _unpack(ask.offsets), _unpack(ask.sizes)
-        except (ValueError, msgspec.DecodeError) as error:
+        except (ValueError, msgspec.DecodeError) as problem:
             self._on_bad_frame()
-            _log.warning("kv-zmq", "refused a read request that is not one: %s", error)
+            _log.warning("kv-zmq", "refused a read request that is not one: %s", problem)
             return
         error, payload = self._pack_payload(ask.region, offsets, sizes)
-        try:
-            self._server.send_multipart(
-                [sender, msgspec.msgpack.encode(_Answer(ask.number, error)), payload], copy=False, flags=zmq.DONTWAIT
-            )
-        except zmq.ZMQError:
-            pass  # The reader went away; there is nobody to tell.
+        head = msgspec.msgpack.encode(_Answer(ask.number, error))
+        # If the reader has gone, there is nobody to tell.
+        with contextlib.suppress(zmq.ZMQError):
+            self._server.send_multipart([sender, head, payload.data], copy=False, flags=zmq.DONTWAIT)
 
-    def _pack_payload(self, name: str, offsets: np.ndarray, sizes: np.ndarray) -> tuple[str, np.ndarray | bytes]:
+    def _pack_payload(self, name: str, offsets: np.ndarray, sizes: np.ndarray) -> tuple[str, np.ndarray]:
         region = self._regions.get(name)
         if region is None:
-            return f"no region {name[:80]!r}", b""
+            return f"no region {name[:80]!r}", _NOTHING
         if len(offsets) != len(sizes) or not 0 < len(sizes) <= _MAX_RUNS or int(sizes.max(initial=0)) > FRAME_BYTES:
-            return "malformed ranges", b""
+            return "malformed ranges", _NOTHING
         source = region.buffer.array
         target_offsets = np.cumsum(sizes) - sizes
         error = check_runs(Runs(offsets, target_offsets, sizes), len(source), FRAME_BYTES)
         if error:
-            return error, b""
+            return error, _NOTHING
         if len(sizes) == 1:
             return "", source[offsets[0] : offsets[0] + sizes[0]]
         payload = np.empty(int(sizes.sum()), np.uint8)
@@ -289,9 +289,9 @@ class ZmqTransport:
                 answer = decode_with(_answers, head.buffer)
             except zmq.Again:
                 return
-            except (ValueError, msgspec.DecodeError) as error:
+            except (ValueError, msgspec.DecodeError) as problem:
                 self._on_bad_frame()
-                _log.warning("kv-zmq", "refused an answer of %s: %s", peer, error)
+                _log.warning("kv-zmq", "refused an answer of %s: %s", peer, problem)
                 continue
             frame = asked.pop(answer.number, None)
             if frame is None:

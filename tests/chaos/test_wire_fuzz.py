@@ -1,4 +1,5 @@
-"""A hundred thousand mutated frames on every ZMQ port, from strangers and from a peer that holds the cluster's own keys.
+"""A hundred thousand mutated frames on every ZMQ port, from strangers and from a peer that holds the cluster's own
+keys.
 
 The workers run in a process of their own, as their actors run them; keys and ports are known here.
 """
@@ -40,7 +41,8 @@ config = Config.model_validate({
     "routing": {"local_prefill": "never"},
 })
 runtimes = [
-    WorkerRuntime(f"{role}-0#1", role, config, keys, "127.0.0.1", "n", lambda phase: None) for role in ("prefill", "decode")
+    WorkerRuntime(f"{role}-0#1", role, config, keys, "127.0.0.1", "n", lambda phase: None) for role in ("prefill",
+    "decode")
 ]
 members = [runtime.start() for runtime in runtimes]
 for runtime in runtimes:
@@ -135,9 +137,10 @@ def seeds() -> list[bytes]:
     known = [
         wire.Generate(9, "r", [1, 2, 3], 3, child, sampling, stopping), wire.Abort([1, 2]), hello,
         wire.HelloReply(hello), wire.Prefill(1, "r", [1, 2], 2, 0, child, sampling), wire.Accepted(1, [1], [1], 0),
-        wire.BlocksReady(1, 0, 16), wire.Prefilled(1, [wire.SampledToken(1)], 0.0, 0.0), wire.Release([1]), wire.Renew([1]),
-        wire.PrefillFailed(1, wire.FailureReason.EXPIRED, "x"), wire.Subscribe(), wire.Scrape(1), wire.Report(0, 0, 0, 0, 0),
-        wire.Membership(1, [wire.Member("prefill-0#1", "prefill", "n", "tcp://127.0.0.1:1")]), wire.Refused(1, 500, "x"),
+        wire.BlocksReady(1, 0, 16), wire.Prefilled(1, [wire.SampledToken(1)], 0.0, 0.0), wire.Release([1]),
+        wire.Renew([1]), wire.PrefillFailed(1, wire.FailureReason.EXPIRED, "x"), wire.Subscribe(), wire.Scrape(1),
+        wire.Report(0, 0, 0, 0, 0), wire.Membership(1, [wire.Member("prefill-0#1", "prefill", "n",
+        "tcp://127.0.0.1:1")]), wire.Refused(1, 500, "x"),
     ]  # fmt: skip
     frames = [wire.encode(message) for message in known]
     offsets = (0).to_bytes(8, "little")

@@ -56,7 +56,8 @@ def wrong_bodies() -> list[tuple[str, bytes]]:
     }  # fmt: skip
     for field, values in wrong_values.items():
         bodies += [("/v1/completions", {**good, field: value}) for value in values]
-    for field in ("kv_transfer_params", "prefill", "ticket", "children", "do_remote_decode", "remote_block_ids", "skip_tokens",
+    for field in ("kv_transfer_params", "prefill", "ticket", "children", "do_remote_decode", "remote_block_ids",
+    "skip_tokens",
                   "request_id", "priority", "tools", "stop_ids", "sampling", "remote_host", "remote_port", "tp_size", "bootstrap_host",
                   "bootstrap_room", "data_parallel_rank", "lora_request", "multi_modal_data", "prompt_embeds", "guided_json", "prompt_logprobs", "max_token", "__class__"):  # fmt: skip
         bodies.append(("/v1/completions", {**good, field: {"do_remote_prefill": True}}))
@@ -136,8 +137,9 @@ def test_ten_megabytes(served: Served) -> None:
 
 def test_paths_and_methods(served: Served) -> None:
     for method, path, status in (
-        ("GET", "/v1/completions", 405), ("POST", "/v1/models", 405), ("GET", "/", 404), ("GET", "/../../etc/passwd", 404),
-        ("GET", "/debug/requests/nope", 404), ("DELETE", "/v1/chat/completions", 405), ("GET", "/v1/models/%2e%2e", 404),
+        ("GET", "/v1/completions", 405), ("POST", "/v1/models", 405), ("GET", "/", 404), ("GET", "/../../etc/passwd",
+        404), ("GET", "/debug/requests/nope", 404), ("DELETE", "/v1/chat/completions", 405), ("GET",
+        "/v1/models/%2e%2e", 404),
     ):  # fmt: skip
         answer = served.client.request(method, path)
         assert answer.status_code == status, (method, path)

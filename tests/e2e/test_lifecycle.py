@@ -1,4 +1,5 @@
-"""Starting, failing to start, and stopping: nothing is left behind, and every mistake is one clear line within seconds."""
+"""Starting, failing to start, and stopping: nothing is left behind, and every mistake is one clear line within
+seconds."""
 
 from __future__ import annotations
 

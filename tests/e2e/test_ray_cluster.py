@@ -35,13 +35,20 @@ class RayCluster:
             "RAY_USAGE_STATS_ENABLED": "0", "RAY_ADDRESS": self.address, "COLUMNS": "200",
         }  # fmt: skip
         port = self.address.rpartition(":")[2]
-        common = ["--num-cpus=1", "--node-ip-address=127.0.0.1", "--disable-usage-stats", "--object-store-memory=80000000"]
+        common = [
+            "--num-cpus=1",
+            "--node-ip-address=127.0.0.1",
+            "--disable-usage-stats",
+            "--object-store-memory=80000000",
+        ]
         self.start("--head", f"--port={port}", f"--temp-dir={self.folder}", "--include-dashboard=false", *common)
         self.start(f"--address={self.address}", *common)
 
     def start(self, *arguments: str) -> None:
         environment = {key: value for key, value in self.environment.items() if key != "RAY_ADDRESS"}
-        subprocess.run([*RAY, "start", *arguments], env=environment, check=True, capture_output=True, text=True, timeout=120)
+        subprocess.run(
+            [*RAY, "start", *arguments], env=environment, check=True, capture_output=True, text=True, timeout=120
+        )
 
     def tandem(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run([TANDEM, *arguments], env=self.environment, capture_output=True, text=True, timeout=180)

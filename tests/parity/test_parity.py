@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -39,7 +38,8 @@ class Subject:
         self.prompts[:5] = [shared[:16], shared[:64], shared[:17], shared[:64], shared[:1]]
 
     def check(self, prompt: list[int], output: list[int]) -> None:
-        """``output`` is what transformers continues ``prompt`` with: at every position its likeliest token is the next."""
+        """``output`` is what transformers continues ``prompt`` with: at every position its likeliest token is the
+        next."""
         assert len(output) == OUTPUT
         with torch.inference_mode():
             logits = self.model(torch.tensor([prompt + output])).logits[0]
@@ -51,8 +51,8 @@ class Subject:
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Subject]:
-    yield Subject(request.param, tmp_path_factory.mktemp(request.param))
+def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Subject:
+    return Subject(request.param, tmp_path_factory.mktemp(request.param))
 
 
 def capacity(block_tokens: int, tokens: int) -> dict[str, object]:

@@ -85,6 +85,14 @@ def test_colocated_excludes_the_others() -> None:
         load_config(None, ["pools.colocated={}", "pools.decode={}"])
 
 
+def test_gpus_are_for_colocated_workers() -> None:
+    with pytest.raises(ConfigError, match=r"pools\.decode\.gpus_per_replica: no transport of this version"):
+        load_config(None, ["pools.decode={gpus_per_replica: 1}"])
+    colocated = load_config(None, ["pools.colocated={gpus_per_replica: 1}"]).pools.colocated
+    assert colocated is not None
+    assert colocated.gpus_per_replica == 1
+
+
 def test_overrides(tmp_path: Path) -> None:
     path = write(tmp_path, "kv: {block_tokens: 8}\n")
     config = load_config(path, ["kv.block_tokens=32", "gateway.api_keys=[a, b]", "pools.decode.max_running=3"])

@@ -90,7 +90,7 @@ def test_all_are_told_of_all() -> None:
         versions = [membership.version for membership in launched.processes["gateway-0#1"].memberships]
         assert versions == sorted(set(versions))
         status = await controller.status()
-        assert [(row.worker, row.phase, row.restarts) for row in status][0] == ("prefill-0", "ready", 0)
+        assert (status[0].worker, status[0].phase, status[0].restarts) == ("prefill-0", "ready", 0)
         await controller.stop(1)
         assert all(process.death.done() for process in launched.processes.values())
 

@@ -87,7 +87,11 @@ def _shared() -> Tokenizer:
     return _cache[0]
 
 
-@given(st.text("ab\n", min_size=1, max_size=30), st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3), st.randoms())
+@given(
+    st.text("ab\n", min_size=1, max_size=30),
+    st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3),
+    st.randoms(),
+)
 def test_text_ends_before_the_first_stop_string(text: str, stops: list[str], rng: random.Random) -> None:
     tokenizer = _shared()
     tokens = tokenizer._fast.encode(text).ids
@@ -102,7 +106,10 @@ def test_text_ends_before_the_first_stop_string(text: str, stops: list[str], rng
 def test_special_tokens_are_not_text(tokenizer: Tokenizer) -> None:
     assert tokenizer.eos_id is not None
     choice = Choice(tokenizer, [5], [])
-    assert choice.push(Delta(0, [*tokenizer._fast.encode("x = 1").ids, tokenizer.eos_id], None, FinishReason.STOP)).text == "x = 1"
+    assert (
+        choice.push(Delta(0, [*tokenizer._fast.encode("x = 1").ids, tokenizer.eos_id], None, FinishReason.STOP)).text
+        == "x = 1"
+    )
 
 
 def test_without_a_tokenizer_there_are_only_tokens() -> None:
@@ -140,7 +147,10 @@ def test_defaults_are_openais() -> None:
 
 
 def test_content_parts_are_joined() -> None:
-    body = parse(ChatBody, b'{"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]}')
+    body = parse(
+        ChatBody,
+        b'{"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]}',
+    )
     assert body.template_messages() == [{"role": "user", "content": "ab"}]
 
 
@@ -197,7 +207,9 @@ class Gateway:
     def generates(self) -> list[tuple[PeerId, Generate]]:
         return [(peer, message) for peer, message in self.sent if isinstance(message, Generate)]
 
-    def tokens(self, ticket: int, index: int, *tokens: int, finish: FinishReason | None = None, peer: str = "decode-0#1") -> None:
+    def tokens(
+        self, ticket: int, index: int, *tokens: int, finish: FinishReason | None = None, peer: str = "decode-0#1"
+    ) -> None:
         self.dispatcher.receive(peer, Update(children=[ChildUpdate(ticket, index, list(tokens), None, finish)]))
 
     def check_idle(self) -> None:
@@ -211,7 +223,7 @@ class Gateway:
 async def drain(live: LiveRequest) -> list[tuple[int, int]]:
     """What has come so far: (output, token)."""
     deltas = await asyncio.wait_for(live.next_deltas(), 1)
-    return [(delta.index, token) for delta in deltas for token in delta.tokens]
+    return [(delta.child, token) for delta in deltas for token in delta.tokens]
 
 
 def test_tokens_reach_their_request() -> None:
@@ -241,7 +253,8 @@ def test_strangers_cannot_speak_for_a_worker() -> None:
         gateway.dispatcher.receive("decode-9#1", Refused(sent.ticket, 500, "no"))
         gateway.dispatcher.receive("decode-0#1", Update(
             children=[ChildUpdate(999, 0, [1]), ChildUpdate(sent.ticket, 5, [1])], stages=[Stage(999, "x", 0.0)],
-            prompt_logprobs=[PromptLogprobs(sent.ticket, 10**6, [TokenLogprobs(0.0)])], usages=[Usage(999, 0, 0, 0, 0, 0)],
+            prompt_logprobs=[PromptLogprobs(sent.ticket, 10**6, [TokenLogprobs(0.0)])], usages=[Usage(999, 0, 0, 0, 0,
+            0)],
         ))  # fmt: skip
         gateway.tokens(sent.ticket, 0, 7)
         assert await drain(live) == [(0, 7)]
@@ -326,7 +339,8 @@ def test_prompt_logprobs_are_asked_for_until_they_are_known() -> None:
 
 
 @pytest.mark.parametrize(
-    ("status", "kind"), [(400, RequestError), (404, NotFoundError), (429, CapacityError), (500, WorkerError), (503, WorkerError)]
+    ("status", "kind"),
+    [(400, RequestError), (404, NotFoundError), (429, CapacityError), (500, WorkerError), (503, WorkerError)],
 )
 def test_refusals_keep_their_status_and_come_after_the_tokens(status: int, kind: type[TandemError]) -> None:
     async def run() -> None:

@@ -1,4 +1,5 @@
-"""Every kernel against its torch reference: odd shapes, fresh random inputs, poisoned outputs, one and several threads."""
+"""Every kernel against its torch reference: odd shapes, fresh random inputs, poisoned outputs, one and several
+threads."""
 
 from __future__ import annotations
 

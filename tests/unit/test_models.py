@@ -70,7 +70,10 @@ def test_end_tokens() -> None:
         ({"num_key_value_heads": 3}, "is not a multiple of"),
         ({"head_dim": 3}, "head_dim 3 is odd"),
         ({"vocab_size": ...}, "needs the key 'vocab_size'"),
-        ({"architectures": ["MixtralForCausalLM"], "num_local_experts": 2, "num_experts_per_tok": 3}, "not within 1 … 2"),
+        (
+            {"architectures": ["MixtralForCausalLM"], "num_local_experts": 2, "num_experts_per_tok": 3},
+            "not within 1 … 2",
+        ),
         ({"num_hidden_layers": "two"}, "config.json"),
     ],
 )
@@ -133,7 +136,12 @@ def test_weights_that_do_not_fit_are_named(folder: Path, tmp_path: Path) -> None
     with pytest.raises(ConfigError, match="no such file"):
         load_weights(decoder(folder), tmp_path / "0")
     index = tmp_path / "0" / "model.safetensors.index.json"
-    for text in ("{", "{}", json.dumps({"weight_map": {name: "../../etc/passwd"}}), json.dumps({"weight_map": {name: "x"}})):
+    for text in (
+        "{",
+        "{}",
+        json.dumps({"weight_map": {name: "../../etc/passwd"}}),
+        json.dumps({"weight_map": {name: "x"}}),
+    ):
         index.write_text(text)
         with pytest.raises(ConfigError):
             load_weights(decoder(folder), tmp_path / "0")
@@ -213,17 +221,21 @@ def test_peak_memory_is_the_weights(tmp_path: Path) -> None:
 def test_the_cache_fits_one_sequence_or_says_what_is_needed() -> None:
     layout = KVLayout(num_layers=2, num_kv_heads=2, head_dim=8, block_tokens=16, dtype="float32")
     assert layout.block_bytes == 2 * 2 * 2 * 8 * 16 * 4
-    assert plan_num_blocks(layout, 100 * layout.block_bytes + 5, 4, 64) == 100
-    assert plan_num_blocks(layout, "auto", 4, 64) == 16
-    with pytest.raises(ConfigError, match=r"hold 32 tokens; one sequence of model.max_model_len = 64 tokens needs") as caught:
-        plan_num_blocks(layout, 2 * layout.block_bytes, 4, 64)
+    assert plan_num_blocks(layout, 100 * layout.block_bytes + 5, 4, 64, CPU) == 100
+    assert plan_num_blocks(layout, "auto", 4, 64, CPU) == 16
+    with pytest.raises(
+        ConfigError, match=r"hold 32 tokens; one sequence of model.max_model_len = 64 tokens needs"
+    ) as caught:
+        plan_num_blocks(layout, 2 * layout.block_bytes, 4, 64, CPU)
     assert "raise kv.capacity" in caught.value.fix
 
 
 def test_engines_on_a_cpu(folder: Path) -> None:
     """Half precision works too, by torch; a warm-up leaves nothing behind."""
     for dtype in ("float32", "bfloat16", "float16"):
-        config = Config.model_validate({"model": {"path": str(folder), "dtype": dtype, "max_model_len": 128}, "kv": {"capacity": "8MiB"}})
+        config = Config.model_validate(
+            {"model": {"path": str(folder), "dtype": dtype, "max_model_len": 128}, "kv": {"capacity": "8MiB"}}
+        )
         engine = build_engine(config, 4, CPU, lambda *_: None).engine
         warm_up(engine, 64, lambda *_: None)
         engine.pool.check()
@@ -231,5 +243,8 @@ def test_engines_on_a_cpu(folder: Path) -> None:
         assert engine.cache.tensor.dtype == getattr(torch, dtype)
     with pytest.raises(ConfigError, match=r"kv\.dtype"):
         build_engine(
-            Config.model_validate({"model": {"path": str(folder)}, "kv": {"dtype": "bfloat16"}}), 4, CPU, lambda *_: None
+            Config.model_validate({"model": {"path": str(folder)}, "kv": {"dtype": "bfloat16"}}),
+            4,
+            CPU,
+            lambda *_: None,
         )
