@@ -136,3 +136,11 @@ def test_sizes_for_people() -> None:
     assert format_bytes(1610612736) == "1.5 GiB"
     assert format_bytes(12) == "12 B"
     assert format_bytes(5 * 2**40) == "5.0 TiB"
+
+
+def test_the_guide_explains_every_key() -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "yaml.md").read_text()
+    for name, section in Config.model_json_schema()["$defs"].items():
+        for key, value in section["properties"].items():
+            described = " ".join(value["description"].split())
+            assert described in guide or name == "PoolsConfig", f"docs/yaml.md lacks {name}.{key}: {described}"
