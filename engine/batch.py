@@ -59,7 +59,9 @@ def build_batch(plan: Several[Work], wants_logits: Several[int], block_tokens: i
         device: where the tensors go.
     """
     tokens: list[int] = []
-    positions, slots, logit_rows = [], [], []
+    positions: list[int] = []
+    slots: list[int] = []
+    logit_rows: list[int] = []
     spans: list[Span] = []
     single: list[Sequence] = []
     for (sequence, num_new), num_logits in zip(plan, wants_logits, strict=True):
@@ -67,16 +69,18 @@ def build_batch(plan: Several[Work], wants_logits: Several[int], block_tokens: i
         if num_new == 1:
             single.append(sequence)
             tokens.append(sequence.tokens[first])
+            positions.append(first)
+            slots.append(sequence.blocks[first // block_tokens] * block_tokens + first % block_tokens)
         else:
             last = first + num_new
             blocks = sequence.block_table[: -(-last // block_tokens)]
             start = len(tokens)
             spans.append(Span(start, start + num_new, torch.from_numpy(blocks).to(device), last))
             tokens.extend(sequence.tokens[first:last])
-        position = np.arange(first, first + num_new)
-        positions.append(position)
-        slots.append(sequence.block_table[position // block_tokens] * block_tokens + position % block_tokens)
-        logit_rows.append(np.arange(len(tokens) - num_logits, len(tokens)))
+            position = np.arange(first, last)
+            positions.extend(range(first, last))
+            slots.extend((blocks[position // block_tokens] * block_tokens + position % block_tokens).tolist())
+        logit_rows.extend(range(len(tokens) - num_logits, len(tokens)))
     longest = max((-(-(s.num_computed + 1) // block_tokens) for s in single), default=0)
     tables = np.zeros((len(single), longest), np.int64)
     for row, sequence in zip(tables, single, strict=True):
@@ -84,11 +88,11 @@ def build_batch(plan: Several[Work], wants_logits: Several[int], block_tokens: i
         row[:used] = sequence.block_table[:used]
     return Batch(
         tokens=torch.tensor(tokens, dtype=torch.int64, device=device),
-        positions=torch.from_numpy(np.concatenate(positions)).to(device),
-        slots=torch.from_numpy(np.concatenate(slots)).to(device),
+        positions=torch.tensor(positions, dtype=torch.int64, device=device),
+        slots=torch.tensor(slots, dtype=torch.int64, device=device),
         num_single=len(single),
         block_tables=torch.from_numpy(tables).to(device),
         context_lens=torch.tensor([s.num_computed + 1 for s in single], dtype=torch.int64, device=device),
         spans=spans,
-        logit_rows=torch.from_numpy(np.concatenate(logit_rows)).to(device),
+        logit_rows=torch.tensor(logit_rows, dtype=torch.int64, device=device),
     )

@@ -5,22 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from ..core.config import Config, model_folder
 from ..core.errors import ConfigError
 from ..core.hashing import root_hash
 from ..core.messages import Child, Sampling
+from ..kernels import copy_runs
 from ..kernels.compiled import set_num_threads
 from ..kernels.linear import MAX_COMPILED_WEIGHTS
+from ..kernels.moe import MAX_COMPILED_EXPERT
 from ..kernels.oracle import NATIVE, select
 from ..kv_transfer.layout import KVLayout, layer_groups
 from .batch import Work
 from .engine import Engine
 from .kv_cache import TORCH_DTYPES, KVCache, plan_num_blocks
 from .models.decoder import Decoder
-from .models.names import destinations
-from .models.spec import context_length, read_spec
+from .models.spec import ModelSpec, context_length, read_spec
 from .sequence import Sequence
 from .weights import fill_dummy, fingerprint, load_weights
 
@@ -54,7 +56,11 @@ def build_engine(config: Config, max_running: int, device: torch.device, progres
     # Half precision on a CPU is slower than float32, not faster.
     natural = spec.dtype if device.type != "cpu" and spec.dtype in TORCH_DTYPES else "float32"
     dtype = natural if config.model.dtype == "auto" else config.model.dtype
-    model = Decoder(spec, max_model_len, TORCH_DTYPES[dtype], device, select(device, TORCH_DTYPES[dtype]))
+    ops = select(device, TORCH_DTYPES[dtype])
+    # Half the bytes, the same numbers: compiled kernels widen bfloat16 as they read it.
+    halved = config.model.dtype == "auto" and spec.dtype == "bfloat16" and ops is NATIVE and _all_compiled(spec)
+    matrix_dtype = torch.bfloat16 if halved else None
+    model = Decoder(spec, max_model_len, TORCH_DTYPES[dtype], device, ops, matrix_dtype)
     if config.model.load == "dummy":
         fill_dummy(model, config.model.seed)
     else:
@@ -85,8 +91,15 @@ def use_threads(engine: Engine, count: int) -> None:
     """
     model = engine.model
     set_num_threads(count)
-    compiled = model.ops is NATIVE and all(t.numel() <= MAX_COMPILED_WEIGHTS for t in destinations(model).values())
-    torch.set_num_threads(1 if compiled else count)
+    torch.set_num_threads(1 if model.ops is NATIVE and _all_compiled(model.spec) else count)
+
+
+def _all_compiled(spec: ModelSpec) -> bool:
+    """Whether every product of a model is small enough for a compiled kernel."""
+    heads = spec.num_heads + 2 * spec.num_kv_heads
+    sizes = [spec.vocab_size * spec.hidden, heads * spec.head_dim * spec.hidden, 2 * spec.inner * spec.hidden]
+    expert = 2 * spec.moe.inner * spec.hidden if spec.moe else 0
+    return max(sizes) <= MAX_COMPILED_WEIGHTS and expert <= MAX_COMPILED_EXPERT
 
 
 def warm_up(engine: Engine, max_batched_tokens: int, progress: Progress) -> None:
@@ -95,20 +108,24 @@ def warm_up(engine: Engine, max_batched_tokens: int, progress: Progress) -> None
     root = root_hash("warm-up")
     vocab = engine.model.spec.vocab_size
     prompt = min(max_batched_tokens, engine.cache.num_blocks * engine.block_tokens // 4, 256)
-    # Several sequences reach the code for batches, and enough tokens that for long prompts.
-    for done, (sequences, tokens) in enumerate(((1, prompt), (1, 1), (3, 5), (2, 64))):
-        batch = []
-        for index in range(sequences):
-            sampling = Sampling(temperature=float(index), top_p=0.9 if index == 2 else 1.0)
-            ids = [(7 * index + i) % vocab for i in range(tokens)]
-            sequence = Sequence("warm-up", ids, tokens, [Child(0, index)], sampling, root)
-            if engine.reserve(sequence, tokens + 1):
-                batch.append(sequence)
-        if batch:
-            engine.step([Work(sequence, tokens) for sequence in batch])
-            for sequence in batch:
-                sequence.tokens.append(0)
-            engine.step([Work(sequence, 1) for sequence in batch])
-        for sequence in batch:
-            engine.pool.release(sequence.drop_blocks())
-        progress("warm-up", (done + 1) / 4)
+    # One and several sequences, few tokens and many, new prompts beside sequences that decode.
+    lengths = (prompt, 1, 5, 64, 5)
+    batch: list[Sequence] = []
+    for done, tokens in enumerate(lengths):
+        sampling = Sampling(temperature=float(done % 2), top_p=0.9 if done == 3 else 1.0)
+        ids = [(7 * done + i) % vocab for i in range(tokens)]
+        sequence = Sequence("warm-up", ids, tokens, [Child(0, done)], sampling, root)
+        if engine.reserve(sequence, tokens + 2 * len(lengths)):
+            engine.step([Work(sequence, tokens), *(Work(other, 1) for other in batch)])
+            batch.append(sequence)
+            for other in batch:
+                other.tokens.append(0)
+            engine.step([Work(other, 1) for other in batch])
+            for other in batch:
+                other.tokens.append(0)
+        progress("warm-up", (done + 1) / len(lengths))
+    for sequence in batch:
+        engine.pool.release(sequence.drop_blocks())
+    page = np.zeros(1, np.uint8)
+    one = np.zeros(1, np.int64)
+    copy_runs.native(page, page.copy(), one, one, one)

@@ -23,11 +23,24 @@ def reference(
         target[t : t + n] = source[s : s + n]
 
 
-@compiled
 def native(
     source: np.ndarray, target: np.ndarray, source_offsets: np.ndarray, target_offsets: np.ndarray, sizes: np.ndarray
 ) -> None:
     """`reference`, without the GIL."""
+    _copy(_read_only(source), target, _read_only(source_offsets), _read_only(target_offsets), _read_only(sizes))
+
+
+def _read_only(array: np.ndarray) -> np.ndarray:
+    """Mapped memory and received frames are read-only, others are not: compile for one kind."""
+    view = array.view()
+    view.flags.writeable = False
+    return view
+
+
+@compiled
+def _copy(
+    source: np.ndarray, target: np.ndarray, source_offsets: np.ndarray, target_offsets: np.ndarray, sizes: np.ndarray
+) -> None:
     for i in range(len(sizes)):
         s = source_offsets[i]
         t = target_offsets[i]

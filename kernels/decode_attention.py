@@ -51,7 +51,7 @@ def native(
     if len(q) > 1 and num_threads() > 1:
         _decode_parallel(*arrays, num_threads())
     else:
-        _decode(*arrays)
+        attend_rows(*arrays)
     return torch.from_numpy(out)
 
 
@@ -71,11 +71,11 @@ def _decode_parallel(
         start, stop = len(q) * part // parts, len(q) * (part + 1) // parts
         if start < stop:
             tables, lengths = block_tables[start:stop], context_lens[start:stop]
-            _decode(q[start:stop], cache, layer, tables, lengths, scale, window, out[start:stop])
+            attend_rows(q[start:stop], cache, layer, tables, lengths, scale, window, out[start:stop])
 
 
 @compiled
-def _decode(
+def attend_rows(
     q: np.ndarray,
     cache: np.ndarray,
     layer: int,
@@ -85,6 +85,7 @@ def _decode(
     window: int,
     out: np.ndarray,
 ) -> None:
+    """`native` over arrays, by one thread."""
     sequences, heads, _ = q.shape
     kv_heads, block_tokens = cache.shape[3], cache.shape[4]
     group = heads // kv_heads
@@ -145,7 +146,9 @@ def _dot_block(q: np.ndarray, keys: np.ndarray, low: int, high: int, at: int, sc
 @compiled
 def _softmax(x: np.ndarray, scale: np.float32, bits: np.ndarray) -> None:
     """x ← softmax(scale · x), scale > 0."""
-    top = x.max()
+    top = x[0]
+    for t in range(len(x)):
+        top = max(top, x[t])
     for t in range(len(x)):
         x[t] = (x[t] - top) * scale
     exp_inplace(x, bits)
@@ -161,6 +164,24 @@ def _softmax(x: np.ndarray, scale: np.float32, bits: np.ndarray) -> None:
 def _sum_block(weights: np.ndarray, values: np.ndarray, low: int, high: int, at: int, to: np.ndarray) -> None:
     """to[g] += Σₜ weights[g, at + t] · values[t] over low ≤ t < high."""
     width, head_dim = to.shape
+    if width == 4:
+        to0, to1, to2, to3 = to[0], to[1], to[2], to[3]
+        whole = high - (high - low) % 2
+        for t in range(low, whole, 2):
+            m, n = at + t, at + t + 1
+            a0, a1, a2, a3 = weights[0, m], weights[1, m], weights[2, m], weights[3, m]
+            b0, b1, b2, b3 = weights[0, n], weights[1, n], weights[2, n], weights[3, n]
+            for i in range(head_dim):
+                v, w = values[t, i], values[t + 1, i]
+                to0[i] += a0 * v + b0 * w
+                to1[i] += a1 * v + b1 * w
+                to2[i] += a2 * v + b2 * w
+                to3[i] += a3 * v + b3 * w
+        if whole < high:
+            for g in range(4):
+                for i in range(head_dim):
+                    to[g, i] += weights[g, at + whole] * values[whole, i]
+        return
     whole = high - (high - low) % 4
     for g in range(width):
         for t in range(low, whole, 4):

@@ -14,6 +14,7 @@ from . import activation, linear
 from .activation import silu_mul
 from .compiled import compiled, compiled_parallel, num_threads
 from .linear import dot_rows, wide
+from .widen import bits_of
 
 MAX_COMPILED_EXPERT = 1 << 20
 CHUNK_ROWS = 128
@@ -84,13 +85,13 @@ def _grouped(
 
 
 def native(x: Tensor, router: Tensor, gate_up: Tensor, down: Tensor, top_k: int, renormalize: bool) -> Tensor:
-    """`reference` for float32 on a CPU."""
+    """`reference` for float32 on a CPU. Small weights may be bfloat16."""
     if gate_up[0].numel() > MAX_COMPILED_EXPERT:
         return _grouped(x, router, gate_up, down, top_k, renormalize, wide)
     out = np.empty(x.shape, np.float32)
-    arrays = x.numpy(), router.numpy(), gate_up.numpy(), down.numpy(), top_k, renormalize, out
+    arrays = x.numpy(), bits_of(router), bits_of(gate_up), bits_of(down), top_k, renormalize, out
     if num_threads() == 1:
-        _moe(*arrays)
+        moe_rows(*arrays)
     else:
         _moe_parallel(*arrays, num_threads())
     return torch.from_numpy(out)
@@ -195,7 +196,7 @@ def _combine(
 
 
 @compiled
-def _moe(
+def moe_rows(
     x: np.ndarray,
     router: np.ndarray,
     gate_up: np.ndarray,
@@ -204,6 +205,7 @@ def _moe(
     renormalize: bool,
     out: np.ndarray,
 ) -> None:
+    """`native` over arrays, by one thread; ``out`` [tokens, hidden] may not be ``x``."""
     tokens = len(x)
     chosen, place = np.empty((tokens, top_k), np.int64), np.empty((tokens, top_k), np.int64)
     weights = np.empty((tokens, top_k), np.float32)
@@ -231,7 +233,11 @@ def _moe_parallel(
     weights = np.empty((tokens, top_k), np.float32)
     starts, source = np.empty(len(router) + 1, np.int64), np.empty(tokens * top_k, np.int64)
     result = np.empty((tokens * top_k, x.shape[1]), np.float32)
-    _route(x, router, top_k, renormalize, chosen, weights)
+    for part in numba.prange(parts):
+        # Whole tiles of four rows, so that a token's sums do not depend on the number of threads.
+        low = tokens * part // parts // 4 * 4
+        high = tokens if part == parts - 1 else tokens * (part + 1) // parts // 4 * 4
+        _route(x[low:high], router, top_k, renormalize, chosen[low:high], weights[low:high])
     _sort(chosen, len(router), starts, place, source)
     pairs = tokens * top_k
     for part in numba.prange(parts):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import activation, decode_attention, linear, moe, prefill_attention, rms_norm, rotary, sampling
+from . import activation, decode_attention, decode_layers, linear, moe, prefill_attention, rms_norm, rotary, sampling
 
 
 class Ops(NamedTuple):
@@ -22,6 +22,8 @@ class Ops(NamedTuple):
     silu_mul: Callable[..., Tensor]
     moe: Callable[..., Tensor]
     sample: Callable[[Tensor, sampling.SamplingRows], Tensor]
+    decode_layers: Callable[..., tuple[Tensor, Tensor]] | None
+    """All operations of a decode step at once; None where separate operations are as fast."""
 
 
 REFERENCE = Ops(
@@ -33,6 +35,7 @@ REFERENCE = Ops(
     silu_mul=activation.reference,
     moe=moe.reference,
     sample=sampling.reference,
+    decode_layers=None,
 )
 
 NATIVE = Ops(
@@ -44,6 +47,7 @@ NATIVE = Ops(
     silu_mul=activation.native,
     moe=moe.native,
     sample=sampling.native,
+    decode_layers=decode_layers.native,
 )
 
 

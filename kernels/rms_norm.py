@@ -35,7 +35,7 @@ def native(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tu
     if residual is None:
         _norm(x.numpy(), weight.numpy(), eps, out)
         return torch.from_numpy(out), x
-    _add_norm(x.numpy(), residual.numpy(), weight.numpy(), eps, out)
+    add_norm_rows(x.numpy(), residual.numpy(), weight.numpy(), eps, out)
     return torch.from_numpy(out), residual
 
 
@@ -52,7 +52,8 @@ def _norm(x: np.ndarray, weight: np.ndarray, eps: float, out: np.ndarray) -> Non
 
 
 @compiled
-def _add_norm(x: np.ndarray, residual: np.ndarray, weight: np.ndarray, eps: float, out: np.ndarray) -> None:
+def add_norm_rows(x: np.ndarray, residual: np.ndarray, weight: np.ndarray, eps: float, out: np.ndarray) -> None:
+    """residual += x; out = the norm of that, all [tokens, hidden]."""
     tokens, hidden = x.shape
     for t in range(tokens):
         square = np.float32(0)

@@ -6,13 +6,16 @@ Rotary embeddings: Su et al. 2021, arXiv:2104.09864, in the half-split layout of
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numba
 import numpy as np
 import torch
 from torch import Tensor
 
-from .compiled import compiled
+from .compiled import compiled, compiled_parallel, num_threads
+
+_MIN_PARALLEL_ROWS = 64
 
 
 class HeadNorm(NamedTuple):
@@ -73,10 +76,9 @@ def native(
     kv_heads, _, head_dim = cache.shape[3:]
     heads = qkv.shape[1] // head_dim - 2 * kv_heads
     out = np.empty((qkv.shape[0], heads, head_dim), np.float32)
-    none = cos_sin.numpy()[0]
-    _rotary(
+    none = np.zeros(0, np.float32)
+    arrays: Any = (
         qkv.numpy(),
-        norm is not None,
         none if norm is None else norm.query.numpy(),
         none if norm is None else norm.key.numpy(),
         0.0 if norm is None else norm.eps,
@@ -87,6 +89,10 @@ def native(
         slots.numpy(),
         out,
     )
+    if len(qkv) < _MIN_PARALLEL_ROWS or num_threads() == 1:
+        rotary_rows(*arrays)
+    else:
+        _rotary_parallel(num_threads(), *arrays)
     return torch.from_numpy(out)
 
 
@@ -100,10 +106,10 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
-@compiled
-def _rotary(
+@compiled_parallel
+def _rotary_parallel(
+    parts: int,
     qkv: np.ndarray,
-    has_norm: bool,
     q_weight: np.ndarray,
     k_weight: np.ndarray,
     eps: float,
@@ -114,6 +120,37 @@ def _rotary(
     slots: np.ndarray,
     out: np.ndarray,
 ) -> None:
+    for part in numba.prange(parts):
+        low, high = len(qkv) * part // parts, len(qkv) * (part + 1) // parts
+        rotary_rows(
+            qkv[low:high],
+            q_weight,
+            k_weight,
+            eps,
+            cos_sin,
+            positions[low:high],
+            cache,
+            layer,
+            slots[low:high],
+            out[low:high],
+        )
+
+
+@compiled
+def rotary_rows(
+    qkv: np.ndarray,
+    q_weight: np.ndarray,
+    k_weight: np.ndarray,
+    eps: float,
+    cos_sin: np.ndarray,
+    positions: np.ndarray,
+    cache: np.ndarray,
+    layer: int,
+    slots: np.ndarray,
+    out: np.ndarray,
+) -> None:
+    """`native` over arrays; ``q_weight`` and ``k_weight`` [head_dim], or empty for no norm; queries go to ``out``."""
+    has_norm = len(q_weight) > 0
     tokens, heads, head_dim = out.shape
     kv_heads, block_tokens = cache.shape[3], cache.shape[4]
     half = head_dim // 2

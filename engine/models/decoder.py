@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ...kernels.decode_layers import MAX_WEIGHTS, LayerWeights, Prepared, Rows, num_weights
 from ...kernels.oracle import Ops
 from ...kernels.rotary import HeadNorm
 from ..batch import Batch
@@ -33,13 +34,13 @@ class Experts:
 
     def __init__(self, spec: ModelSpec, make: Callable[..., Tensor]) -> None:
         assert spec.moe is not None
-        moe = self._moe = spec.moe
+        moe = self.spec = spec.moe
         self.router = make(moe.num_experts, spec.hidden)
         self.gate_up = make(moe.num_experts, 2 * moe.inner, spec.hidden)
         self.down = make(moe.num_experts, spec.hidden, moe.inner)
 
     def __call__(self, x: Tensor, ops: Ops) -> Tensor:
-        return ops.moe(x, self.router, self.gate_up, self.down, self._moe.top_k, self._moe.renormalize)
+        return ops.moe(x, self.router, self.gate_up, self.down, self.spec.top_k, self.spec.renormalize)
 
 
 class Layer:
@@ -60,6 +61,30 @@ class Layer:
         self.o_bias = make(spec.hidden) if spec.o_bias else None
         self.post_norm = make(spec.hidden)
         self.mlp: Mlp | Experts = Experts(spec, make) if index in spec.moe_layers else Mlp(spec, make)
+
+    def weights(self) -> LayerWeights | None:
+        """What `kernels.decode_layers` computes with; None for a layer that it does not cover."""
+        mlp = self.mlp
+        if isinstance(mlp, Mlp) and mlp.gate_up_bias is not None:
+            return None
+        moe = mlp.spec if isinstance(mlp, Experts) else None
+        return LayerWeights(
+            input_norm=self.input_norm,
+            qkv=self.qkv,
+            qkv_bias=self.qkv_bias,
+            head_norm=self.head_norm,
+            o=self.o,
+            o_bias=self.o_bias,
+            post_norm=self.post_norm,
+            router=mlp.router if isinstance(mlp, Experts) else None,
+            gate_up=mlp.gate_up if isinstance(mlp, Experts) else mlp.gate_up.unsqueeze(0),
+            down=mlp.down if isinstance(mlp, Experts) else mlp.down.unsqueeze(0),
+            top_k=moe.top_k if moe else 0,
+            renormalize=moe.renormalize if moe else False,
+            eps=self.eps,
+            scale=self.scale,
+            window=self.window,
+        )
 
     def __call__(
         self, x: Tensor, residual: Tensor | None, batch: Batch, cache: Tensor, cos_sin: Tensor, ops: Ops
@@ -96,11 +121,20 @@ class Decoder:
         dtype: of weights and activations.
         device: where.
         ops: the kernels to run on.
+        matrix_dtype: of the weights that multiply, where ``ops`` takes them in another type.
     """
 
-    def __init__(self, spec: ModelSpec, max_model_len: int, dtype: torch.dtype, device: torch.device, ops: Ops) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        max_model_len: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        ops: Ops,
+        matrix_dtype: torch.dtype | None = None,
+    ) -> None:
         def make(*shape: int) -> Tensor:
-            return torch.empty(shape, dtype=dtype, device=device)
+            return torch.empty(shape, dtype=dtype if len(shape) == 1 else matrix_dtype or dtype, device=device)
 
         self.spec = spec
         self.dtype = dtype
@@ -112,6 +146,24 @@ class Decoder:
         self.head = self.embedding if spec.tied_embeddings else make(spec.vocab_size, spec.hidden)
         table = cos_sin_table(spec.rope, spec.head_dim, max_model_len, spec.max_positions)
         self._cos_sin = table.to(device)
+        self._decode_layers = self._prepare()
+
+    def _run_layers(self, x: Tensor, batch: Batch, cache: Tensor, done: Callable[[int], None]) -> tuple[Tensor, Tensor]:
+        if self._decode_layers and self.ops.decode_layers is not None and not batch.spans:
+            rows = Rows(batch.positions, batch.slots, batch.block_tables, batch.context_lens)
+            return self.ops.decode_layers(x, self._decode_layers, rows, cache, self._cos_sin, done)
+        residual: Tensor | None = None
+        for layer in self.layers:
+            x, residual = layer(x, residual, batch, cache, self._cos_sin, self.ops)
+            done(layer.index)
+        assert residual is not None
+        return x, residual
+
+    def _prepare(self) -> list[Prepared]:
+        """The layers for `kernels.decode_layers`, where it serves all of them."""
+        weights = [layer.weights() for layer in self.layers] if self.ops.decode_layers is not None else []
+        covered = [w for w in weights if w is not None and num_weights(w) <= MAX_WEIGHTS]
+        return [Prepared(w) for w in covered] if len(covered) == len(self.layers) else []
 
     @torch.inference_mode()
     def forward(
@@ -132,14 +184,14 @@ class Decoder:
         Returns:
             logits [len(batch.logit_rows), vocabulary], in the model's dtype.
         """
-        x = self.embedding[batch.tokens]
-        residual: Tensor | None = None
-        ends = {end - 1: group for group, end in enumerate((*groups[1:], len(self.layers)))} if publish else {}
-        for layer in self.layers:
-            x, residual = layer(x, residual, batch, cache, self._cos_sin, self.ops)
-            if publish is not None and layer.index in ends:
-                publish(ends[layer.index])
-        assert residual is not None
-        rows = batch.logit_rows
-        x, _ = self.ops.rms_norm(x[rows], residual[rows], self.norm, self.spec.norm_eps)
+        ends = {end - 1: group for group, end in enumerate((*groups[1:], len(self.layers)))}
+
+        def done(layer: int) -> None:
+            if publish is not None and layer in ends:
+                publish(ends[layer])
+
+        x = self.embedding[batch.tokens].to(self.dtype)
+        x, residual = self._run_layers(x, batch, cache, done)
+        wanted = batch.logit_rows
+        x, _ = self.ops.rms_norm(x[wanted], residual[wanted], self.norm, self.spec.norm_eps)
         return self.ops.linear(x, self.head)

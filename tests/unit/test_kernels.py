@@ -12,6 +12,7 @@ import torch
 from tandem.kernels import (
     activation,
     decode_attention,
+    decode_layers,
     linear,
     moe,
     prefill_attention,
@@ -63,6 +64,13 @@ def test_linear(rng: torch.Generator, rows: int, outputs: int, inputs: int, bias
     close(linear.wide(x, w, b), exact)
 
 
+@pytest.mark.parametrize("rows", [1, 3, 4, 16, 130])
+@pytest.mark.parametrize(("outputs", "inputs"), [(1, 1), (19, 31), (515, 48)])
+def test_linear_with_bfloat16_weights(rng: torch.Generator, rows: int, outputs: int, inputs: int) -> None:
+    x, w = torch.randn(rows, inputs, generator=rng), torch.randn(outputs, inputs, generator=rng).bfloat16()
+    close(linear.native(x, w), linear.native(x, w.float()), 1e-6)
+
+
 def test_linear_with_large_weights_goes_to_the_library(rng: torch.Generator) -> None:
     w = torch.randn(1, linear.MAX_COMPILED_WEIGHTS + 1, generator=rng)
     x = torch.randn(2, linear.MAX_COMPILED_WEIGHTS + 1, generator=rng)
@@ -84,17 +92,19 @@ def test_rms_norm(rng: torch.Generator, tokens: int, hidden: int) -> None:
     ("heads", "kv_heads", "head_dim", "block_tokens"), [(8, 2, 32, 16), (3, 1, 2, 1), (6, 6, 10, 8)]
 )
 @pytest.mark.parametrize("norm", [False, True])
-def test_rotary(rng: torch.Generator, heads: int, kv_heads: int, head_dim: int, block_tokens: int, norm: bool) -> None:
-    tokens = 13
+@pytest.mark.parametrize("tokens", [13, 133])
+def test_rotary(
+    rng: torch.Generator, heads: int, kv_heads: int, head_dim: int, block_tokens: int, norm: bool, tokens: int
+) -> None:
     qkv = torch.randn(tokens, (heads + 2 * kv_heads) * head_dim, generator=rng)
     head_norm = None
     if norm:
         head_norm = rotary.HeadNorm(torch.randn(head_dim, generator=rng), torch.randn(head_dim, generator=rng), 1e-6)
     table = torch.randn(50, head_dim, generator=rng)
     positions = torch.randint(0, 50, (tokens,), generator=rng)
-    cache = torch.full((20, 3, 2, kv_heads, block_tokens, head_dim), torch.nan)
+    cache = torch.full((140, 3, 2, kv_heads, block_tokens, head_dim), torch.nan)
     other = cache.clone()
-    slots = torch.randperm(20 * block_tokens, generator=rng)[:tokens]
+    slots = torch.randperm(140 * block_tokens, generator=rng)[:tokens]
     want = rotary.reference(qkv, head_norm, table, positions, cache, 1, slots)
     got = rotary.native(qkv, head_norm, table, positions, other, 1, slots)
     close(got, want)
@@ -171,6 +181,68 @@ def test_moe(
     down = torch.randn(experts, hidden, inner, generator=rng) / inner**0.5
     want = moe.reference(x, router, gate_up, down, top_k, renormalize)
     close(moe.native(x, router, gate_up, down, top_k, renormalize), want, 1e-4)
+
+
+def test_moe_with_bfloat16_weights(rng: torch.Generator) -> None:
+    x, router = torch.randn(17, 32, generator=rng), torch.randn(6, 32, generator=rng).bfloat16()
+    gate_up = torch.randn(6, 24, 32, generator=rng).bfloat16()
+    down = torch.randn(6, 32, 12, generator=rng).bfloat16()
+    want = moe.native(x, router.float(), gate_up.float(), down.float(), 2, True)
+    close(moe.native(x, router, gate_up, down, 2, True), want, 1e-6)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7])
+@pytest.mark.parametrize("experts", [0, 5])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("window", [0, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_decode_layers(
+    rng: torch.Generator, rows: int, experts: int, bias: bool, window: int, dtype: torch.dtype
+) -> None:
+    hidden, heads, kv_heads, head_dim, inner, block_tokens = 24, 6, 2, 10, 14, 4
+
+    def make(*shape: int) -> torch.Tensor:
+        values = 0.3 * torch.randn(*shape, generator=rng)
+        return values.to(dtype) if len(shape) > 1 else values
+
+    def layer() -> decode_layers.LayerWeights:
+        return decode_layers.LayerWeights(
+            input_norm=make(hidden),
+            qkv=make((heads + 2 * kv_heads) * head_dim, hidden),
+            qkv_bias=make((heads + 2 * kv_heads) * head_dim) if bias else None,
+            head_norm=None if bias else rotary.HeadNorm(make(head_dim), make(head_dim), 1e-6),
+            o=make(hidden, heads * head_dim),
+            o_bias=make(hidden) if bias else None,
+            post_norm=make(hidden),
+            router=make(experts, hidden) if experts else None,
+            gate_up=make(experts or 1, 2 * inner, hidden),
+            down=make(experts or 1, hidden, inner),
+            top_k=2 if experts else 0,
+            renormalize=not bias,
+            eps=1e-6,
+            scale=head_dim**-0.5,
+            window=window,
+        )
+
+    def widened(weights: decode_layers.LayerWeights) -> decode_layers.LayerWeights:
+        return decode_layers.LayerWeights(*(w.float() if isinstance(w, torch.Tensor) else w for w in weights))
+
+    weights = [layer() for _ in range(3)]
+    lengths = torch.arange(1, rows + 1) * 3
+    tables = torch.randperm(rows * 6, generator=rng).view(rows, 6)
+    slots = tables.gather(1, (lengths - 1).unsqueeze(1) // block_tokens).squeeze(1) * block_tokens
+    where = decode_layers.Rows(lengths - 1, slots + (lengths - 1) % block_tokens, tables, lengths)
+    cache = torch.randn(rows * 6, 3, 2, kv_heads, block_tokens, head_dim, generator=rng)
+    other, x = cache.clone(), torch.randn(rows, hidden, generator=rng)
+    table = torch.randn(64, head_dim, generator=rng)
+    want = decode_layers.reference(x, [widened(w) for w in weights], where, cache, table)
+    seen: list[int] = []
+    prepared = [decode_layers.Prepared(w) for w in weights]
+    got = decode_layers.native(x.clone(), prepared, where, other, table, seen.append)
+    close(got[0], want[0], 1e-4)
+    close(got[1], want[1], 1e-4)
+    close(other, cache, 1e-4)
+    assert seen == [0, 1, 2]
 
 
 def test_moe_with_one_expert_for_all(rng: torch.Generator) -> None:
