@@ -190,37 +190,19 @@ class Generation:
         """
         options = self._body.stream_options
         with_usage = options is not None and options.include_usage
-        queue: asyncio.Queue[list[tuple[int, Piece]] | TandemError | None] = asyncio.Queue()
-
-        async def collect(number: int) -> None:
-            try:
-                async for batch in self._batches(number):
-                    queue.put_nowait(batch)
-            except TandemError as error:
-                queue.put_nowait(error)
-            queue.put_nowait(None)
-
-        tasks = [asyncio.create_task(collect(number)) for number in range(len(self._lives))]
         started: set[int] = set()
         try:
-            running = len(tasks)
-            while running:
-                batch = await queue.get()
-                if batch is None:
-                    running -= 1
-                elif isinstance(batch, TandemError):
-                    yield event(error_body(batch))
-                    return
-                else:
-                    yield b"".join(self._chunk(index, piece, started, with_usage) for index, piece in batch)
-            if any(live.done for live in self._lives):
-                return
-            if with_usage:
-                yield self._responses.chunk([], self._usage(), with_usage=True)
-            yield DONE
-        finally:
-            for task in tasks:
-                task.cancel()
+            # A single prompt, as nearly all are, needs no task and no queue between it and its reader.
+            async for batch in self._batches(0) if len(self._lives) == 1 else self._merged():
+                yield b"".join(self._chunk(index, piece, started, with_usage) for index, piece in batch)
+        except TandemError as error:
+            yield event(error_body(error))
+            return
+        if any(live.done for live in self._lives):
+            return
+        if with_usage:
+            yield self._responses.chunk([], self._usage(), with_usage=True)
+        yield DONE
 
     # ---- the request ------------------------------------------------------------------------------------------------
 
@@ -293,6 +275,33 @@ class Generation:
         return -1 if body.logprobs is None else body.logprobs
 
     # ---- the response -----------------------------------------------------------------------------------------------
+
+    async def _merged(self) -> AsyncIterator[list[tuple[int, Piece]]]:
+        """`_batches` of all prompts, as they come."""
+        queue: asyncio.Queue[list[tuple[int, Piece]] | TandemError | None] = asyncio.Queue()
+
+        async def collect(number: int) -> None:
+            try:
+                async for batch in self._batches(number):
+                    queue.put_nowait(batch)
+            except TandemError as error:
+                queue.put_nowait(error)
+            queue.put_nowait(None)
+
+        tasks = [asyncio.create_task(collect(number)) for number in range(len(self._lives))]
+        try:
+            running = len(tasks)
+            while running:
+                batch = await queue.get()
+                if isinstance(batch, TandemError):
+                    raise batch
+                if batch is None:
+                    running -= 1
+                else:
+                    yield batch
+        finally:
+            for task in tasks:
+                task.cancel()
 
     async def _batches(self, number: int) -> AsyncIterator[list[tuple[int, Piece]]]:
         """Pieces of one prompt's choices, as they come together."""
