@@ -287,6 +287,8 @@ class Prefilled(Struct, tag=True, frozen=True):
     samples: Annotated[list[SampledToken], Meta(min_length=1, max_length=MAX_CHILDREN)]
     queue_s: Seconds
     prefill_s: Seconds
+    s_per_token: Seconds
+    """Of the step that ended it, all its prompts together."""
     prompt_logprobs: list[TokenLogprobs] = []
 
 

@@ -22,21 +22,28 @@ class CostModel:
         self.handoff_s = 4e-3
         """What a handoff adds to the time that the prompt took to compute."""
 
-    def local_is_sooner(self, num_tokens: int, num_running: int) -> bool:
-        """Whether to compute ``num_tokens`` here, where ``num_running`` sequences would wait for it."""
+    def local_is_sooner(self, num_tokens: int, local_ahead: int, remote_ahead: int, num_running: int) -> bool:
+        """Whether to compute ``num_tokens`` here.
+
+        Args:
+            num_tokens: what is left of the prompt.
+            local_ahead: prompt tokens that are being computed here.
+            remote_ahead: prompt tokens that we wait for from prefill workers.
+            num_running: sequences that would wait for a local step.
+        """
         if self._mode != "auto":
             return self._mode == "always"
         if num_tokens > self._max_local_tokens:
             return False
-        local_s = num_tokens * self.local_s_per_token
-        remote_s = self.handoff_s + num_tokens * self.remote_s_per_token
-        return local_s * (1 + num_running) < remote_s
+        local_s = (local_ahead + num_tokens * (1 + num_running)) * self.local_s_per_token
+        remote_s = self.handoff_s + (remote_ahead + num_tokens) * self.remote_s_per_token
+        return local_s < remote_s
 
     def computed_locally(self, num_tokens: int, seconds: float) -> None:
         """A local step computed ``num_tokens`` of prompts, and took so long."""
         self.local_s_per_token += _NEW_WEIGHT * (seconds / num_tokens - self.local_s_per_token)
 
-    def handed_off(self, num_tokens: int, total_s: float, queue_s: float, prefill_s: float) -> None:
-        """A handoff of ``num_tokens`` took ``total_s`` in all, of which the prefill worker's queue and work."""
-        self.remote_s_per_token += _NEW_WEIGHT * (prefill_s / num_tokens - self.remote_s_per_token)
-        self.handoff_s += _NEW_WEIGHT * (max(total_s - queue_s - prefill_s, 0.0) - self.handoff_s)
+    def handed_off(self, extra_s: float, s_per_token: float) -> None:
+        """A handoff took ``extra_s`` beyond the prefill worker's queue and work, which went at ``s_per_token``."""
+        self.remote_s_per_token += _NEW_WEIGHT * (s_per_token - self.remote_s_per_token)
+        self.handoff_s += _NEW_WEIGHT * (max(extra_s, 0.0) - self.handoff_s)

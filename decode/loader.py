@@ -88,6 +88,7 @@ class _Load:
         self.num_bytes = 0
         self.queue_s = 0.0
         self.prefill_s = 0.0
+        self.s_per_token = 0.0
 
 
 class Loader:
@@ -99,7 +100,8 @@ class Loader:
         clock: tells the time.
         metrics: counts.
         send: delivers a message to a peer.
-        on_handoff: told of each finished handoff: tokens, total, queue and prefill seconds.
+        on_handoff: told of each finished handoff: how long it took in seconds beyond the prefill worker's queue and
+            work, and that worker's seconds a token.
     """
 
     def __init__(
@@ -109,7 +111,7 @@ class Loader:
         clock: Clock,
         metrics: WorkerMetrics,
         send: Callable[[PeerId, Message], None],
-        on_handoff: Callable[[int, float, float, float], None],
+        on_handoff: Callable[[float, float], None],
     ) -> None:
         self._connector = connector
         self._timeout_s = timeout_s
@@ -197,6 +199,7 @@ class Loader:
                     return self._run(load, handoff.fail(FailureReason.REFUSED))
                 load.prefilled_s = self._clock.monotonic_s()
                 load.queue_s, load.prefill_s = message.queue_s, message.prefill_s
+                load.s_per_token = message.s_per_token
                 return [PromptDone(load.stream, message), *self._run(load, handoff.prompt_done())]
             case PrefillFailed():
                 load.message, load.status = message.message, message.status
@@ -305,8 +308,7 @@ class Loader:
         stream.prefill_s += load.prefill_s
         stream.transfer_s += now_s - load.prefilled_s
         stream.transferred_bytes += load.num_bytes
-        computed = stream.sequence.num_tokens - load.skip_blocks * self._connector.layout.block_tokens
-        self._on_handoff(computed, now_s - load.started_s, load.queue_s, load.prefill_s)
+        self._on_handoff(now_s - load.started_s - load.queue_s - load.prefill_s, load.s_per_token)
         self._end(load, "loaded")
         return LoadDone(stream)
 

@@ -60,11 +60,18 @@ class DecodeScheduler:
     @property
     def queued_tokens(self) -> int:
         """Prompt tokens that wait, or are being computed here."""
-        return sum(s.sequence.num_tokens for s in self._waiting) + self._num_prefilling_tokens
+        return sum(s.sequence.num_tokens for s in self._waiting) + self.num_prefilling_tokens
 
     @property
-    def _num_prefilling_tokens(self) -> int:
+    def num_prefilling_tokens(self) -> int:
+        """Prompt tokens that are being computed here."""
         return sum(s.sequence.num_tokens - s.sequence.num_computed for s in self._prefilling.values())
+
+    @property
+    def num_loading_tokens(self) -> int:
+        """Prompt tokens that prefill workers have yet to compute for us."""
+        waiting = [s.sequence for s in self._loading.values() if s.first_tokens is None]
+        return sum(sequence.num_tokens - sequence.num_computed for sequence in waiting)
 
     def add(self, stream: Stream) -> None:
         """Queue a new or split-off stream, in its order."""
@@ -79,7 +86,7 @@ class DecodeScheduler:
         Each comes with blocks for all its tokens, matched against the prefix cache, and must be given to `load`,
         `prefill` or `end` before the next is asked for.
         """
-        while self._waiting and self._num_prefilling_tokens < self._max_batched_tokens:
+        while self._waiting and self.num_prefilling_tokens < self._max_batched_tokens:
             stream = self._waiting[0]
             sequence = stream.sequence
             busy = sum(len(s.children) for streams in (self._loading, self._prefilling) for s in streams.values())

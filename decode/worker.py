@@ -205,7 +205,9 @@ class DecodeWorker:
         stream.started_s = now_s
         peer = self._prefill_peer(stream)
         remaining = sequence.num_tokens - sequence.num_computed
-        if not peer or self._cost.local_is_sooner(remaining, self._scheduler.num_running):
+        scheduler = self._scheduler
+        ahead = scheduler.num_prefilling_tokens, scheduler.num_loading_tokens
+        if not peer or self._cost.local_is_sooner(remaining, *ahead, scheduler.num_running):
             self._scheduler.prefill(stream)
             self._stage(stream, "decode.prefill", f"{remaining} tokens here")
         else:

@@ -148,10 +148,11 @@ class PrefillWorker:
             for job, _ in ends:
                 self._fail(job, f"the prefill step failed: {error}", 500)
             return True
-        self._metrics.step_s.labels("prefill").observe(self._clock.monotonic_s() - start_s)
+        step_s = self._clock.monotonic_s() - start_s
+        self._metrics.step_s.labels("prefill").observe(step_s)
         self._metrics.forward_s.labels("prefill").observe(self._engine.forward_s)
         for outcome in outcomes:
-            self._finish(jobs[id(outcome.sequence)], outcome)
+            self._finish(jobs[id(outcome.sequence)], outcome, step_s / sum(w.num_new for w in plan))
         return True
 
     def report(self) -> Report:
@@ -220,7 +221,7 @@ class PrefillWorker:
         self._leases.publish(job.transfer)
         self._send(job.transfer.reader, BlocksReady(job.transfer.number, layer_group, num_tokens))
 
-    def _finish(self, job: Job, outcome: Outcome) -> None:
+    def _finish(self, job: Job, outcome: Outcome, s_per_token: float) -> None:
         self._prompt_tokens += outcome.num_new
         self._metrics.prompt_tokens.inc(outcome.num_new)
         self._engine.commit(job.sequence)
@@ -240,6 +241,7 @@ class PrefillWorker:
                 samples,
                 job.started_s - job.arrived_s,
                 now_s - job.started_s,
+                s_per_token,
                 job.prompt_logprobs,
             ),
         )

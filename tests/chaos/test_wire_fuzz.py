@@ -137,7 +137,7 @@ def seeds() -> list[bytes]:
     known = [
         wire.Generate(9, "r", [1, 2, 3], 3, child, sampling, stopping), wire.Abort([1, 2]), hello,
         wire.HelloReply(hello), wire.Prefill(1, "r", [1, 2], 2, 0, child, sampling), wire.Accepted(1, [1], [1], 0),
-        wire.BlocksReady(1, 0, 16), wire.Prefilled(1, [wire.SampledToken(1)], 0.0, 0.0), wire.Release([1]),
+        wire.BlocksReady(1, 0, 16), wire.Prefilled(1, [wire.SampledToken(1)], 0.0, 0.0, 0.0), wire.Release([1]),
         wire.Renew([1]), wire.PrefillFailed(1, wire.FailureReason.EXPIRED, "x"), wire.Subscribe(), wire.Scrape(1),
         wire.Report(0, 0, 0, 0, 0), wire.Membership(1, [wire.Member("prefill-0#1", "prefill", "n",
         "tcp://127.0.0.1:1")]), wire.Refused(1, 500, "x"),

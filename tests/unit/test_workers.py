@@ -619,16 +619,19 @@ def test_the_cost_model_prefers_what_is_sooner() -> None:
     cost = CostModel("auto", 512)
     cost.local_s_per_token = cost.remote_s_per_token = 1e-4
     cost.handoff_s = 5e-3
-    assert cost.local_is_sooner(16, num_running=0)
-    assert not cost.local_is_sooner(400, num_running=10)
-    assert not cost.local_is_sooner(513, num_running=0)
-    assert cost.local_is_sooner(16, num_running=2)
-    assert not cost.local_is_sooner(100, num_running=2)
-    assert CostModel("always", 1).local_is_sooner(10**6, 100)
-    assert not CostModel("never", 10**6).local_is_sooner(1, 0)
+    assert cost.local_is_sooner(16, 0, 0, num_running=0)
+    assert not cost.local_is_sooner(400, 0, 0, num_running=10)
+    assert not cost.local_is_sooner(513, 0, 0, num_running=0)
+    assert cost.local_is_sooner(16, 0, 0, num_running=2)
+    assert not cost.local_is_sooner(100, 0, 0, num_running=2)
+    # Queues count: a burst spreads over both.
+    assert cost.local_is_sooner(100, 0, 300, num_running=2)
+    assert not cost.local_is_sooner(100, 300, 300, num_running=2)
+    assert CostModel("always", 1).local_is_sooner(10**6, 0, 0, 100)
+    assert not CostModel("never", 10**6).local_is_sooner(1, 0, 0, 0)
     for _ in range(50):
         cost.computed_locally(100, 1.0)
-        cost.handed_off(100, 0.2, 0.1, 0.05)
+        cost.handed_off(0.05, 0.0005)
     assert abs(cost.local_s_per_token - 0.01) < 1e-3
     assert abs(cost.handoff_s - 0.05) < 1e-3
 
