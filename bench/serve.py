@@ -29,6 +29,15 @@ Step = Callable[[str, int, int], None]
 
 _TRANSFORMERS = Path(__file__).with_name("transformers_batch.py")
 
+_HISTOGRAMS = {
+    "tandem_stage_seconds": "stage",
+    "tandem_step_seconds": "kind",
+    "tandem_step_forward_seconds": "kind",
+}
+"""What is taken from the server's metrics, by which label."""
+
+_Sums = dict[str, dict[str, list[float]]]
+
 
 class Load(NamedTuple):
     """How jobs are sent."""
@@ -65,7 +74,7 @@ class ServedArm:
         return asyncio.run(self._run(load, step))
 
     async def _run(self, load: Load, step: Step) -> dict[str, Any]:
-        before = await self._stages()
+        before = await self._sums()
         replies: list[Reply] = []
 
         async def one(job: Job) -> None:
@@ -77,21 +86,22 @@ class ServedArm:
             await _open_loop(load.jobs, one)
         else:
             await _closed_loop(load.jobs, load.concurrency, one)
-        after = await self._stages()
-        return summarize(replies, load.slo) | {"stage_mean_s": _stage_means(before, after)}
+        means = _means(before, await self._sums())
+        return summarize(replies, load.slo) | {
+            name.removeprefix("tandem_").replace("seconds", "mean_s"): mean for name, mean in means.items()
+        }
 
-    async def _stages(self) -> dict[str, tuple[float, float]]:
-        """Sum and count of each stage's seconds, as the server has counted them."""
+    async def _sums(self) -> _Sums:
+        """Sum and count of each kind of seconds, as the server has counted them."""
         status, text = await self._server.get("/metrics")
-        sums: dict[str, list[float]] = {}
-        if status == 200:
-            for family in text_string_to_metric_families(text):
-                if family.name == "tandem_stage_seconds":
-                    for sample in family.samples:
-                        if sample.name.endswith(("_sum", "_count")):
-                            place = 0 if sample.name.endswith("_sum") else 1
-                            sums.setdefault(sample.labels["stage"], [0.0, 0.0])[place] += sample.value
-        return {stage: (total, count) for stage, (total, count) in sums.items()}
+        sums: _Sums = {}
+        for family in text_string_to_metric_families(text) if status == 200 else ():
+            label = _HISTOGRAMS.get(family.name, "")
+            for sample in family.samples:
+                if label and sample.name.endswith(("_sum", "_count")):
+                    pair = sums.setdefault(family.name, {}).setdefault(sample.labels[label], [0.0, 0.0])
+                    pair[0 if sample.name.endswith("_sum") else 1] += sample.value
+        return sums
 
 
 class TransformersArm:
@@ -198,12 +208,14 @@ async def _closed_loop(jobs: Sequence[Job], concurrency: int, one: Callable[[Job
     await asyncio.gather(*(worker() for _ in range(concurrency)))
 
 
-def _stage_means(before: dict[str, tuple[float, float]], after: dict[str, tuple[float, float]]) -> dict[str, float]:
-    means = {}
-    for stage, (total, count) in after.items():
-        old_total, old_count = before.get(stage, (0.0, 0.0))
-        if count > old_count:
-            means[stage] = round((total - old_total) / (count - old_count), 6)
+def _means(before: _Sums, after: _Sums) -> dict[str, dict[str, float]]:
+    """Mean seconds of what was counted in between, by histogram and label."""
+    means: dict[str, dict[str, float]] = {}
+    for name, kinds in after.items():
+        for kind, (total, count) in kinds.items():
+            old_total, old_count = before.get(name, {}).get(kind, (0.0, 0.0))
+            if count > old_count:
+                means.setdefault(name, {})[kind] = round((total - old_total) / (count - old_count), 6)
     return means
 
 
