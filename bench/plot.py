@@ -1,9 +1,10 @@
-"""One picture of a comparison: the distributions of TTFT, ITL and E2E by arm, and throughput."""
+"""One picture of a comparison: TTFT, ITL, E2E and throughput by arm. Bars are medians of the runs, dots the runs."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from ..core.errors import ConfigError
@@ -32,8 +33,7 @@ def plot(records: Sequence[dict[str, Any]], title: str, path: Path) -> None:
                 continue
             positions = [index + 0.8 * (offset + 0.5) / len(arms) - 0.4 for index in range(3)]
             values = [[run[percent] * 1e3 for run in runs] for percent in ("p50", "p90", "p99")]
-            means = [sum(column) / len(column) for column in values]
-            axis.bar(positions, means, 0.8 / len(arms), label=arm)
+            axis.bar(positions, [median(column) for column in values], 0.8 / len(arms), label=arm)
             for position, column in zip(positions, values, strict=True):
                 axis.plot([position] * len(column), column, "k.", markersize=4)
         axis.set_xticks(range(3), ["p50", "p90", "p99"])
@@ -41,7 +41,7 @@ def plot(records: Sequence[dict[str, Any]], title: str, path: Path) -> None:
     axes[0].legend(fontsize=8)
     for index, arm in enumerate(arms):
         column = [record["output_tokens_per_s"] for record in records if record["arm"] == arm]
-        axes[3].bar(index, sum(column) / len(column), 0.7)
+        axes[3].bar(index, median(column), 0.7)
         axes[3].plot([index] * len(column), column, "k.", markersize=4)
     axes[3].set_xticks(range(len(arms)), arms)
     axes[3].set_title("output tokens/s", fontsize=10)
