@@ -58,12 +58,12 @@ class Router:
         decoders = [member.peer for member in self._members.values() if member.role in ("decode", "colocated")]
         if not decoders:
             return None
-        decode = self._pick("decode", decoders, self._decode_load)
+        decode = self._pick("decode", sorted(decoders), self._decode_load)
         if self._members[decode].role == "colocated":
             return Placement(decode, "")
         report = self._reports.get(decode)
         reachable = [peer for peer in (report.peers if report else ()) if peer in self._members]
-        return Placement(decode, self._pick("prefill", reachable, self._prefill_load) if reachable else "")
+        return Placement(decode, self._pick("prefill", sorted(reachable), self._prefill_load) if reachable else "")
 
     def routable(self, wants_prefill: bool) -> bool:
         """Whether a request could be served now, on separate workers if ``wants_prefill``."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-import random
 import threading
 import time
 from collections.abc import Iterator
@@ -72,7 +72,11 @@ class Streamed:
 
     def stage(self, name: str) -> None:
         """Wait until the request has reached a stage."""
-        wait_for(lambda: self.request_id and name in self._served.stages(self.request_id), 30, name)
+        try:
+            wait_for(lambda: self.request_id and name in self._served.stages(self.request_id), 30, name)
+        except AssertionError:
+            timeline = self._served.client.get(f"/debug/requests/{self.request_id}").text
+            raise AssertionError(f"{name} was not reached: {timeline}\n{self._served.logs()[-5000:]}") from None
 
     def result(self) -> list[int]:
         self._thread.join(timeout=120)
@@ -192,26 +196,29 @@ def test_under_load(served: Served) -> None:
         for i in range(40)
     ]  # fmt: skip
     want = [served.complete(**body)["choices"][0]["token_ids"] for body in bodies]
-    results: dict[int, list[int]] = {}
-    waiting = list(range(40))
+    results: list[tuple[int, list[int]]] = []
+    numbers = itertools.count()
+    over = threading.Event()
 
     def client() -> None:
-        while waiting:
-            index = waiting.pop()
-            results[index] = served.complete(**bodies[index], cache_salt=str(time.monotonic_ns()))["choices"][0][
-                "token_ids"
-            ]
+        while not over.is_set():
+            index = next(numbers) % 40
+            answer = served.complete(**bodies[index], cache_salt=str(time.monotonic_ns()))
+            results.append((index, answer["choices"][0]["token_ids"]))
 
     threads = [threading.Thread(target=client) for _ in range(10)]
     for thread in threads:
         thread.start()
-    rng = random.Random(0)
-    for _ in range(4):
+    for name in ("prefill-0", "decode-0", "decode-0", "prefill-0"):
         time.sleep(1.0)
-        served.worker(rng.choice(["prefill-0", "decode-0"])).kill()
+        served.worker(name).kill()
+    over.set()
     for thread in threads:
         thread.join(timeout=120)
-    assert [results[index] for index in range(40)] == want
+        assert not thread.is_alive()
+    assert len(results) > 40
+    for index, tokens in results:
+        assert tokens == want[index], index
     served.wait_routable()
     served.wait_idle()
     assert served.metric("tandem_replays_total") > 0
