@@ -20,7 +20,8 @@ from ..core.messages import Member, Membership, Report
 _MAX_EVENTS = 1000
 _STABLE_S = 10.0
 _FIRST_BACKOFF_S = 0.5
-_MAX_BACKOFF_S = 30.0
+# With the start of a worker well under `gateway.failover_timeout_s`: nobody who waits is given up for a pause of ours.
+_MAX_BACKOFF_S = 8.0
 
 
 class Handle(Protocol):

@@ -123,7 +123,7 @@ def warm_up(engine: Engine, max_batched_tokens: int, progress: Progress) -> None
             engine.step([Work(other, 1) for other in batch])
             for other in batch:
                 other.tokens.append(0)
-        progress("warm-up", (done + 1) / len(lengths))
+        progress("warm-up (the first compiles kernels)", (done + 1) / len(lengths))
     for sequence in batch:
         engine.pool.release(sequence.drop_blocks())
     page = np.zeros(1, np.uint8)

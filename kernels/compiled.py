@@ -2,6 +2,8 @@
 
 A decode step of a small model is a few hundred operations on a few kilobytes each. Torch spends more time entering and
 leaving them than computing; a compiled loop over the same arrays does not, and runs without holding the GIL.
+
+A GPU has kernels of its own: a machine that computes on one does without Numba.
 """
 
 from __future__ import annotations
@@ -12,7 +14,16 @@ import importlib.metadata
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
-import numba
+try:
+    import numba
+except ImportError:
+    numba = None  # type: ignore[assignment]
+
+AVAILABLE = numba is not None
+"""Whether anything can be compiled; if not, `compiled` functions stay what they are, far too slow to be used."""
+
+prange: type[range] = numba.prange if AVAILABLE else range
+"""A range whose turns may go to several threads, in functions under `compiled_parallel`."""
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -27,6 +38,8 @@ def _prefer_tbb() -> None:
     Its threads steal work: one that gets no core delays nobody. OpenMP's wait for each other, and with a second process
     on the same two cores every loop then takes half a millisecond instead of 20 µs (measured; see docs/decisions).
     """
+    if not AVAILABLE:
+        return
     with contextlib.suppress(importlib.metadata.PackageNotFoundError, OSError):
         for file in importlib.metadata.files("tbb") or ():
             if file.name.startswith("libtbb.so.12"):
@@ -40,21 +53,26 @@ _prefer_tbb()
 
 def compiled(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """Compile a function over arrays and scalars at its first call, or load it from the cache. Releases the GIL."""
+    if not AVAILABLE:
+        return function
     jitted: Callable[_P, _R] = numba.njit(nogil=True, cache=True, fastmath=_FAST_MATH)(function)
     return jitted
 
 
 def compiled_parallel(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """`compiled`, with its ``prange`` loops spread over the threads that `set_num_threads` allows the caller."""
+    if not AVAILABLE:
+        return function
     jitted: Callable[_P, _R] = numba.njit(nogil=True, cache=True, fastmath=_FAST_MATH, parallel=True)(function)
     return jitted
 
 
 def set_num_threads(count: int) -> None:
     """How many threads one compiled operation of the calling thread may use."""
-    numba.set_num_threads(min(count, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
+    if AVAILABLE:
+        numba.set_num_threads(min(count, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
 
 
 def num_threads() -> int:
     """How many threads a compiled operation of the calling thread uses."""
-    return int(numba.get_num_threads())
+    return int(numba.get_num_threads()) if AVAILABLE else 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .compiled import compiled
+from .compiled import AVAILABLE, compiled
 
 
 def reference(
@@ -27,6 +27,9 @@ def native(
     source: np.ndarray, target: np.ndarray, source_offsets: np.ndarray, target_offsets: np.ndarray, sizes: np.ndarray
 ) -> None:
     """`reference`, without the GIL."""
+    if not AVAILABLE:
+        reference(source, target, source_offsets, target_offsets, sizes)
+        return
     _copy(_read_only(source), target, _read_only(source_offsets), _read_only(target_offsets), _read_only(sizes))
 
 

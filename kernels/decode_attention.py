@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 
-from .compiled import compiled, compiled_parallel, num_threads
+from .compiled import compiled, compiled_parallel, num_threads, prange
 from .exponential import exp_inplace
 
 
@@ -67,7 +66,7 @@ def _decode_parallel(
     out: np.ndarray,
     parts: int,
 ) -> None:
-    for part in numba.prange(parts):
+    for part in prange(parts):
         start, stop = len(q) * part // parts, len(q) * (part + 1) // parts
         if start < stop:
             tables, lengths = block_tables[start:stop], context_lens[start:stop]

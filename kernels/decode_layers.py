@@ -10,14 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 
 from . import activation, decode_attention, linear, moe, rms_norm, rotary
 from .activation import silu_mul
-from .compiled import compiled, compiled_parallel, num_threads
+from .compiled import compiled, compiled_parallel, num_threads, prange
 from .decode_attention import attend_rows
 from .linear import dot_rows
 from .moe import moe_rows
@@ -198,7 +197,7 @@ def _layer_parallel(
     scale: float,
     window: int,
 ) -> None:
-    for part in numba.prange(parts):
+    for part in prange(parts):
         low, high = len(x) * part // parts, len(x) * (part + 1) // parts
         _layer_rows(
             x[low:high],

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 
-from .compiled import compiled, compiled_parallel, num_threads
+from .compiled import compiled, compiled_parallel, num_threads, prange
 from .widen import bits_of, widen
 
 MAX_COMPILED_WEIGHTS = 1 << 21
@@ -68,7 +67,7 @@ wide: Callable[[Tensor, Tensor, Tensor | None], Tensor] = _onednn() or reference
 @compiled_parallel
 def _split_rows(x: np.ndarray, weight: np.ndarray, out: np.ndarray, parts: int) -> None:
     rows = len(x)
-    for part in numba.prange(parts):
+    for part in prange(parts):
         # Whole blocks of four rows for each part.
         start = rows * part // parts // 4 * 4
         stop = rows if part == parts - 1 else rows * (part + 1) // parts // 4 * 4
@@ -78,7 +77,7 @@ def _split_rows(x: np.ndarray, weight: np.ndarray, out: np.ndarray, parts: int) 
 @compiled_parallel
 def _split_columns(x: np.ndarray, weight: np.ndarray, out: np.ndarray, parts: int) -> None:
     outputs = len(weight)
-    for part in numba.prange(parts):
+    for part in prange(parts):
         # Whole cache lines of the result for each part.
         start = outputs * part // parts // 16 * 16
         stop = outputs if part == parts - 1 else outputs * (part + 1) // parts // 16 * 16

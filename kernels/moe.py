@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 
 from . import activation, linear
 from .activation import silu_mul
-from .compiled import compiled, compiled_parallel, num_threads
+from .compiled import compiled, compiled_parallel, num_threads, prange
 from .linear import dot_rows, wide
 from .widen import bits_of
 
@@ -233,14 +232,14 @@ def _moe_parallel(
     weights = np.empty((tokens, top_k), np.float32)
     starts, source = np.empty(len(router) + 1, np.int64), np.empty(tokens * top_k, np.int64)
     result = np.empty((tokens * top_k, x.shape[1]), np.float32)
-    for part in numba.prange(parts):
+    for part in prange(parts):
         # Whole tiles of four rows, so that a token's sums do not depend on the number of threads.
         low = tokens * part // parts // 4 * 4
         high = tokens if part == parts - 1 else tokens * (part + 1) // parts // 4 * 4
         _route(x[low:high], router, top_k, renormalize, chosen[low:high], weights[low:high])
     _sort(chosen, len(router), starts, place, source)
     pairs = tokens * top_k
-    for part in numba.prange(parts):
+    for part in prange(parts):
         _run_experts(x, gate_up, down, starts, source, pairs * part // parts, pairs * (part + 1) // parts, result)
-    for part in numba.prange(parts):
+    for part in prange(parts):
         _combine(result, place, weights, tokens * part // parts, tokens * (part + 1) // parts, out)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import activation, decode_attention, decode_layers, linear, moe, prefill_attention, rms_norm, rotary, sampling
+from .compiled import AVAILABLE
 
 
 class Ops(NamedTuple):
@@ -53,4 +54,4 @@ NATIVE = Ops(
 
 def select(device: torch.device, dtype: torch.dtype) -> Ops:
     """The fastest implementation that serves ``dtype`` on ``device``: compiled for float32 on a CPU, else torch."""
-    return NATIVE if device.type == "cpu" and dtype == torch.float32 else REFERENCE
+    return NATIVE if AVAILABLE and device.type == "cpu" and dtype == torch.float32 else REFERENCE

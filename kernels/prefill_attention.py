@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 
-from .compiled import compiled, compiled_parallel, num_threads
+from .compiled import compiled, compiled_parallel, num_threads, prange
 from .exponential import exp_inplace
 from .linear import dot_rows
 
@@ -81,7 +80,7 @@ def _tiles(
     out: np.ndarray,
     items: int,
 ) -> None:
-    for item in numba.prange(items):
+    for item in prange(items):
         # Neighbours in the loop go to one thread: spread the late, long tiles.
         spread = item // 2 if item % 2 == 0 else items - 1 - item // 2
         _tile(q, cache, layer, block_table, context_len, scale, window, out, spread)

@@ -8,12 +8,11 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 
-from .compiled import compiled, compiled_parallel, num_threads
+from .compiled import compiled, compiled_parallel, num_threads, prange
 
 _MIN_PARALLEL_ROWS = 64
 
@@ -120,7 +119,7 @@ def _rotary_parallel(
     slots: np.ndarray,
     out: np.ndarray,
 ) -> None:
-    for part in numba.prange(parts):
+    for part in prange(parts):
         low, high = len(qkv) * part // parts, len(qkv) * (part + 1) // parts
         rotary_rows(
             qkv[low:high],

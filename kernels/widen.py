@@ -11,10 +11,14 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from llvmlite import ir  # type: ignore[import-untyped]
-from numba import types
-from numba.extending import intrinsic
 from torch import Tensor
+
+from .compiled import AVAILABLE
+
+if AVAILABLE:
+    from llvmlite import ir  # type: ignore[import-untyped]
+    from numba import types
+    from numba.extending import intrinsic
 
 
 def bits_of(tensor: Tensor) -> np.ndarray:
@@ -33,5 +37,5 @@ def _widen(typing_context: Any, value: Any) -> Any:
     return (types.float32(value), shift) if value == types.uint16 else None
 
 
-widen: Callable[[Any], np.float32] = cast(Any, intrinsic(_widen))
+widen: Callable[[Any], np.float32] = cast(Any, intrinsic(_widen) if AVAILABLE else _widen)
 """The float32 of a weight: of the bits of a bfloat16, or of a float32 itself. For compiled functions."""

@@ -153,7 +153,7 @@ def test_a_crash_loop_backs_off(monkeypatch: pytest.MonkeyPatch) -> None:
         for life in range(1, 9):
             launched.processes[f"prefill-0#{life}"].die()
             await settle()
-        assert pauses == [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0]
+        assert pauses == [0.5, 1.0, 2.0, 4.0, 8.0, 8.0, 8.0, 8.0]
         await controller.stop(1)
 
     asyncio.run(run())
