@@ -16,10 +16,11 @@ from ..kernels import copy_runs
 from ..kernels.compiled import set_num_threads
 from ..kernels.linear import MAX_COMPILED_WEIGHTS
 from ..kernels.moe import MAX_COMPILED_EXPERT
-from ..kernels.oracle import NATIVE, select
+from ..kernels.oracle import FUSED, NATIVE, select
 from ..kv_transfer.layout import KVLayout, layer_groups
 from .batch import Work
 from .engine import Engine
+from .graphs import DecodeGraphs
 from .kv_cache import TORCH_DTYPES, KVCache, plan_num_blocks
 from .models.decoder import Decoder
 from .models.spec import ModelSpec, context_length, read_spec
@@ -79,7 +80,11 @@ def build_engine(config: Config, max_running: int, device: torch.device, progres
         )
     num_blocks = plan_num_blocks(layout, config.kv.capacity, max_running, max_model_len, device)
     groups = layer_groups(spec.num_layers, config.kv.layer_groups)
-    engine = Engine(model, KVCache(layout, num_blocks, device), config.kv.prefix_cache, groups)
+    cache = KVCache(layout, num_blocks, device)
+    graphs = None
+    if model.ops is FUSED:
+        graphs = DecodeGraphs(model, cache.tensor, max_running, -(-max_model_len // layout.block_tokens))
+    engine = Engine(model, cache, config.kv.prefix_cache, groups, graphs)
     return Built(engine, fingerprint(folder, config.model.load, dtype, config.model.seed), max_model_len)
 
 
@@ -126,6 +131,8 @@ def warm_up(engine: Engine, max_batched_tokens: int, progress: Progress) -> None
         progress("warm-up (the first compiles kernels)", (done + 1) / len(lengths))
     for sequence in batch:
         engine.pool.release(sequence.drop_blocks())
+    if engine.graphs is not None:
+        engine.graphs.capture(lambda done: progress("CUDA graphs", done))
     page = np.zeros(1, np.uint8)
     one = np.zeros(1, np.int64)
     copy_runs.native(page, page.copy(), one, one, one)

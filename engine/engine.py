@@ -16,6 +16,7 @@ from ..core.messages import Child, SampledToken, TokenLogprobs
 from ..kernels.oracle import Ops
 from .batch import Work, build_batch
 from .block_pool import BlockPool
+from .graphs import DecodeGraphs
 from .kv_cache import KVCache
 from .models.decoder import Decoder
 from .sampler import Draw, logprobs_of, sample
@@ -42,15 +43,24 @@ class Engine:
         cache: memory for KV.
         prefix_cache: whether equal prefixes share blocks.
         layer_groups: first layer of each group of layers that is published as one.
+        graphs: for decode steps on a GPU.
     """
 
-    def __init__(self, model: Decoder, cache: KVCache, prefix_cache: bool, layer_groups: Several[int]) -> None:
+    def __init__(
+        self,
+        model: Decoder,
+        cache: KVCache,
+        prefix_cache: bool,
+        layer_groups: Several[int],
+        graphs: DecodeGraphs | None = None,
+    ) -> None:
         self.model = model
         self.cache = cache
         self.pool = BlockPool(cache.num_blocks, cache.generations, prefix_cache)
         self.block_tokens = cache.layout.block_tokens
         self.forward_s = 0.0
         """Time of the last step's forward pass."""
+        self.graphs = graphs
         self._layer_groups = layer_groups
         self._ops: Ops = model.ops
 
@@ -131,7 +141,10 @@ class Engine:
         wants = [self._num_logits(work) for work in plan]
         batch = build_batch(plan, wants, self.block_tokens, self.model.device)
         start = time.perf_counter()
-        logits = self.model.forward(batch, self.cache.tensor, self._layer_groups, publish)
+        if self.graphs is not None and publish is None and self.graphs.serves(batch):
+            logits = self.graphs.run(batch)
+        else:
+            logits = self.model.forward(batch, self.cache.tensor, self._layer_groups, publish)
         self.forward_s = time.perf_counter() - start
         return self._finish(plan, wants, logits)
 

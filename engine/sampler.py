@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..core.messages import SampledToken, TokenLogprobs
 from ..kernels.oracle import Ops
-from ..kernels.sampling import INVALID, SamplingRows, apply_penalties, top_logprobs
+from ..kernels.sampling import INVALID, SamplingRows, apply_penalties, greedy, top_logprobs
 from .sequence import Sequence
 
 
@@ -41,7 +41,10 @@ def sample(logits: Tensor, draws: Several[Draw], ops: Ops) -> list[SampledToken 
         own = own.clone() if identity else own
         for i in changed:
             _adjust(own[i], draws[i].sequence)
-    tokens = ops.sample(own, _rows(draws, logits.device))
+    if all(draw.sequence.sampling.temperature == 0 for draw in draws):
+        tokens = greedy(own)
+    else:
+        tokens = ops.sample(own, _rows(draws, logits.device))
     chosen = tokens.tolist()
     result: list[SampledToken | None] = [None if token == INVALID else SampledToken(token) for token in chosen]
     wanted = [i for i, draw in enumerate(draws) if draw.sequence.sampling.logprobs >= 0 and result[i] is not None]

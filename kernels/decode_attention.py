@@ -8,6 +8,12 @@ from torch import Tensor
 
 from .compiled import compiled, compiled_parallel, num_threads, prange
 from .exponential import exp_inplace
+from .on_gpu import kernel, next_power_of_2, num_processors, tl
+
+_KEY_TILE = 64
+_MIN_SPLIT_TOKENS = 128
+_MAX_SPLITS = 64
+_PROGRAMS_PER_PROCESSOR = 3
 
 
 def reference(
@@ -52,6 +58,102 @@ def native(
     else:
         attend_rows(*arrays)
     return torch.from_numpy(out)
+
+
+def fused(
+    q: Tensor, cache: Tensor, layer: int, block_tables: Tensor, context_lens: Tensor, scale: float, window: int
+) -> Tensor:
+    """`reference` on a GPU; an empty context gives zeros.
+
+    Each context is split over several programs when there are few sequences, and the parts are put together by their
+    log-sum-exp (Dao et al. 2023, flash decoding).
+    """
+    sequences, heads, head_dim = q.shape
+    kv_heads, block_tokens = cache.shape[3], cache.shape[4]
+    out = torch.empty_like(q)
+    if not sequences:
+        return out
+    longest = block_tables.shape[1] * block_tokens
+    programs = sequences * kv_heads
+    splits = min(-(-_PROGRAMS_PER_PROCESSOR * num_processors(q.device) // programs), -(-longest // _MIN_SPLIT_TOKENS))
+    splits = max(1, min(splits, _MAX_SPLITS))
+    parts = torch.empty(sequences, heads, splits, head_dim, dtype=torch.float32, device=q.device)
+    sums = torch.empty(sequences, heads, splits, dtype=torch.float32, device=q.device)
+    dim_block = max(16, next_power_of_2(head_dim))
+    _decode_kernel[(sequences, kv_heads, splits)](
+        q, cache[:, layer], block_tables, context_lens, parts, sums, scale, window, block_tokens, q.stride(0),
+        q.stride(1), block_tables.stride(0), cache.stride(0), *cache.stride()[2:5], splits, heads // kv_heads,
+        head_dim, dim_block, max(16, next_power_of_2(heads // kv_heads)), _KEY_TILE, num_warps=4, num_stages=3,
+    )  # fmt: skip
+    _combine_kernel[(sequences, heads)](parts, sums, out, splits, head_dim, next_power_of_2(splits), dim_block)
+    return out
+
+
+@kernel
+def _decode_kernel(  # type: ignore[no-untyped-def]
+    q, cache, block_tables, context_lens, parts, sums, scale, window, block_tokens, q_stride, q_head_stride,
+    table_stride, block_stride, kv_stride, head_stride, token_stride,
+    splits, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    sequence = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    split = tl.program_id(2)
+    length = tl.load(context_lens + sequence).to(tl.int32)
+    first = 0
+    if window > 0:
+        first = tl.maximum(length - window, 0)
+    # Whole tiles for each split.
+    share = tl.cdiv(tl.cdiv(length - first, splits), TILE) * TILE
+    begin = first + split * share
+    end = tl.minimum(begin + share, length)
+    row, dim, key = tl.arange(0, ROWS), tl.arange(0, DIM), tl.arange(0, TILE)
+    heads = tl.num_programs(1) * GROUP
+    held = (row < GROUP)[:, None] & (dim < HEAD_DIM)[None, :]
+    query = tl.load(
+        q + sequence * q_stride + (head * GROUP + row)[:, None] * q_head_stride + dim[None, :], mask=held, other=0.0
+    )
+    top = tl.full((ROWS,), -1e30, tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    sum_of_values = tl.zeros((ROWS, DIM), tl.float32)
+    for at in range(begin, end, TILE):
+        token = at + key
+        inside = token < end
+        block = tl.load(block_tables + sequence * table_stride + token // block_tokens, mask=inside, other=0)
+        place = cache + block * block_stride + head * head_stride + token % block_tokens * token_stride
+        loaded = inside[:, None] & (dim < HEAD_DIM)[None, :]
+        keys = tl.load(place[:, None] + dim[None, :], mask=loaded, other=0.0).to(query.dtype)
+        values = tl.load(place[:, None] + kv_stride + dim[None, :], mask=loaded, other=0.0).to(query.dtype)
+        scores = tl.dot(query, tl.trans(keys), input_precision="ieee") * scale
+        scores = tl.where(inside[None, :], scores, -1e30)
+        highest = tl.maximum(top, tl.max(scores, axis=1))
+        weights = tl.exp(scores - highest[:, None])
+        fade = tl.exp(top - highest)
+        total = total * fade + tl.sum(weights, axis=1)
+        sum_of_values = sum_of_values * fade[:, None]
+        sum_of_values += tl.dot(weights.to(query.dtype), values, input_precision="ieee")
+        top = highest
+    place = (sequence * heads + head * GROUP + row) * splits + split
+    # A split without tokens weighs nothing: its sum is e to the minus infinity.
+    tl.store(sums + place, tl.where(total > 0, top + tl.log(total), float("-inf")), mask=row < GROUP)
+    normed = sum_of_values / tl.where(total > 0, total, 1.0)[:, None]
+    tl.store(parts + place[:, None] * HEAD_DIM + dim[None, :], normed, mask=held)
+
+
+@kernel
+def _combine_kernel(  # type: ignore[no-untyped-def]
+    parts, sums, out, splits, HEAD_DIM: tl.constexpr, SPLITS: tl.constexpr, DIM: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    split, dim = tl.arange(0, SPLITS), tl.arange(0, DIM)
+    there = split < splits
+    logs = tl.load(sums + row * splits + split, mask=there, other=float("-inf"))
+    top = tl.max(logs, axis=0)
+    weights = tl.exp(logs - tl.where(top == float("-inf"), 0.0, top))
+    held = there[:, None] & (dim < HEAD_DIM)[None, :]
+    values = tl.load(parts + (row * splits + split)[:, None] * HEAD_DIM + dim[None, :], mask=held, other=0.0)
+    total = tl.sum(weights, axis=0)
+    value = tl.sum(values * weights[:, None], axis=0) / tl.where(total > 0, total, 1.0)
+    tl.store(out + row * HEAD_DIM + dim, value.to(out.dtype.element_ty), mask=dim < HEAD_DIM)
 
 
 @compiled_parallel

@@ -13,6 +13,7 @@ from . import activation, linear
 from .activation import silu_mul
 from .compiled import compiled, compiled_parallel, num_threads, prange
 from .linear import dot_rows, wide
+from .on_gpu import kernel, next_power_of_2, tl
 from .widen import bits_of
 
 MAX_COMPILED_EXPERT = 1 << 20
@@ -94,6 +95,115 @@ def native(x: Tensor, router: Tensor, gate_up: Tensor, down: Tensor, top_k: int,
     else:
         _moe_parallel(*arrays, num_threads())
     return torch.from_numpy(out)
+
+
+def fused(x: Tensor, router: Tensor, gate_up: Tensor, down: Tensor, top_k: int, renormalize: bool) -> Tensor:
+    """`reference` on a GPU: pairs of token and expert, sorted by expert, in two grouped products.
+
+    The host never waits for the routing.
+    """
+    tokens, hidden = x.shape
+    experts, inner = len(router), down.shape[2]
+    if not tokens:
+        return torch.empty_like(x)
+    weights, chosen = route(x, router, top_k, renormalize)
+    pairs = tokens * top_k
+    flat = chosen.flatten()
+    order = flat.argsort(stable=True)
+    counts = torch.zeros(experts, dtype=torch.int64, device=x.device).scatter_add_(0, flat, torch.ones_like(flat))
+    rows = 16 if pairs <= 32 * experts else 64 if pairs <= 128 * experts else 128
+    ends = ((counts + rows - 1) // rows).cumsum(0)
+    starts = counts.cumsum(0) - counts
+    num_tiles = min(pairs, pairs // rows + experts)
+    activated = torch.empty(pairs, inner, dtype=x.dtype, device=x.device)
+    result = torch.empty(pairs, hidden, dtype=x.dtype, device=x.device)
+    columns = 64 if rows < 128 else 128
+    table = order, starts, counts, ends, experts, next_power_of_2(experts)
+    options = {"num_warps": 4 if rows < 128 else 8, "num_stages": 3}
+    _gate_up_kernel[(num_tiles, -(-inner // columns))](
+        x,
+        gate_up,
+        activated,
+        *table,
+        top_k,
+        hidden,
+        inner,
+        x.stride(0),
+        gate_up.stride(0),
+        rows,
+        columns,
+        64,
+        **options,
+    )
+    _down_kernel[(num_tiles, -(-hidden // columns))](
+        activated, down, weights, result, *table, hidden, inner, down.stride(0), rows, columns, 64, **options
+    )
+    return result.view(tokens, top_k, hidden).sum(1)
+
+
+@kernel
+def _tile(  # type: ignore[no-untyped-def]
+    order, starts, counts, ends, experts, EXPERTS: tl.constexpr, ROWS: tl.constexpr
+):
+    """Of this program: its expert, its rows of the sorted pairs, which of them exist, and the pairs."""
+    tile = tl.program_id(0)
+    at = tl.arange(0, EXPERTS)
+    bounds = tl.load(ends + at, mask=at < experts, other=1 << 40)
+    expert = tl.sum((bounds <= tile).to(tl.int32), axis=0)
+    before = tl.max(tl.where(bounds <= tile, bounds, 0), axis=0)
+    held = tl.minimum(expert, experts - 1)
+    first = tl.load(starts + held)
+    row = (tile - before) * ROWS + tl.arange(0, ROWS)
+    inside = (row < tl.load(counts + held)) & (expert < experts)
+    return held.to(tl.int64), first + row, inside, tl.load(order + first + row, mask=inside, other=0)
+
+
+@kernel
+def _gate_up_kernel(  # type: ignore[no-untyped-def]
+    x, gate_up, activated, order, starts, counts, ends, experts, EXPERTS: tl.constexpr, top_k, hidden, inner,
+    x_stride, expert_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    if tl.program_id(0) >= tl.load(ends + experts - 1):
+        return
+    expert, row, inside, pair = _tile(order, starts, counts, ends, experts, EXPERTS, ROWS)
+    column, depth = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, DEPTH)
+    source = x + (pair // top_k)[:, None] * x_stride
+    weight = gate_up + expert * expert_stride + column[:, None] * hidden
+    gate = tl.zeros((ROWS, COLUMNS), tl.float32)
+    up = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for k in range(0, hidden, DEPTH):
+        at = k + depth[None, :]
+        a = tl.load(source + at, mask=inside[:, None] & (at < hidden), other=0.0)
+        held = (column < inner)[:, None] & (at < hidden)
+        gate += tl.dot(a, tl.trans(tl.load(weight + at, mask=held, other=0.0)), input_precision="ieee")
+        up += tl.dot(a, tl.trans(tl.load(weight + inner * hidden + at, mask=held, other=0.0)), input_precision="ieee")
+    dtype = activated.dtype.element_ty
+    gate, up = gate.to(dtype).to(tl.float32), up.to(dtype)
+    value = (gate * tl.sigmoid(gate)).to(dtype) * up
+    tl.store(
+        activated + row[:, None] * inner + column[None, :], value, mask=inside[:, None] & (column < inner)[None, :]
+    )
+
+
+@kernel
+def _down_kernel(  # type: ignore[no-untyped-def]
+    activated, down, weights, result, order, starts, counts, ends, experts, EXPERTS: tl.constexpr, hidden, inner,
+    expert_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    if tl.program_id(0) >= tl.load(ends + experts - 1):
+        return
+    expert, row, inside, pair = _tile(order, starts, counts, ends, experts, EXPERTS, ROWS)
+    column, depth = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, DEPTH)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for k in range(0, inner, DEPTH):
+        at = k + depth[None, :]
+        a = tl.load(activated + row[:, None] * inner + at, mask=inside[:, None] & (at < inner), other=0.0)
+        held = (column < hidden)[:, None] & (at < inner)
+        w = tl.load(down + expert * expert_stride + column[:, None] * inner + at, mask=held, other=0.0)
+        total += tl.dot(a, tl.trans(w), input_precision="ieee")
+    scaled = total * tl.load(weights + pair, mask=inside, other=0.0)[:, None]
+    place = result + pair[:, None] * hidden + column[None, :]
+    tl.store(place, scaled.to(result.dtype.element_ty), mask=inside[:, None] & (column < hidden)[None, :])
 
 
 @compiled

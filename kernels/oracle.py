@@ -8,8 +8,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import activation, decode_attention, decode_layers, linear, moe, prefill_attention, rms_norm, rotary, sampling
-from .compiled import AVAILABLE
+from . import (
+    activation,
+    compiled,
+    decode_attention,
+    decode_layers,
+    linear,
+    moe,
+    on_gpu,
+    prefill_attention,
+    rms_norm,
+    rotary,
+    sampling,
+)
 
 
 class Ops(NamedTuple):
@@ -51,7 +62,22 @@ NATIVE = Ops(
     decode_layers=decode_layers.native,
 )
 
+FUSED = Ops(
+    linear=linear.reference,
+    rms_norm=rms_norm.fused,
+    rotary=rotary.fused,
+    decode_attention=decode_attention.fused,
+    prefill_attention=prefill_attention.reference,
+    silu_mul=activation.fused,
+    moe=moe.fused,
+    sample=sampling.reference,
+    decode_layers=None,
+)
+
 
 def select(device: torch.device, dtype: torch.dtype) -> Ops:
-    """The fastest implementation that serves ``dtype`` on ``device``: compiled for float32 on a CPU, else torch."""
-    return NATIVE if AVAILABLE and device.type == "cpu" and dtype == torch.float32 else REFERENCE
+    """The fastest implementation for ``dtype`` on ``device``: Triton on a GPU, compiled code for float32 on a CPU, else
+    torch."""
+    if device.type == "cuda" and on_gpu.AVAILABLE:
+        return FUSED
+    return NATIVE if compiled.AVAILABLE and device.type == "cpu" and dtype == torch.float32 else REFERENCE

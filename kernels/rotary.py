@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .compiled import compiled, compiled_parallel, num_threads, prange
+from .on_gpu import kernel, next_power_of_2, tl
 
 _MIN_PARALLEL_ROWS = 64
 
@@ -93,6 +94,76 @@ def native(
     else:
         _rotary_parallel(num_threads(), *arrays)
     return torch.from_numpy(out)
+
+
+def fused(
+    qkv: Tensor,
+    norm: HeadNorm | None,
+    cos_sin: Tensor,
+    positions: Tensor,
+    cache: Tensor,
+    layer: int,
+    slots: Tensor,
+) -> Tensor:
+    """`reference` on a GPU: one program for each head of each token. A negative slot is written nowhere."""
+    kv_heads, block_tokens, head_dim = cache.shape[3:]
+    heads = qkv.shape[1] // head_dim - 2 * kv_heads
+    tokens = qkv.shape[0]
+    out = torch.empty(tokens, heads, head_dim, dtype=qkv.dtype, device=qkv.device)
+    if tokens:
+        _rotary_kernel[(tokens, heads + 2 * kv_heads)](
+            qkv, norm.query if norm else qkv, norm.key if norm else qkv, cos_sin, positions, slots,
+            cache[:, layer], out, heads, kv_heads, block_tokens, qkv.stride(0), cache.stride(0), *cache.stride()[2:5],
+            norm.eps if norm else 0.0, norm is not None, head_dim, next_power_of_2(head_dim // 2), num_warps=1,
+        )  # fmt: skip
+    return out
+
+
+@kernel
+def _rotary_kernel(  # type: ignore[no-untyped-def]
+    qkv, q_weight, k_weight, cos_sin, positions, slots, cache, out,
+    heads, kv_heads, block_tokens, qkv_stride, block_stride, kv_stride, head_stride, token_stride,
+    eps, NORM: tl.constexpr, HEAD_DIM: tl.constexpr, HALF_BLOCK: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    half: tl.constexpr = HEAD_DIM // 2
+    at = tl.arange(0, HALF_BLOCK)
+    inside = at < half
+    source = qkv + token * qkv_stride + head * HEAD_DIM
+    first = tl.load(source + at, mask=inside, other=0.0)
+    second = tl.load(source + half + at, mask=inside, other=0.0)
+    dtype = first.dtype
+    slot = tl.load(slots + token)
+    if (slot < 0) & (head >= heads):  # a row that only fills a batch up
+        return
+    place = slot // block_tokens * block_stride + slot % block_tokens * token_stride
+    if head >= heads + kv_heads:
+        target = cache + place + kv_stride + (head - heads - kv_heads) * head_stride
+        tl.store(target + at, first.to(cache.dtype.element_ty), mask=inside)
+        tl.store(target + half + at, second.to(cache.dtype.element_ty), mask=inside)
+        return
+    if NORM:
+        weight = q_weight
+        if head >= heads:
+            weight = k_weight
+        a, b = first.to(tl.float32), second.to(tl.float32)
+        scale = tl.rsqrt((tl.sum(a * a, axis=0) + tl.sum(b * b, axis=0)) / HEAD_DIM + eps)
+        first = (a * scale).to(dtype) * tl.load(weight + at, mask=inside, other=0.0)
+        second = (b * scale).to(dtype) * tl.load(weight + half + at, mask=inside, other=0.0)
+    angle = cos_sin + tl.load(positions + token) * HEAD_DIM
+    cos = tl.load(angle + at, mask=inside, other=0.0)
+    sin = tl.load(angle + half + at, mask=inside, other=0.0)
+    a, b = first.to(tl.float32), second.to(tl.float32)
+    turned, other = (a * cos - b * sin).to(dtype), (b * cos + a * sin).to(dtype)
+    if head < heads:
+        target = out + (token * heads + head) * HEAD_DIM
+        tl.store(target + at, turned, mask=inside)
+        tl.store(target + half + at, other, mask=inside)
+    else:
+        target = cache + place + (head - heads) * head_stride
+        tl.store(target + at, turned.to(cache.dtype.element_ty), mask=inside)
+        tl.store(target + half + at, other.to(cache.dtype.element_ty), mask=inside)
 
 
 def _head_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -75,6 +75,12 @@ def reference(logits: Tensor, rows: SamplingRows) -> Tensor:
     return token.masked_fill(broken, INVALID)
 
 
+def greedy(logits: Tensor) -> Tensor:
+    """`reference` where every temperature is 0."""
+    values, ids = logits.max(-1)
+    return ids.masked_fill(values.isnan() | (values == -math.inf), INVALID)
+
+
 def native(logits: Tensor, rows: SamplingRows) -> Tensor:
     """`reference` for float32 logits on a CPU."""
     out = np.empty(logits.shape[0], np.int64)

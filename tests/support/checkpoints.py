@@ -79,7 +79,7 @@ def make_checkpoint(family: str, folder: Path, seed: int = 0, **overrides: Any) 
 
 def greedy(model: transformers.PreTrainedModel, prompt: list[int], count: int) -> list[int]:
     """What transformers continues ``prompt`` with."""
-    ids = torch.tensor([prompt])
+    ids = torch.tensor([prompt], device=model.device)
     with torch.inference_mode():
         ids = model.generate(
             ids,

@@ -22,7 +22,7 @@ from tandem.kernels import (
 )
 from tandem.kernels.compiled import num_threads, set_num_threads
 from tandem.kernels.exponential import exp_inplace
-from tandem.kernels.oracle import NATIVE, REFERENCE, select
+from tandem.kernels.oracle import FUSED, NATIVE, REFERENCE, select
 from tandem.kernels.sampling import INVALID, SamplingRows
 
 
@@ -380,4 +380,4 @@ def test_the_oracle() -> None:
     cpu = torch.device("cpu")
     assert select(cpu, torch.float32) is NATIVE
     assert select(cpu, torch.bfloat16) is REFERENCE
-    assert select(torch.device("cuda"), torch.float32) is REFERENCE
+    assert select(torch.device("cuda"), torch.float32) is FUSED

@@ -1,0 +1,38 @@
+"""How GPU kernels are written: Triton, compiled for the device at hand at their first call.
+
+Under ``TRITON_INTERPRET=1`` the same kernels run on a CPU, in float16 and float32, for tests.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+try:
+    triton: Any = importlib.import_module("triton")
+    tl: Any = importlib.import_module("triton.language")
+except ImportError:
+    triton = tl = None
+
+AVAILABLE = triton is not None
+"""Whether Triton is installed; if not, nothing under `kernel` may be called."""
+
+
+def kernel(function: Callable[..., Any]) -> Any:
+    """Compile a function over pointers, to be launched as ``function[grid](…)``."""
+    return triton.jit(function) if AVAILABLE else function
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least ``n``: the sizes that Triton's blocks have."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+@functools.cache
+def num_processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU: how many programs it runs at a time, at least. 1 for a CPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -1,0 +1,89 @@
+"""The engine on a GPU: equal to transformers, with CUDA graphs and without, in any batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from support.checkpoints import FAMILIES, greedy, make_checkpoint
+from tandem.core.config import Config
+from tandem.core.hashing import root_hash
+from tandem.core.messages import Child, Sampling
+from tandem.engine.batch import Work
+from tandem.engine.build import build_engine
+from tandem.engine.engine import Engine
+from tandem.engine.sequence import Sequence
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is here"),
+]
+
+
+def engine_of(folder: Path, dtype: str = "float32") -> Engine:
+    config = Config.model_validate(
+        {"model": {"path": str(folder), "dtype": dtype}, "kv": {"block_tokens": 8, "capacity": "64MiB"}}
+    )
+    return build_engine(config, 16, torch.device("cuda"), lambda *_: None).engine
+
+
+def generate(engine: Engine, prompts: list[list[int]], count: int) -> list[list[int]]:
+    """Prompts in chunks of 50 beside sequences that decode already; greedy."""
+    sequences = [
+        Sequence(f"r{i}", prompt, len(prompt), [Child(0, i)], Sampling(), root_hash("gpu"))
+        for i, prompt in enumerate(prompts)
+    ]
+    for sequence in sequences:
+        assert engine.reserve(sequence, sequence.num_tokens + count)
+    while any(sequence.num_output_tokens < count for sequence in sequences):
+        plan = [
+            Work(sequence, min(50, sequence.num_tokens - sequence.num_computed))
+            for sequence in sequences
+            if sequence.num_output_tokens < count
+        ]
+        for outcome in engine.step(plan):
+            if outcome.samples is not None:
+                assert outcome.samples[0] is not None
+                outcome.sequence.tokens.append(outcome.samples[0].token)
+    for sequence in sequences:
+        engine.pool.release(sequence.drop_blocks())
+    return [sequence.tokens[sequence.num_prompt_tokens :] for sequence in sequences]
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_equal_to_transformers(family: str, tmp_path: Path) -> None:
+    model = make_checkpoint(family, tmp_path).cuda()
+    prompts = [[(7 * i * i + j * 13) % 131 for j in range(length)] for i, length in enumerate((1, 9, 50, 51, 130))]
+    want = [greedy(model, prompt, 40) for prompt in prompts]
+    engine = engine_of(tmp_path)
+    assert engine.graphs is not None
+    assert generate(engine, prompts, 40) == want
+    # One by one, other graphs; then none.
+    assert [generate(engine, [prompt], 40)[0] for prompt in prompts] == want
+    engine.graphs = None
+    assert generate(engine, prompts, 40) == want
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_stays_close(dtype: str, tmp_path: Path) -> None:
+    """The first logits, of a graph and of a plain step, are those of float32 but for rounding."""
+    model = make_checkpoint("qwen3_moe", tmp_path)
+    prompt = [(11 * j) % 131 for j in range(60)]
+    with torch.no_grad():
+        want = model(torch.tensor([prompt])).logits[0, -1]
+    engine = engine_of(tmp_path, dtype)
+    seen: list[torch.Tensor] = []
+    sample = engine.model.ops.linear
+
+    def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        out = sample(x, weight, bias)
+        if weight is engine.model.head:
+            seen.append(out.float().cpu())
+        return out
+
+    engine.graphs = None
+    engine.model.ops = engine.model.ops._replace(linear=linear)
+    generate(engine, [prompt], 1)
+    error = (seen[-1][-1] - want).norm() / want.norm()
+    assert error < 0.1, error

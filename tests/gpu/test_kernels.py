@@ -1,0 +1,124 @@
+"""Triton kernels against their references: odd shapes, fresh random inputs, poisoned outputs, any strides.
+
+On a GPU they run as they are; elsewhere Triton's interpreter runs the same source, in float32 and float16.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tandem.kernels import activation, decode_attention, moe, on_gpu, rms_norm, rotary
+
+pytestmark = pytest.mark.skipif(not on_gpu.AVAILABLE, reason="Triton is not installed")
+
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+# The interpreter's bfloat16 products are wrong.
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if CUDA else [])]
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
+
+
+@pytest.fixture
+def rng() -> torch.Generator:
+    seed = torch.seed() % 2**31
+    print("seed", seed)
+    return torch.Generator(DEVICE).manual_seed(seed)
+
+
+def random(rng: torch.Generator, *shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> torch.Tensor:
+    return (scale * torch.randn(shape, generator=rng, device=DEVICE)).to(dtype)
+
+
+def close(got: torch.Tensor, want: torch.Tensor) -> None:
+    assert got.shape == want.shape
+    assert got.dtype == want.dtype
+    error = (got.double() - want.double()).norm() / want.double().norm().clamp(min=1e-6)
+    assert error <= TOLERANCE[got.dtype], f"relative error {error:.1e}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "hidden"), [(1, 1), (3, 7), (5, 256), (2, 1030), (0, 16)])
+def test_rms_norm(rng: torch.Generator, tokens: int, hidden: int, dtype: torch.dtype) -> None:
+    x, weight = random(rng, tokens, hidden, dtype=dtype), random(rng, hidden, dtype=dtype)
+    residual = random(rng, tokens, hidden + 3, dtype=dtype)[:, :hidden]
+    for before in (None, residual):
+        want = rms_norm.reference(x, before, weight, 1e-5)
+        got = rms_norm.fused(x.clone(), None if before is None else before.clone(), weight, 1e-5)
+        close(got[0], want[0])
+        close(got[1], want[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "inner"), [(1, 1), (3, 80), (2, 1500)])
+def test_silu_mul(rng: torch.Generator, tokens: int, inner: int, dtype: torch.dtype) -> None:
+    gate_up = random(rng, tokens, 2 * inner, dtype=dtype)
+    close(activation.fused(gate_up), activation.reference(gate_up))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "block_tokens"), [(8, 2, 32, 16), (3, 1, 2, 1), (6, 6, 10, 8), (4, 2, 128, 16)]
+)
+@pytest.mark.parametrize("norm", [False, True])
+def test_rotary(
+    rng: torch.Generator, heads: int, kv_heads: int, head_dim: int, block_tokens: int, norm: bool, dtype: torch.dtype
+) -> None:
+    qkv = random(rng, 7, (heads + 2 * kv_heads) * head_dim, dtype=dtype)
+    weights = random(rng, head_dim, dtype=dtype), random(rng, head_dim, dtype=dtype)
+    head_norm = rotary.HeadNorm(*weights, 1e-6) if norm else None
+    table = random(rng, 50, head_dim)
+    positions = torch.randint(0, 50, (7,), generator=rng, device=DEVICE)
+    cache = torch.full((12, 3, 2, kv_heads, block_tokens, head_dim), torch.nan, dtype=dtype, device=DEVICE)
+    other = cache.clone()
+    slots = torch.randperm(12 * block_tokens, generator=rng, device=DEVICE)[:7]
+    want = rotary.reference(qkv, head_norm, table, positions, cache, 1, slots)
+    close(rotary.fused(qkv, head_norm, table, positions, other, 1, slots), want)
+    assert (cache.isnan() == other.isnan()).all(), "another place was written"
+    close(other.nan_to_num(), cache.nan_to_num())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "block_tokens"), [(8, 2, 32, 16), (5, 1, 14, 64), (4, 4, 16, 1), (16, 1, 128, 16)]
+)
+@pytest.mark.parametrize("window", [0, 1, 17])
+def test_decode_attention(
+    rng: torch.Generator, heads: int, kv_heads: int, head_dim: int, block_tokens: int, window: int, dtype: torch.dtype
+) -> None:
+    lengths = torch.tensor([1, 2, block_tokens, block_tokens + 1, 77, 330], device=DEVICE)
+    most = -(-330 // block_tokens)
+    # Blocks that no sequence may read are poison.
+    shape = (6 * most + 1, 2, 2, kv_heads, block_tokens, head_dim)
+    cache = torch.full(shape, torch.nan, dtype=dtype, device=DEVICE)
+    tables = torch.full((6, most), 6 * most, device=DEVICE)
+    free = iter(torch.randperm(6 * most, generator=rng, device=DEVICE).tolist())
+    for i, length in enumerate(lengths.tolist()):
+        for block in range(-(-length // block_tokens)):
+            tables[i, block] = next(free)
+            cache[tables[i, block]] = random(rng, 2, 2, kv_heads, block_tokens, head_dim, dtype=dtype)
+    q = random(rng, 6, heads, head_dim, dtype=dtype)
+    want = decode_attention.reference(q, cache, 1, tables, lengths, head_dim**-0.5, window)
+    assert not want.isnan().any()
+    close(decode_attention.fused(q, cache, 1, tables, lengths, head_dim**-0.5, window), want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("tokens", "experts", "top_k", "hidden", "inner"),
+    [(1, 4, 2, 16, 8), (5, 7, 3, 70, 33), (200, 3, 1, 24, 80), (90, 8, 8, 32, 16)],
+)
+def test_moe(
+    rng: torch.Generator, tokens: int, experts: int, top_k: int, hidden: int, inner: int, dtype: torch.dtype
+) -> None:
+    x, router = random(rng, tokens, hidden, dtype=dtype), random(rng, experts, hidden, dtype=dtype)
+    gate_up = random(rng, experts, 2 * inner, hidden, dtype=dtype, scale=0.2)
+    down = random(rng, experts, hidden, inner, dtype=dtype, scale=0.2)
+    for renormalize in (False, True):
+        want = moe.reference(x, router, gate_up, down, top_k, renormalize)
+        close(moe.fused(x, router, gate_up, down, top_k, renormalize), want)
+
+
+def test_moe_with_one_expert_for_all(rng: torch.Generator) -> None:
+    x = random(rng, 1, 16).expand(150, 16).contiguous()
+    router, gate_up, down = random(rng, 8, 16), random(rng, 8, 24, 16), random(rng, 8, 16, 12)
+    close(moe.fused(x, router, gate_up, down, 2, True), moe.reference(x, router, gate_up, down, 2, True))
