@@ -14,12 +14,14 @@ from typing import Any, NamedTuple
 import torch
 
 from ..core.config import Config
+from ..core.errors import ConfigError
 from ..core.hashing import root_hash
 from ..core.messages import Child, Sampling
 from ..engine.batch import Work
 from ..engine.build import build_engine
 from ..engine.engine import Engine
 from ..engine.sequence import Sequence
+from .machine import describe
 
 _DECODE_TOKENS = 128
 
@@ -45,6 +47,31 @@ ROWS = [
 ]
 
 
+def records(config: Config) -> Iterator[dict[str, Any]]:
+    """Everything that is printed: a header with configuration and machine, then a record a row. Blocks.
+
+    Args:
+        config: of the model and the cache, and a `colocated` pool, whose limits and device are used.
+
+    Raises:
+        ConfigError: there is no such pool, or the model cannot be served.
+    """
+    pool = config.pools.colocated
+    if pool is None:
+        raise ConfigError(
+            "an engine is measured alone",
+            fix="--set 'pools={colocated: {gpus_per_replica: 1, max_batched_tokens: 8192}}'",
+        )
+    device = torch.device("cuda" if pool.gpus_per_replica else "cpu")
+    machine = describe()
+    if device.type == "cuda":
+        machine["device"] = torch.cuda.get_device_name(device)
+    bench = EngineBench(config, device)
+    yield {"bench": "engine", "config": config.model_dump(mode="json"), "machine": machine}
+    yield {"build_s": round(bench.build_s, 2), "num_blocks": bench.num_blocks}
+    yield from bench.run(ROWS)
+
+
 class EngineBench:
     """An engine, and prompts for it.
 
@@ -59,8 +86,11 @@ class EngineBench:
         self._max_batched_tokens = pool.max_batched_tokens
         self._device = device
         start_s = time.perf_counter()
-        self._engine: Engine = build_engine(config, pool.max_running, device, lambda *_: None).engine
+        built = build_engine(config, pool.max_running, device, lambda *_: None)
+        self._engine: Engine = built.engine
+        self._max_model_len = built.max_model_len
         self.build_s = time.perf_counter() - start_s
+        self.num_blocks = self._engine.pool.num_blocks
         self._rng = random.Random(0)
         self._root = root_hash("bench")
 
@@ -68,7 +98,11 @@ class EngineBench:
         """Measure; one record a row. Blocks."""
         self._generate(2, 64, 8)
         for row in rows:
-            blocks = row.batch * -(-(row.context + _DECODE_TOKENS + 1) // self._engine.block_tokens)
+            length = row.context + _DECODE_TOKENS + 1
+            blocks = row.batch * -(-length // self._engine.block_tokens)
+            if length > self._max_model_len:
+                yield {**row._asdict(), "skipped": f"needs a context of {length}, the model has {self._max_model_len}"}
+                continue
             if blocks > self._engine.pool.num_blocks:
                 yield {**row._asdict(), "skipped": f"needs {blocks} blocks of {self._engine.pool.num_blocks}"}
                 continue

@@ -21,6 +21,9 @@ CHUNK_ROWS = 128
 """Rows that an expert works on at a time: its inputs and outputs stay in a core's cache."""
 
 
+_PLACED = 32
+
+
 def route(x: Tensor, router: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
     """Each token's experts and their weights.
 
@@ -106,19 +109,25 @@ def fused(x: Tensor, router: Tensor, gate_up: Tensor, down: Tensor, top_k: int, 
     experts, inner = len(router), down.shape[2]
     if not tokens:
         return torch.empty_like(x)
-    weights, chosen = route(x, router, top_k, renormalize)
     pairs = tokens * top_k
-    flat = chosen.flatten()
-    order = flat.argsort(stable=True)
-    counts = torch.zeros(experts, dtype=torch.int64, device=x.device).scatter_add_(0, flat, torch.ones_like(flat))
     rows = 16 if pairs <= 32 * experts else 64 if pairs <= 128 * experts else 128
-    ends = ((counts + rows - 1) // rows).cumsum(0)
-    starts = counts.cumsum(0) - counts
+    block = next_power_of_2(experts)
+    weights = torch.empty(tokens, top_k, dtype=torch.float32, device=x.device)
+    chosen, ranks, order = (torch.empty(pairs, dtype=torch.int32, device=x.device) for _ in range(3))
+    counts = torch.zeros(experts, dtype=torch.int32, device=x.device)
+    starts, ends = torch.empty_like(counts), torch.empty_like(counts)
+    logits = torch.nn.functional.linear(x, router)
+    _route_kernel[(tokens,)](
+        logits, weights, chosen, ranks, counts, experts, block, top_k, next_power_of_2(top_k), renormalize, num_warps=1
+    )
+    _place_kernel[(-(-pairs // _PLACED),)](
+        chosen, ranks, counts, order, starts, ends, pairs, experts, block, rows, _PLACED
+    )  # fmt: skip
     num_tiles = min(pairs, pairs // rows + experts)
     activated = torch.empty(pairs, inner, dtype=x.dtype, device=x.device)
     result = torch.empty(pairs, hidden, dtype=x.dtype, device=x.device)
     columns = 64 if rows < 128 else 128
-    table = order, starts, counts, ends, experts, next_power_of_2(experts)
+    table = order, starts, counts, ends, experts, block
     options = {"num_warps": 4 if rows < 128 else 8, "num_stages": 3}
     _gate_up_kernel[(num_tiles, -(-inner // columns))](
         x,
@@ -142,13 +151,58 @@ def fused(x: Tensor, router: Tensor, gate_up: Tensor, down: Tensor, top_k: int, 
 
 
 @kernel
+def _route_kernel(  # type: ignore[no-untyped-def]
+    logits, weights, chosen, ranks, counts, experts, EXPERTS: tl.constexpr, TOP_K: tl.constexpr, SLOTS: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+):  # fmt: skip
+    """One token: its experts, their weights, and its place among each one's tokens, in the order of arrival."""
+    token = tl.program_id(0)
+    at, slot = tl.arange(0, EXPERTS), tl.arange(0, SLOTS)
+    value = tl.load(logits + token * experts + at, mask=at < experts, other=float("-inf")).to(tl.float32)
+    share = tl.exp(value - tl.max(value, axis=0))
+    share = share / tl.sum(share, axis=0)
+    weight = tl.zeros((SLOTS,), tl.float32)
+    expert = tl.zeros((SLOTS,), tl.int32)
+    for k in tl.static_range(TOP_K):
+        best = tl.minimum(tl.argmax(share, axis=0), experts - 1)  # in range even where all is NaN
+        weight = tl.where(slot == k, tl.max(share, axis=0), weight)
+        expert = tl.where(slot == k, best, expert)
+        share = tl.where(at == best, -1.0, share)
+    if RENORMALIZE:
+        weight = weight / tl.sum(weight, axis=0)
+    inside = slot < TOP_K
+    rank = tl.atomic_add(counts + expert, 1, mask=inside)
+    tl.store(weights + token * TOP_K + slot, weight, mask=inside)
+    tl.store(chosen + token * TOP_K + slot, expert, mask=inside)
+    tl.store(ranks + token * TOP_K + slot, rank, mask=inside)
+
+
+@kernel
+def _place_kernel(  # type: ignore[no-untyped-def]
+    chosen, ranks, counts, order, starts, ends, pairs, experts, EXPERTS: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Sort pairs by expert, and say where each expert's pairs and tiles begin and end."""
+    at = tl.arange(0, EXPERTS)
+    count = tl.load(counts + at, mask=at < experts, other=0)
+    if tl.program_id(0) == 0:
+        tl.store(starts + at, tl.cumsum(count, axis=0) - count, mask=at < experts)
+        tl.store(ends + at, tl.cumsum((count + ROWS - 1) // ROWS, axis=0), mask=at < experts)
+    pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = pair < pairs
+    expert = tl.load(chosen + pair, mask=inside, other=0)
+    start = tl.sum(tl.where(at[None, :] < expert[:, None], count[None, :], 0), axis=1)
+    tl.store(order + start + tl.load(ranks + pair, mask=inside, other=0), pair, mask=inside)
+
+
+@kernel
 def _tile(  # type: ignore[no-untyped-def]
     order, starts, counts, ends, experts, EXPERTS: tl.constexpr, ROWS: tl.constexpr
 ):
     """Of this program: its expert, its rows of the sorted pairs, which of them exist, and the pairs."""
     tile = tl.program_id(0)
     at = tl.arange(0, EXPERTS)
-    bounds = tl.load(ends + at, mask=at < experts, other=1 << 40)
+    bounds = tl.load(ends + at, mask=at < experts, other=1 << 30)
     expert = tl.sum((bounds <= tile).to(tl.int32), axis=0)
     before = tl.max(tl.where(bounds <= tile, bounds, 0), axis=0)
     held = tl.minimum(expert, experts - 1)
@@ -167,7 +221,7 @@ def _gate_up_kernel(  # type: ignore[no-untyped-def]
         return
     expert, row, inside, pair = _tile(order, starts, counts, ends, experts, EXPERTS, ROWS)
     column, depth = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, DEPTH)
-    source = x + (pair // top_k)[:, None] * x_stride
+    source = x + (pair // top_k).to(tl.int64)[:, None] * x_stride
     weight = gate_up + expert * expert_stride + column[:, None] * hidden
     gate = tl.zeros((ROWS, COLUMNS), tl.float32)
     up = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -202,7 +256,7 @@ def _down_kernel(  # type: ignore[no-untyped-def]
         w = tl.load(down + expert * expert_stride + column[:, None] * inner + at, mask=held, other=0.0)
         total += tl.dot(a, tl.trans(w), input_precision="ieee")
     scaled = total * tl.load(weights + pair, mask=inside, other=0.0)[:, None]
-    place = result + pair[:, None] * hidden + column[None, :]
+    place = result + pair.to(tl.int64)[:, None] * hidden + column[None, :]
     tl.store(place, scaled.to(result.dtype.element_ty), mask=inside[:, None] & (column < hidden)[None, :])
 
 

@@ -199,3 +199,19 @@ def bench_serve(
         long_output_tokens, trace, trace_speed, repeats, Slo(slo_ttft_ms / 1e3, slo_itl_ms / 1e3), seed, out, plot,
     )  # fmt: skip
     run(file, set_ or [], options)
+
+
+@bench_app.command("engine")
+def bench_engine(
+    file: FileArgument = None,
+    set_: SetOption = None,
+    load: Annotated[str, typer.Option(help="dummy: random weights from config.json alone. auto: read them.")] = "auto",
+    out: Annotated[Path, typer.Option(help="Folder for the JSON lines.")] = Path("bench/out"),
+) -> None:
+    """Measure one engine without a cluster: prefill in tokens a second, decode in milliseconds a step.
+
+    The configuration must have a colocated pool; gpus_per_replica: 1 takes the GPU.
+    """
+    from .bench import bench_engine as run
+
+    run(file, [*(set_ or []), f"model.load={load}"], out)

@@ -1,4 +1,4 @@
-"""`tandem bench serve`: start what is to be compared, load it, and write down what was seen."""
+"""`tandem bench`: start what is to be compared, load it, and write down what was seen."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ...bench.client import Server
+from ...bench.engine import records
 from ...bench.machine import describe
 from ...bench.plot import plot
 from ...bench.serve import Arm, Load, ServedArm, TransformersArm, colocated, compare, verdict, warm_up_jobs
@@ -50,6 +51,17 @@ class Options(NamedTuple):
     seed: int
     out: Path
     plot: bool
+
+
+def bench_engine(file: Path | None, overrides: list[str], out: Path) -> None:
+    """Run the engine's benchmark; JSON lines on standard output and in a file."""
+    config = load_config(file, overrides)
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / time.strftime("engine-%Y%m%d-%H%M%S.jsonl", time.gmtime())).open("w") as lines:
+        for record in records(config):
+            line = json.dumps(record)
+            print(line, flush=True)
+            lines.write(line + "\n")
 
 
 def bench_serve(file: Path | None, overrides: list[str], options: Options) -> None:
