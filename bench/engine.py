@@ -59,7 +59,7 @@ def records(config: Config) -> Iterator[dict[str, Any]]:
     pool = config.pools.colocated
     if pool is None:
         raise ConfigError(
-            "an engine is measured alone",
+            "one engine is measured, and the configuration has no colocated pool",
             fix="--set 'pools={colocated: {gpus_per_replica: 1, max_batched_tokens: 8192}}'",
         )
     device = torch.device("cuda" if pool.gpus_per_replica else "cpu")
@@ -98,7 +98,7 @@ class EngineBench:
         """Measure; one record a row. Blocks."""
         self._generate(2, 64, 8)
         for row in rows:
-            length = row.context + _DECODE_TOKENS + 1
+            length = row.context + 1 + (_DECODE_TOKENS if row.kind == "decode" else 0)
             blocks = row.batch * -(-length // self._engine.block_tokens)
             if length > self._max_model_len:
                 yield {**row._asdict(), "skipped": f"needs a context of {length}, the model has {self._max_model_len}"}

@@ -60,7 +60,8 @@ def bench_engine(file: Path | None, overrides: list[str], out: Path) -> None:
     with (out / time.strftime("engine-%Y%m%d-%H%M%S.jsonl", time.gmtime())).open("w") as lines:
         for record in records(config):
             line = json.dumps(record)
-            print(line, flush=True)
+            sys.stdout.write(line + "\n")
+            sys.stdout.flush()
             lines.write(line + "\n")
 
 
