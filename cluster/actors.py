@@ -23,7 +23,7 @@ import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ..core.clock import SystemClock
-from ..core.config import Config, cache_folder, ray_authenticates, worker_environment
+from ..core.config import Config, announce_local_ray, cache_folder, ray_authenticates, worker_environment
 from ..core.errors import ConfigError, TandemError, WorkerError
 from ..core.ids import PeerId
 from ..core.log import configure_logging
@@ -353,6 +353,7 @@ class LocalRay:
         # Sockets live below this folder, and their paths must be short.
         self._folder = Path(tempfile.mkdtemp(prefix="tandem-ray-"))
         self._janitor = hire(self._folder)
+        self._note: Path | None = None
         try:
             ray.init(
                 address="local",
@@ -365,6 +366,7 @@ class LocalRay:
                 _node_ip_address="127.0.0.1",
                 _temp_dir=str(self._folder),
             )
+            self._note = announce_local_ray(ray.get_runtime_context().gcs_address)
         except BaseException:
             self.stop()
             raise
@@ -372,6 +374,8 @@ class LocalRay:
     def stop(self) -> None:
         """End Ray and remove its files. Idempotent."""
         ray.shutdown()
+        if self._note is not None:
+            self._note.unlink(missing_ok=True)
         shutil.rmtree(self._folder, ignore_errors=True)
         self._janitor.communicate()
 

@@ -6,6 +6,7 @@ This is the only module that reads the process's environment.
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import secrets
 from collections.abc import Iterator, Sequence
@@ -232,6 +233,29 @@ def ray_address() -> str | None:
 def ray_authenticates() -> bool:
     """Whether the environment asks Ray for token authentication."""
     return os.environ.get("RAY_AUTH_MODE") == "token"
+
+
+def announce_local_ray(address: str) -> Path:
+    """Leave a note for `join_local_ray`, readable by this user alone; returns its path."""
+    path = cache_folder() / "local-ray.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        json.dump({"address": address, "token": os.environ["RAY_AUTH_TOKEN"]}, file)
+    return path
+
+
+def join_local_ray() -> str | None:
+    """Where the Ray of this user's `tandem serve` is, or None; from then on the environment has its token.
+
+    Ray must not have been imported yet.
+    """
+    try:
+        note = json.loads((cache_folder() / "local-ray.json").read_text(encoding="utf-8"))
+        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": str(note["token"])}
+        return str(note["address"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def worker_environment() -> dict[str, str]:

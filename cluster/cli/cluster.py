@@ -10,13 +10,14 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from ...core.config import load_config, model_folder, model_name, prepare_ray, ray_address
+from ...core.config import join_local_ray, load_config, model_folder, model_name, prepare_ray, ray_address
 from ...engine.models.spec import context_length, read_spec
 from ..controller import WorkerStatus
 from .progress import Progress, show_launch
 
 _GRACE_S = 30.0
 _RATE_PERIOD_S = 1.0
+_TABLE_WIDTH = 140
 
 
 def up(file: Path | None, overrides: list[str], address: str | None) -> None:
@@ -59,11 +60,12 @@ def down(address: str | None) -> None:
 
 
 def status(address: str | None, *, as_json: bool) -> None:
-    """Print the workers."""
+    """Print the workers: of the cluster named, or of this machine's `tandem serve`."""
     prepare_ray()
+    where = address or ray_address() or join_local_ray()
     from ..actors import Cluster, connect_ray, disconnect_ray
 
-    connect_ray(address or ray_address())
+    connect_ray(where)
     try:
         cluster = Cluster.find()
         before, before_s = cluster.status(), time.monotonic()
@@ -95,6 +97,8 @@ def _rates(before: list[WorkerStatus], after: list[WorkerStatus], seconds: float
 
 
 def _print_table(console: Console, workers: list[WorkerStatus], rates: dict[str, dict[str, float]]) -> None:
+    # A line that the terminal breaks can be read; a table squeezed into it cannot.
+    console.width = max(console.width, _TABLE_WIDTH)
     table = Table(box=None, pad_edge=False, header_style="bold")
     columns = (
         "worker",

@@ -3,6 +3,7 @@ seconds."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -177,6 +178,17 @@ def test_status_without_a_cluster() -> None:
     )
     assert done.returncode == 1
     assert "no Ray cluster at" in done.stderr
+
+
+def test_status_finds_the_serve_of_this_user(served: Served) -> None:
+    environment = {**os.environ, "XDG_CACHE_HOME": str(served.home)}
+    done = subprocess.run(
+        [TANDEM, "status", "--json"], capture_output=True, text=True, timeout=60, env=environment, check=True
+    )
+    workers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {worker["worker"] for worker in workers} == {"prefill-0", "decode-0", "gateway-0"}
+    note = served.home / "tandem" / "local-ray.json"
+    assert note.stat().st_mode & 0o777 == 0o600, "it holds a token"
 
 
 def test_idle_costs_next_to_nothing(served: Served) -> None:
