@@ -36,8 +36,9 @@ def reference(
     kv_heads = cache.shape[3]
     mask = _causal_mask(len(q), context_len, window, q.device)
     kv = cache[block_table, layer].permute(1, 2, 0, 3, 4).reshape(2, kv_heads, -1, head_dim)[:, :, :context_len]
-    # The fused CPU kernel wants as many key heads as query heads.
-    kv = kv.to(q.dtype).unsqueeze(2).expand(-1, -1, heads // kv_heads, -1, -1).reshape(2, heads, context_len, head_dim)
+    kv = kv.to(q.dtype)
+    if not q.is_cuda:  # there the fused kernel wants as many key heads as query heads
+        kv = kv.unsqueeze(2).expand(-1, -1, heads // kv_heads, -1, -1).reshape(2, heads, context_len, head_dim)
     out = torch.nn.functional.scaled_dot_product_attention(
         q.transpose(0, 1).unsqueeze(0),
         kv[0].unsqueeze(0),
@@ -45,6 +46,7 @@ def reference(
         attn_mask=mask,
         is_causal=mask is None,
         scale=scale,
+        enable_gqa=q.is_cuda and heads != kv_heads,
     )
     return out[0].transpose(0, 1)
 

@@ -105,16 +105,17 @@ def fused(
     layer: int,
     slots: Tensor,
 ) -> Tensor:
-    """`reference` on a GPU: one program for each head of each token. A negative slot is written nowhere."""
+    """`reference` on a GPU: one program for some heads of a token. A negative slot is written nowhere."""
     kv_heads, block_tokens, head_dim = cache.shape[3:]
     heads = qkv.shape[1] // head_dim - 2 * kv_heads
     tokens = qkv.shape[0]
     out = torch.empty(tokens, heads, head_dim, dtype=qkv.dtype, device=qkv.device)
     if tokens:
-        _rotary_kernel[(tokens, heads + 2 * kv_heads)](
+        rows = min(16, next_power_of_2(heads + 2 * kv_heads))
+        _rotary_kernel[(tokens, -(-(heads + 2 * kv_heads) // rows))](
             qkv, norm.query if norm else qkv, norm.key if norm else qkv, cos_sin, positions, slots,
             cache[:, layer], out, heads, kv_heads, block_tokens, qkv.stride(0), cache.stride(0), *cache.stride()[2:5],
-            norm.eps if norm else 0.0, norm is not None, head_dim, next_power_of_2(head_dim // 2), num_warps=1,
+            norm.eps if norm else 0.0, norm is not None, rows, head_dim, next_power_of_2(head_dim // 2), num_warps=4,
         )  # fmt: skip
     return out
 
@@ -123,47 +124,44 @@ def fused(
 def _rotary_kernel(  # type: ignore[no-untyped-def]
     qkv, q_weight, k_weight, cos_sin, positions, slots, cache, out,
     heads, kv_heads, block_tokens, qkv_stride, block_stride, kv_stride, head_stride, token_stride,
-    eps, NORM: tl.constexpr, HEAD_DIM: tl.constexpr, HALF_BLOCK: tl.constexpr,
+    eps, NORM: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, HALF_BLOCK: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
+    head = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     half: tl.constexpr = HEAD_DIM // 2
     at = tl.arange(0, HALF_BLOCK)
-    inside = at < half
-    source = qkv + token * qkv_stride + head * HEAD_DIM
-    first = tl.load(source + at, mask=inside, other=0.0)
-    second = tl.load(source + half + at, mask=inside, other=0.0)
+    is_query = (head < heads)[:, None]
+    is_value = (head >= heads + kv_heads)[:, None]
+    inside = (head < heads + 2 * kv_heads)[:, None] & (at < half)[None, :]
+    source = qkv + token * qkv_stride + head[:, None] * HEAD_DIM + at[None, :]
+    first = tl.load(source, mask=inside, other=0.0)
+    second = tl.load(source + half, mask=inside, other=0.0)
     dtype = first.dtype
-    slot = tl.load(slots + token)
-    if (slot < 0) & (head >= heads):  # a row that only fills a batch up
-        return
-    place = slot // block_tokens * block_stride + slot % block_tokens * token_stride
-    if head >= heads + kv_heads:
-        target = cache + place + kv_stride + (head - heads - kv_heads) * head_stride
-        tl.store(target + at, first.to(cache.dtype.element_ty), mask=inside)
-        tl.store(target + half + at, second.to(cache.dtype.element_ty), mask=inside)
-        return
-    if NORM:
-        weight = q_weight
-        if head >= heads:
-            weight = k_weight
-        a, b = first.to(tl.float32), second.to(tl.float32)
-        scale = tl.rsqrt((tl.sum(a * a, axis=0) + tl.sum(b * b, axis=0)) / HEAD_DIM + eps)
-        first = (a * scale).to(dtype) * tl.load(weight + at, mask=inside, other=0.0)
-        second = (b * scale).to(dtype) * tl.load(weight + half + at, mask=inside, other=0.0)
-    angle = cos_sin + tl.load(positions + token) * HEAD_DIM
-    cos = tl.load(angle + at, mask=inside, other=0.0)
-    sin = tl.load(angle + half + at, mask=inside, other=0.0)
     a, b = first.to(tl.float32), second.to(tl.float32)
-    turned, other = (a * cos - b * sin).to(dtype), (b * cos + a * sin).to(dtype)
-    if head < heads:
-        target = out + (token * heads + head) * HEAD_DIM
-        tl.store(target + at, turned, mask=inside)
-        tl.store(target + half + at, other, mask=inside)
-    else:
-        target = cache + place + (head - heads) * head_stride
-        tl.store(target + at, turned.to(cache.dtype.element_ty), mask=inside)
-        tl.store(target + half + at, other.to(cache.dtype.element_ty), mask=inside)
+    if NORM:
+        scale = tl.rsqrt((tl.sum(a * a, axis=1) + tl.sum(b * b, axis=1)) / HEAD_DIM + eps)[:, None]
+        q_first = tl.load(q_weight + at, mask=at < half, other=0.0)[None, :]
+        q_second = tl.load(q_weight + half + at, mask=at < half, other=0.0)[None, :]
+        k_first = tl.load(k_weight + at, mask=at < half, other=0.0)[None, :]
+        k_second = tl.load(k_weight + half + at, mask=at < half, other=0.0)[None, :]
+        a = ((a * scale).to(dtype) * tl.where(is_query, q_first, k_first)).to(tl.float32)
+        b = ((b * scale).to(dtype) * tl.where(is_query, q_second, k_second)).to(tl.float32)
+    angle = cos_sin + tl.load(positions + token) * HEAD_DIM
+    cos = tl.load(angle + at, mask=at < half, other=0.0)[None, :]
+    sin = tl.load(angle + half + at, mask=at < half, other=0.0)[None, :]
+    first = tl.where(is_value, first, (a * cos - b * sin).to(dtype))
+    second = tl.where(is_value, second, (b * cos + a * sin).to(dtype))
+    target = out + (token * heads + head)[:, None] * HEAD_DIM + at[None, :]
+    tl.store(target, first, mask=inside & is_query)
+    tl.store(target + half, second, mask=inside & is_query)
+    slot = tl.load(slots + token)
+    place = slot // block_tokens * block_stride + slot % block_tokens * token_stride
+    key_place = (head - heads)[:, None] * head_stride
+    value_place = kv_stride + (head - heads - kv_heads)[:, None] * head_stride
+    target = cache + place + tl.where(is_value, value_place, key_place) + at[None, :]
+    held = inside & (head >= heads)[:, None] & (slot >= 0)  # a row that only fills a batch up has no slot
+    tl.store(target, first.to(cache.dtype.element_ty), mask=held)
+    tl.store(target + half, second.to(cache.dtype.element_ty), mask=held)
 
 
 def _head_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
