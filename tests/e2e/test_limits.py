@@ -15,7 +15,8 @@ from tandem.core.config import load_config, model_folder
 pytestmark = pytest.mark.e2e
 
 
-def test_keys_and_bounded_queues_over_zmq(tmp_path: Path) -> None:
+def test_keys_and_bounded_queues_over_zmq(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    by_shm: Served = request.getfixturevalue("served")
     served = Served(
         tmp_path,
         "--set", "gateway.api_keys=[first-key, second-key]",
@@ -39,6 +40,12 @@ def test_keys_and_bounded_queues_over_zmq(tmp_path: Path) -> None:
         assert served.metric("tandem_transfer_bytes_total", transport="zmq") > moved
         again = served.complete(prompt=list(range(100, 2100)), max_tokens=20, temperature=0, return_token_ids=True)
         assert long["choices"][0]["token_ids"] == again["choices"][0]["token_ids"]
+
+        # The same seed, the same tokens, whatever carried the KV.
+        seeded = {"prompt": list(range(200, 1400)), "max_tokens": 40, "temperature": 1.0, "seed": 9, "ignore_eos": True}
+        tokens = [s.complete(**seeded, return_token_ids=True)["choices"][0]["token_ids"] for s in (served, by_shm)]
+        assert by_shm.metric("tandem_transfer_bytes_total", transport="shm") > 0
+        assert tokens[0] == tokens[1]
 
         async def flood() -> list[httpx.Response]:
             async with httpx.AsyncClient(base_url=served.url, headers=served.client.headers, trust_env=False) as client:
