@@ -9,6 +9,7 @@ import difflib
 import json
 import os
 import secrets
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
@@ -271,6 +272,20 @@ def worker_environment() -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
     }
     return {name: os.environ.get(name, value) for name, value in wanted.items()}
+
+
+def prepare_collectives(one_host: bool) -> None:
+    """Set what NCCL and gloo read when they start: call this before.
+
+    Args:
+        one_host: all ranks are on this host, and need not be reached from outside.
+    """
+    # NVLink multicast belongs to the whole host: a process that dies while it uses it can leave every GPU out of
+    # service, also those of other users.
+    os.environ["NCCL_NVLS_ENABLE"] = "0"
+    if one_host and sys.platform == "linux":
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 
 def prepare_ray() -> None:
