@@ -17,7 +17,7 @@ import safetensors
 import torch
 
 from ..core.errors import ConfigError
-from .models.names import alternatives, destinations, ignored
+from .models.names import Destination, alternatives, destinations, ignored
 
 if TYPE_CHECKING:
     from .models.decoder import Decoder
@@ -30,10 +30,10 @@ Progress = Callable[[int, int], None]
 
 
 def load_weights(model: Decoder, folder: Path, progress: Progress | None = None) -> None:
-    """Copy a checkpoint into a model. Blocks.
+    """Copy a checkpoint into a model, or a rank's part of it. Blocks.
 
     Args:
-        model: its tensors are overwritten.
+        model: its tensors are overwritten. What other ranks hold is not copied.
         folder: holds model.safetensors, or shards and their index.
         progress: told as bytes arrive.
 
@@ -42,7 +42,7 @@ def load_weights(model: Decoder, folder: Path, progress: Progress | None = None)
     """
     wanted = destinations(model)
     names = {other: name for name in wanted for other in (name, *alternatives(name))}
-    total = sum(tensor.numel() * tensor.element_size() for tensor in wanted.values())
+    total = sum(_num_bytes(place.tensor) for place in wanted.values())
     done = 0
     missing = set(wanted)
     for file, key in _tensors(folder):
@@ -51,13 +51,13 @@ def load_weights(model: Decoder, folder: Path, progress: Progress | None = None)
             if ignored(key, model.spec.tied_embeddings):
                 continue
             raise ConfigError(f"{file.path}: unexpected tensor {key}: {model.spec.architecture} has none of that name")
-        tensor = file.get(key)
-        if tensor.shape != wanted[name].shape:
-            found, expected = list(tensor.shape), list(wanted[name].shape)
+        place = wanted[name]
+        found, expected = file.shape(key), list(place.shape)
+        if found != expected:
             raise ConfigError(f"{file.path}: tensor {key} has shape {found}, config.json says {expected}")
-        wanted[name].copy_(tensor)
+        place.tensor.copy_(file.get(key, place))
         missing.discard(name)
-        done += wanted[name].numel() * wanted[name].element_size()
+        done += _num_bytes(place.tensor)
         if progress is not None:
             progress(done, total)
     if missing:
@@ -66,15 +66,27 @@ def load_weights(model: Decoder, folder: Path, progress: Progress | None = None)
 
 
 def fill_dummy(model: Decoder, seed: int) -> None:
-    """Random weights of a trained model's size, the same for every worker: for benchmarks."""
-    generator = torch.Generator(device=model.device).manual_seed(seed)
-    for name, tensor in destinations(model).items():
+    """Random weights of a trained model's size, the same for every worker: for benchmarks.
+
+    A tensor depends on the seed and its name alone, so that the ranks of a group hold parts of one model.
+    """
+    generator = torch.Generator(device=model.device)
+    for name, place in destinations(model).items():
+        tensor = place.tensor
         if name.endswith("norm.weight"):
             tensor.fill_(1.0)
         elif name.endswith(".bias"):
             tensor.zero_()
         else:
-            tensor.normal_(0.0, 0.02, generator=generator)
+            digest = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest()
+            generator.manual_seed(int.from_bytes(digest, "little"))
+            whole = tensor if place.is_whole else torch.empty(place.shape, dtype=tensor.dtype, device=tensor.device)
+            whole.normal_(0.0, 0.02, generator=generator)
+            if whole is not tensor:
+                tensor.copy_(place.part_of(whole))
+    if model.device.type == "cuda":
+        # Whoever plans the cache counts what the device has free, not what torch keeps for later.
+        torch.cuda.empty_cache()
 
 
 def fingerprint(folder: Path, load: str, dtype: str, seed: int) -> str:
@@ -118,13 +130,25 @@ class _File:
     def keys(self) -> list[str]:
         return list(self._file.keys())
 
-    def get(self, key: str) -> torch.Tensor:
-        tensor = cast(torch.Tensor, self._file.get_tensor(key))
-        self._mapped += tensor.numel() * tensor.element_size()
+    def shape(self, key: str) -> list[int]:
+        return list(self._file.get_slice(key).get_shape())
+
+    def get(self, key: str, place: Destination) -> torch.Tensor:
+        """The part of a tensor that goes to a place, mapped."""
+        start, stop = place.start, place.start + place.tensor.shape[place.dim]
+        part = self._file.get_slice(key)
+        tensor = cast(torch.Tensor, part[start:stop] if place.dim == 0 else part[:, start:stop])
+        # From its first byte to its last, as a part of the columns is spread over all rows.
+        span = 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+        self._mapped += span * tensor.element_size()
         if self._mapped > _MAPPED_BYTES:
             self._mapped = 0
             self._open()
         return tensor
+
+
+def _num_bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def _tensors(folder: Path) -> Iterator[tuple[_File, str]]:

@@ -11,26 +11,36 @@ from ...kernels.decode_layers import MAX_WEIGHTS, LayerWeights, Prepared, Rows, 
 from ...kernels.oracle import Ops
 from ...kernels.rotary import HeadNorm
 from ..batch import Batch
+from ..tensor_parallel import Alone, Group
 from .rope import cos_sin_table
+from .shard import padded_rows, shard, vocabulary_rows
 from .spec import ModelSpec
 
 
 class Mlp:
-    """Dense weights: gate and up [2 · inner, hidden], down [hidden, inner], and biases or None."""
+    """Dense weights: gate and up [2 · inner, hidden], down [hidden, inner], and biases or None.
 
-    def __init__(self, spec: ModelSpec, make: Callable[..., Tensor]) -> None:
+    A rank of several has a part of the inner size. Its output is a part of the sum over ranks, to which the first adds
+    the last bias.
+    """
+
+    def __init__(self, spec: ModelSpec, make: Callable[..., Tensor], rank: int) -> None:
         self.gate_up = make(2 * spec.inner, spec.hidden)
         self.down = make(spec.hidden, spec.inner)
         self.gate_up_bias = make(2 * spec.inner) if spec.mlp_bias else None
         self.down_bias = make(spec.hidden) if spec.mlp_bias else None
+        self._added_bias = self.down_bias if rank == 0 else None
 
     def __call__(self, x: Tensor, ops: Ops) -> Tensor:
         inner = ops.silu_mul(ops.linear(x, self.gate_up, self.gate_up_bias))
-        return ops.linear(inner, self.down, self.down_bias)
+        return ops.linear(inner, self.down, self._added_bias)
 
 
 class Experts:
-    """Router [experts, hidden], gate and up [experts, 2 · inner, hidden], down [experts, hidden, inner]."""
+    """Router [experts, hidden], gate and up [experts, 2 · inner, hidden], down [experts, hidden, inner].
+
+    Each rank of several routes alike, and has a part of every expert's inner size.
+    """
 
     def __init__(self, spec: ModelSpec, make: Callable[..., Tensor]) -> None:
         assert spec.moe is not None
@@ -44,9 +54,16 @@ class Experts:
 
 
 class Layer:
-    """Attention and the feed-forward part, each after a norm."""
+    """Attention and the feed-forward part, each after a norm and, among several ranks, before a sum over them.
 
-    def __init__(self, spec: ModelSpec, index: int, make: Callable[..., Tensor]) -> None:
+    Args:
+        spec: this rank's part of the model's.
+        index: which layer.
+        make: an uninitialised tensor of a shape.
+        group: the ranks that share the layer.
+    """
+
+    def __init__(self, spec: ModelSpec, index: int, make: Callable[..., Tensor], group: Group) -> None:
         heads, kv_heads, head_dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
         rows = (heads + 2 * kv_heads) * head_dim
         self.index = index
@@ -59,8 +76,10 @@ class Layer:
         self.head_norm = HeadNorm(make(head_dim), make(head_dim), spec.norm_eps) if spec.qk_norm else None
         self.o = make(spec.hidden, heads * head_dim)
         self.o_bias = make(spec.hidden) if spec.o_bias else None
+        self._added_bias = self.o_bias if group.rank == 0 else None
         self.post_norm = make(spec.hidden)
-        self.mlp: Mlp | Experts = Experts(spec, make) if index in spec.moe_layers else Mlp(spec, make)
+        self.mlp: Mlp | Experts = Experts(spec, make) if index in spec.moe_layers else Mlp(spec, make, group.rank)
+        self._group = group
 
     def weights(self) -> LayerWeights | None:
         """What `kernels.decode_layers` computes with; None for a layer that it does not cover."""
@@ -92,9 +111,9 @@ class Layer:
         x, residual = ops.rms_norm(x, residual, self.input_norm, self.eps)
         qkv = ops.linear(x, self.qkv, self.qkv_bias)
         q = ops.rotary(qkv, self.head_norm, cos_sin, batch.positions, cache, self.index, batch.slots)
-        x = ops.linear(self._attend(q, batch, cache, ops).flatten(1), self.o, self.o_bias)
-        x, residual = ops.rms_norm(x, residual, self.post_norm, self.eps)
-        return self.mlp(x, ops), residual
+        x = ops.linear(self._attend(q, batch, cache, ops).flatten(1), self.o, self._added_bias)
+        x, residual = ops.rms_norm(self._group.all_reduce(x), residual, self.post_norm, self.eps)
+        return self._group.all_reduce(self.mlp(x, ops)), residual
 
     def _attend(self, q: Tensor, batch: Batch, cache: Tensor, ops: Ops) -> Tensor:
         parts = []
@@ -113,7 +132,11 @@ class Layer:
 
 
 class Decoder:
-    """A whole model. Its tensors are uninitialised until `engine.weights` has filled them.
+    """A whole model, or one rank's part of it. Its tensors are uninitialised until `engine.weights` has filled them.
+
+    Attributes:
+        spec: of the whole model.
+        local: of this rank's layers.
 
     Args:
         spec: what to build.
@@ -122,6 +145,10 @@ class Decoder:
         device: where.
         ops: the kernels to run on.
         matrix_dtype: of the weights that multiply, where ``ops`` takes them in another type.
+        group: the ranks that share the model.
+
+    Raises:
+        ConfigError: the model cannot be divided among so many.
     """
 
     def __init__(
@@ -132,6 +159,7 @@ class Decoder:
         device: torch.device,
         ops: Ops,
         matrix_dtype: torch.dtype | None = None,
+        group: Group = Alone(),
     ) -> None:
         def make(*shape: int) -> Tensor:
             return torch.empty(shape, dtype=dtype if len(shape) == 1 else matrix_dtype or dtype, device=device)
@@ -140,10 +168,20 @@ class Decoder:
         self.dtype = dtype
         self.device = device
         self.ops = ops
-        self.embedding = make(spec.vocab_size, spec.hidden)
-        self.layers = [Layer(spec, index, make) for index in range(spec.num_layers)]
+        self.group = group
+        self.local = shard(spec, group.size)
+        # Every rank gathers equally many logits; rows beyond the vocabulary fill the last ranks up.
+        rows = padded_rows(spec, group.size)
+        if spec.tied_embeddings:
+            padded = make(group.size * rows, spec.hidden)
+            self.embedding = padded[: spec.vocab_size]
+            self.head = padded[group.rank * rows : (group.rank + 1) * rows]
+        else:
+            self.embedding = make(spec.vocab_size, spec.hidden)
+            self.head = make(rows, spec.hidden)
+        self.head[len(vocabulary_rows(spec, group.rank, group.size)) :].zero_()
+        self.layers = [Layer(self.local, index, make, group) for index in range(spec.num_layers)]
         self.norm = make(spec.hidden)
-        self.head = self.embedding if spec.tied_embeddings else make(spec.vocab_size, spec.hidden)
         table = cos_sin_table(spec.rope, spec.head_dim, max_model_len, spec.max_positions)
         self._cos_sin = table.to(device)
         self._decode_layers = self._prepare()
@@ -160,8 +198,9 @@ class Decoder:
         return x, residual
 
     def _prepare(self) -> list[Prepared]:
-        """The layers for `kernels.decode_layers`, where it serves all of them."""
-        weights = [layer.weights() for layer in self.layers] if self.ops.decode_layers is not None else []
+        """The layers for `kernels.decode_layers`, where it serves all of them: it takes no sums over ranks."""
+        whole = self.ops.decode_layers is not None and self.group.size == 1
+        weights = [layer.weights() for layer in self.layers] if whole else []
         covered = [w for w in weights if w is not None and num_weights(w) <= MAX_WEIGHTS]
         return [Prepared(w) for w in covered] if len(covered) == len(self.layers) else []
 
@@ -177,12 +216,15 @@ class Decoder:
 
         Args:
             batch: the tokens.
-            cache: [blocks, layers, 2, kv_heads, block_tokens, head_dim].
+            cache: [blocks, layers, 2, kv_heads, block_tokens, head_dim]; of this rank's heads.
             groups: first layer of each layer group.
             publish: called with a group's number when its layers' KV is in the cache.
 
         Returns:
-            logits [len(batch.logit_rows), vocabulary], in the model's dtype.
+            logits [len(batch.logit_rows), vocabulary], in the model's dtype; the same on all ranks.
+
+        Raises:
+            WorkerError: another rank did not take part.
         """
         ends = {end - 1: group for group, end in enumerate((*groups[1:], len(self.layers)))}
 
@@ -194,4 +236,11 @@ class Decoder:
         x, residual = self._run_layers(x, batch, cache, done)
         wanted = batch.logit_rows
         x, _ = self.ops.rms_norm(x[wanted], residual[wanted], self.norm, self.spec.norm_eps)
-        return self.ops.linear(x, self.head)
+        logits = self.ops.linear(x, self.head)
+        return logits if self.group.size == 1 else self._gather(logits)
+
+    def _gather(self, logits: Tensor) -> Tensor:
+        vocabulary = self.spec.vocab_size
+        if not len(logits):
+            return logits.new_empty(0, vocabulary)
+        return self.group.all_gather(logits)[:, :vocabulary].contiguous()

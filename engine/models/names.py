@@ -1,23 +1,50 @@
-"""Where each tensor of a published checkpoint goes."""
+"""Where each tensor of a published checkpoint goes, and which part of it."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 from torch import Tensor
 
 from .decoder import Decoder, Experts, Layer
+from .shard import first_kv_head, vocabulary_rows
 
 
-def destinations(model: Decoder) -> dict[str, Tensor]:
-    """Hugging Face tensor name → the view of the model's memory that it fills.
+class Destination(NamedTuple):
+    """The part of a checkpoint's tensor that a rank holds."""
 
-    Fused tensors (queries, keys and values; gate and up) appear as one view for each part.
+    tensor: Tensor
+    """The view of the model's memory that it fills."""
+    shape: tuple[int, ...]
+    """Of the whole tensor, in the checkpoint."""
+    dim: int = 0
+    """Along which the part is cut out: 0 for rows, 1 for columns."""
+    start: int = 0
+    """Where the part begins."""
+
+    def part_of(self, whole: Tensor) -> Tensor:
+        """What of ``whole`` goes here: a view."""
+        return whole.narrow(self.dim, self.start, self.tensor.shape[self.dim])
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the part is everything."""
+        return self.tensor.shape == self.shape
+
+
+def destinations(model: Decoder) -> dict[str, Destination]:
+    """Hugging Face tensor name → where it goes.
+
+    Fused tensors (queries, keys and values; gate and up) appear as one destination for each part.
     """
-    names = {"model.embed_tokens.weight": model.embedding, "model.norm.weight": model.norm}
-    if not model.spec.tied_embeddings:
-        names["lm_head.weight"] = model.head
+    spec, group = model.spec, model.group
+    names = {"model.embed_tokens.weight": _whole(model.embedding), "model.norm.weight": _whole(model.norm)}
+    if not spec.tied_embeddings:
+        rows = vocabulary_rows(spec, group.rank, group.size)
+        names["lm_head.weight"] = _rows(model.head[: len(rows)], spec.vocab_size, rows.start)
     for layer in model.layers:
         prefix = f"model.layers.{layer.index}."
-        names |= {prefix + name: tensor for name, tensor in _layer(layer, model).items()}
+        names |= {prefix + name: destination for name, destination in _layer(layer, model).items()}
     return names
 
 
@@ -36,36 +63,62 @@ def ignored(name: str, tied_embeddings: bool) -> bool:
     return name.endswith(".rotary_emb.inv_freq") or (tied_embeddings and name == "lm_head.weight")
 
 
-def _layer(layer: Layer, model: Decoder) -> dict[str, Tensor]:
-    spec = model.spec
-    sizes = [spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim]
+def _whole(tensor: Tensor) -> Destination:
+    return Destination(tensor, tuple(tensor.shape))
+
+
+def _rows(tensor: Tensor, whole: int, start: int) -> Destination:
+    return Destination(tensor, (whole, *tensor.shape[1:]), 0, start)
+
+
+def _columns(tensor: Tensor, whole: int, start: int) -> Destination:
+    return Destination(tensor, (tensor.shape[0], whole), 1, start)
+
+
+def _layer(layer: Layer, model: Decoder) -> dict[str, Destination]:
+    spec, local, group = model.spec, model.local, model.group
+    queries, keys = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    first_query = group.rank * local.num_heads * spec.head_dim
+    first_key = first_kv_head(spec, group.rank, group.size) * spec.head_dim
+    parts = [("q", queries, first_query), ("k", keys, first_key), ("v", keys, first_key)]
+    sizes = [local.num_heads * spec.head_dim, *[local.num_kv_heads * spec.head_dim] * 2]
     names = {
-        "input_layernorm.weight": layer.input_norm,
-        "post_attention_layernorm.weight": layer.post_norm,
-        "self_attn.o_proj.weight": layer.o,
+        "input_layernorm.weight": _whole(layer.input_norm),
+        "post_attention_layernorm.weight": _whole(layer.post_norm),
+        "self_attn.o_proj.weight": _columns(layer.o, queries, first_query),
     }
-    for part, weight in zip("qkv", layer.qkv.split(sizes), strict=True):
-        names[f"self_attn.{part}_proj.weight"] = weight
+    for (part, whole, start), weight in zip(parts, layer.qkv.split(sizes), strict=True):
+        names[f"self_attn.{part}_proj.weight"] = _rows(weight, whole, start)
     if layer.qkv_bias is not None:
-        for part, bias in zip("qkv", layer.qkv_bias.split(sizes), strict=True):
-            names[f"self_attn.{part}_proj.bias"] = bias
+        for (part, whole, start), bias in zip(parts, layer.qkv_bias.split(sizes), strict=True):
+            names[f"self_attn.{part}_proj.bias"] = _rows(bias, whole, start)
     if layer.o_bias is not None:
-        names["self_attn.o_proj.bias"] = layer.o_bias
+        names["self_attn.o_proj.bias"] = _whole(layer.o_bias)
     if layer.head_norm is not None:
-        names["self_attn.q_norm.weight"] = layer.head_norm.query
-        names["self_attn.k_norm.weight"] = layer.head_norm.key
+        names["self_attn.q_norm.weight"] = _whole(layer.head_norm.query)
+        names["self_attn.k_norm.weight"] = _whole(layer.head_norm.key)
     mlp = layer.mlp
     if isinstance(mlp, Experts):
-        names["mlp.gate.weight"] = mlp.router
+        names["mlp.gate.weight"] = _whole(mlp.router)
+        whole = mlp.spec.inner * group.size
         for expert, (gate_up, down) in enumerate(zip(mlp.gate_up, mlp.down, strict=True)):
-            gate, up = gate_up.chunk(2)
-            names[f"mlp.experts.{expert}.gate_proj.weight"] = gate
-            names[f"mlp.experts.{expert}.up_proj.weight"] = up
-            names[f"mlp.experts.{expert}.down_proj.weight"] = down
+            prefix = f"mlp.experts.{expert}."
+            names |= {prefix + name: part for name, part in _gated(gate_up, down, whole, group.rank).items()}
         return names
-    names["mlp.down_proj.weight"] = mlp.down
-    names["mlp.gate_proj.weight"], names["mlp.up_proj.weight"] = mlp.gate_up.chunk(2)
+    names |= {f"mlp.{name}": part for name, part in _gated(mlp.gate_up, mlp.down, spec.inner, group.rank).items()}
     if mlp.gate_up_bias is not None and mlp.down_bias is not None:
-        names["mlp.down_proj.bias"] = mlp.down_bias
-        names["mlp.gate_proj.bias"], names["mlp.up_proj.bias"] = mlp.gate_up_bias.chunk(2)
+        names["mlp.down_proj.bias"] = _whole(mlp.down_bias)
+        for name, bias in zip(("gate", "up"), mlp.gate_up_bias.chunk(2), strict=True):
+            names[f"mlp.{name}_proj.bias"] = _rows(bias, spec.inner, group.rank * local.inner)
     return names
+
+
+def _gated(gate_up: Tensor, down: Tensor, inner: int, rank: int) -> dict[str, Destination]:
+    """The three matrices of a gated unit whose whole inner size is ``inner``."""
+    gate, up = gate_up.chunk(2)
+    start = rank * len(gate)
+    return {
+        "gate_proj.weight": _rows(gate, inner, start),
+        "up_proj.weight": _rows(up, inner, start),
+        "down_proj.weight": _columns(down, inner, start),
+    }

@@ -158,8 +158,8 @@ def test_dummy_weights_are_equal_everywhere(folder: Path) -> None:
     a, b = decoder(folder), decoder(folder)
     fill_dummy(a, 7)
     fill_dummy(b, 7)
-    for name, tensor in destinations(a).items():
-        assert torch.equal(tensor, destinations(b)[name])
+    for name, place in destinations(a).items():
+        assert torch.equal(place.tensor, destinations(b)[name].tensor)
     fill_dummy(b, 8)
     assert not torch.equal(a.embedding, b.embedding)
 
@@ -190,7 +190,7 @@ before = psutil.Process().memory_info().rss
 load_weights(model, Path(sys.argv[1]))
 # Not getrusage: its maximum begins with that of the process that started this one.
 after = int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
-weights = sum(t.numel() * t.element_size() for t in destinations(model).values())
+weights = sum(p.tensor.numel() * p.tensor.element_size() for p in destinations(model).values())
 print((after - before) / weights, weights)
 """
 
