@@ -27,12 +27,12 @@ def kernel(function: Callable[..., Any]) -> Any:
     return triton.jit(function) if AVAILABLE else function
 
 
-def kernel_varying(*integers: str) -> Callable[[Callable[..., Any]], Any]:
-    """`kernel` for a function some of whose integers change from call to call.
+def kernel_varying(*arguments: str) -> Callable[[Callable[..., Any]], Any]:
+    """`kernel` for a function with integers, or tensors' addresses, whose divisibility changes from call to call.
 
-    Of the others, Triton compiles another version when they are 1 or divisible by 16: a pause in the middle of serving.
+    For others Triton compiles another version when they are divisible by 16, or 1: a pause in the middle of serving.
     """
-    return lambda function: triton.jit(function, do_not_specialize=list(integers)) if AVAILABLE else function
+    return lambda function: triton.jit(function, do_not_specialize=list(arguments)) if AVAILABLE else function
 
 
 def next_power_of_2(n: int) -> int:

@@ -252,7 +252,7 @@ def _attend_paged(
     )  # fmt: skip
 
 
-@kernel_varying("start", "tokens", "context")
+@kernel_varying("block_table", "start", "tokens", "context")
 def _paged_kernel(  # type: ignore[no-untyped-def]
     q, cache, block_table, sinks, out, start, tokens, context, scale, window, q_stride, q_head_stride, block_stride,
     kv_stride, head_stride, token_stride, LOG2_E: tl.constexpr, SINKS: tl.constexpr, WINDOW: tl.constexpr,
