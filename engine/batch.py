@@ -9,17 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..kernels.prefill_attention import Span
 from .sequence import Sequence
-
-
-class Span(NamedTuple):
-    """Rows ``start`` … ``stop`` − 1 of a batch: several new tokens of one sequence."""
-
-    start: int
-    stop: int
-    block_table: Tensor
-    """[blocks of the context] int64."""
-    context_len: int
 
 
 class Batch(NamedTuple):

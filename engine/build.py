@@ -78,6 +78,12 @@ def build_engine(config: Config, max_running: int, device: torch.device, progres
             f"kv.dtype: {layout.dtype} KV cannot be used by the float32 kernels of a CPU",
             fix="leave kv.dtype at auto",
         )
+    if layout.dtype == "fp8_e4m3" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        raise ConfigError(
+            f"kv.dtype: fp8_e4m3 needs a GPU of compute capability 8.9, {torch.cuda.get_device_name(device)} has "
+            f"{'.'.join(map(str, torch.cuda.get_device_capability(device)))}",
+            fix="leave kv.dtype at auto",
+        )
     num_blocks = plan_num_blocks(layout, config.kv.capacity, max_running, max_model_len, device)
     groups = layer_groups(spec.num_layers, config.kv.layer_groups)
     cache = KVCache(layout, num_blocks, device)

@@ -8,27 +8,37 @@ from torch import Tensor
 
 from .compiled import compiled, compiled_parallel, num_threads, prange
 from .exponential import exp_inplace
-from .on_gpu import kernel, next_power_of_2, num_processors, tl
+from .on_gpu import kernel_varying, next_power_of_2, num_processors, tl
 
 _KEY_TILE = 64
 _MIN_SPLIT_TOKENS = 128
 _MAX_SPLITS = 64
 _PROGRAMS_PER_PROCESSOR = 3
+_NEVER = np.float32(-1e30)
 
 
 def reference(
-    q: Tensor, cache: Tensor, layer: int, block_tables: Tensor, context_lens: Tensor, scale: float, window: int
+    q: Tensor,
+    cache: Tensor,
+    layer: int,
+    block_tables: Tensor,
+    context_lens: Tensor,
+    scale: float,
+    window: int,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Each sequence's last token attends to its whole context.
 
     Args:
         q: [sequences, heads, head_dim].
-        cache: [blocks, layers, 2, kv_heads, block_tokens, head_dim]; heads are grouped over kv_heads.
+        cache: [blocks, layers, 2, kv_heads, block_tokens, head_dim] of any dtype; heads are grouped over kv_heads.
         layer: which layer.
         block_tables: [sequences, max_blocks] int64, block numbers in order; the rest is ignored.
         context_lens: [sequences] int64, tokens in the cache, the new one included.
         scale: of the scores.
         window: tokens that a token sees, itself included; 0: all.
+        sinks: [heads] logits beside those of the tokens, with no value of their own (Xiao et al. 2023,
+            arXiv:2309.17453), or None.
 
     Returns:
         [sequences, heads, head_dim], dtype of ``q``.
@@ -42,17 +52,29 @@ def reference(
             kv = kv[:, :, -window:]
         k, v = kv.to(torch.float32)
         grouped = q[i].float().view(kv_heads, -1, head_dim)
-        weights = torch.softmax(grouped @ k.transpose(1, 2) * scale, dim=-1)
+        logits = grouped @ k.transpose(1, 2) * scale
+        if sinks is not None:
+            logits = torch.cat((logits, sinks.float().view(kv_heads, -1, 1)), dim=-1)
+        weights = torch.softmax(logits, dim=-1)[..., : k.shape[1]]
         out[i] = (weights @ v).view(-1, head_dim).to(q.dtype)
     return out
 
 
 def native(
-    q: Tensor, cache: Tensor, layer: int, block_tables: Tensor, context_lens: Tensor, scale: float, window: int
+    q: Tensor,
+    cache: Tensor,
+    layer: int,
+    block_tables: Tensor,
+    context_lens: Tensor,
+    scale: float,
+    window: int,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """`reference` for float32 on a CPU."""
     out = np.empty(q.shape, np.float32)
-    arrays = q.numpy(), cache.numpy(), layer, block_tables.numpy(), context_lens.numpy(), scale, window, out
+    sink_array = np.empty(0, np.float32) if sinks is None else sinks.numpy()
+    tables, lengths = block_tables.numpy(), context_lens.numpy()
+    arrays = q.numpy(), cache.numpy(), layer, tables, lengths, scale, window, sink_array, out
     if len(q) > 1 and num_threads() > 1:
         _decode_parallel(*arrays, num_threads())
     else:
@@ -61,7 +83,14 @@ def native(
 
 
 def fused(
-    q: Tensor, cache: Tensor, layer: int, block_tables: Tensor, context_lens: Tensor, scale: float, window: int
+    q: Tensor,
+    cache: Tensor,
+    layer: int,
+    block_tables: Tensor,
+    context_lens: Tensor,
+    scale: float,
+    window: int,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """`reference` on a GPU; an empty context gives zeros.
 
@@ -70,10 +99,12 @@ def fused(
     """
     sequences, heads, head_dim = q.shape
     kv_heads, block_tokens = cache.shape[3], cache.shape[4]
-    out = torch.empty_like(q)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if not sequences:
         return out
     longest = block_tables.shape[1] * block_tokens
+    if window:
+        longest = min(longest, window)
     programs = sequences * kv_heads
     splits = min(-(-_PROGRAMS_PER_PROCESSOR * num_processors(q.device) // programs), -(-longest // _MIN_SPLIT_TOKENS))
     splits = max(1, min(splits, _MAX_SPLITS))
@@ -81,19 +112,21 @@ def fused(
     sums = torch.empty(sequences, heads, splits, dtype=torch.float32, device=q.device)
     dim_block = max(16, next_power_of_2(head_dim))
     _decode_kernel[(sequences, kv_heads, splits)](
-        q, cache[:, layer], block_tables, context_lens, parts, sums, scale, window, block_tokens, q.stride(0),
-        q.stride(1), block_tables.stride(0), cache.stride(0), *cache.stride()[2:5], splits, heads // kv_heads,
-        head_dim, dim_block, max(16, next_power_of_2(heads // kv_heads)), _KEY_TILE, num_warps=4, num_stages=3,
+        q, cache[:, layer], block_tables, context_lens, q if sinks is None else sinks, parts, sums, scale, window,
+        q.stride(0), q.stride(1), block_tables.stride(0), cache.stride(0), *cache.stride()[2:5], splits,
+        sinks is not None, block_tokens, heads // kv_heads, head_dim, dim_block,
+        max(16, next_power_of_2(heads // kv_heads)), _KEY_TILE, num_warps=4, num_stages=3,
     )  # fmt: skip
     _combine_kernel[(sequences, heads)](parts, sums, out, splits, head_dim, next_power_of_2(splits), dim_block)
     return out
 
 
-@kernel
+@kernel_varying("table_stride", "splits")
 def _decode_kernel(  # type: ignore[no-untyped-def]
-    q, cache, block_tables, context_lens, parts, sums, scale, window, block_tokens, q_stride, q_head_stride,
-    table_stride, block_stride, kv_stride, head_stride, token_stride,
-    splits, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+    q, cache, block_tables, context_lens, sinks, parts, sums, scale, window, q_stride, q_head_stride,
+    table_stride, block_stride, kv_stride, head_stride, token_stride, splits, SINKS: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
+    TILE: tl.constexpr,
 ):  # fmt: skip
     sequence = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
@@ -114,12 +147,16 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     )
     top = tl.full((ROWS,), -1e30, tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
+    if SINKS:  # they count once
+        sink = tl.load(sinks + head * GROUP + row, mask=row < GROUP, other=0.0).to(tl.float32)
+        top = tl.where(split == 0, sink, top)
+        total = tl.where(split == 0, 1.0, total)
     sum_of_values = tl.zeros((ROWS, DIM), tl.float32)
     for at in range(begin, end, TILE):
         token = at + key
         inside = token < end
-        block = tl.load(block_tables + sequence * table_stride + token // block_tokens, mask=inside, other=0)
-        place = cache + block * block_stride + head * head_stride + token % block_tokens * token_stride
+        block = tl.load(block_tables + sequence * table_stride + token // BLOCK_TOKENS, mask=inside, other=0)
+        place = cache + block * block_stride + head * head_stride + token % BLOCK_TOKENS * token_stride
         loaded = inside[:, None] & (dim < HEAD_DIM)[None, :]
         keys = tl.load(place[:, None] + dim[None, :], mask=loaded, other=0.0).to(query.dtype)
         values = tl.load(place[:, None] + kv_stride + dim[None, :], mask=loaded, other=0.0).to(query.dtype)
@@ -134,12 +171,13 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
         top = highest
     place = (sequence * heads + head * GROUP + row) * splits + split
     # A split without tokens weighs nothing: its sum is e to the minus infinity.
-    tl.store(sums + place, tl.where(total > 0, top + tl.log(total), float("-inf")), mask=row < GROUP)
-    normed = sum_of_values / tl.where(total > 0, total, 1.0)[:, None]
+    divisor = tl.where(total > 0, total, 1.0)
+    tl.store(sums + place, tl.where(total > 0, top + tl.log(divisor), float("-inf")), mask=row < GROUP)
+    normed = sum_of_values / divisor[:, None]
     tl.store(parts + place[:, None] * HEAD_DIM + dim[None, :], normed, mask=held)
 
 
-@kernel
+@kernel_varying("splits")
 def _combine_kernel(  # type: ignore[no-untyped-def]
     parts, sums, out, splits, HEAD_DIM: tl.constexpr, SPLITS: tl.constexpr, DIM: tl.constexpr
 ):
@@ -165,6 +203,7 @@ def _decode_parallel(
     context_lens: np.ndarray,
     scale: float,
     window: int,
+    sinks: np.ndarray,
     out: np.ndarray,
     parts: int,
 ) -> None:
@@ -172,7 +211,7 @@ def _decode_parallel(
         start, stop = len(q) * part // parts, len(q) * (part + 1) // parts
         if start < stop:
             tables, lengths = block_tables[start:stop], context_lens[start:stop]
-            attend_rows(q[start:stop], cache, layer, tables, lengths, scale, window, out[start:stop])
+            attend_rows(q[start:stop], cache, layer, tables, lengths, scale, window, sinks, out[start:stop])
 
 
 @compiled
@@ -184,9 +223,10 @@ def attend_rows(
     context_lens: np.ndarray,
     scale: float,
     window: int,
+    sinks: np.ndarray,
     out: np.ndarray,
 ) -> None:
-    """`native` over arrays, by one thread."""
+    """`native` over arrays, by one thread; ``sinks`` [heads], or empty for none."""
     sequences, heads, _ = q.shape
     kv_heads, block_tokens = cache.shape[3], cache.shape[4]
     group = heads // kv_heads
@@ -207,7 +247,8 @@ def attend_rows(
                     low, high = max(first - at, 0), min(block_tokens, length - at)
                     _dot_block(rows, cache[block_tables[s, block], layer, 0, h], low, high, at, scores)
                 for g in range(width):
-                    _softmax(scores[g, first:length], np.float32(scale), bits)
+                    sink = sinks[h * group + start + g] if len(sinks) > 0 else _NEVER
+                    _softmax(scores[g, first:length], np.float32(scale), sink, bits)
                 to[:] = 0
                 for block in range(first // block_tokens, (length + block_tokens - 1) // block_tokens):
                     at = block * block_tokens
@@ -245,15 +286,15 @@ def _dot_block(q: np.ndarray, keys: np.ndarray, low: int, high: int, at: int, sc
 
 
 @compiled
-def _softmax(x: np.ndarray, scale: np.float32, bits: np.ndarray) -> None:
-    """x ← softmax(scale · x), scale > 0."""
-    top = x[0]
+def _softmax(x: np.ndarray, scale: np.float32, sink: np.float32, bits: np.ndarray) -> None:
+    """x ← softmax(scale · x) with one more logit, whose share is left out; scale > 0."""
+    top = sink / scale
     for t in range(len(x)):
         top = max(top, x[t])
     for t in range(len(x)):
         x[t] = (x[t] - top) * scale
     exp_inplace(x, bits)
-    total = np.float32(0)
+    total = np.float32(0) if sink == _NEVER else np.exp(sink - top * scale)
     for t in range(len(x)):
         total += x[t]
     inverse = np.float32(1) / total

@@ -96,7 +96,7 @@ def reference(
     for layer, w in enumerate(layers):
         x, residual = rms_norm.reference(x, residual, w.input_norm, w.eps)
         qkv = linear.reference(x, w.qkv, w.qkv_bias)
-        q = rotary.reference(qkv, w.head_norm, cos_sin, rows.positions, cache, layer, rows.slots)
+        q, _, _ = rotary.reference(qkv, w.head_norm, cos_sin, rows.positions, cache, layer, rows.slots)
         seen = decode_attention.reference(q, cache, layer, rows.block_tables, rows.context_lens, w.scale, w.window)
         x = linear.reference(seen.flatten(1), w.o, w.o_bias)
         x, residual = rms_norm.reference(x, residual, w.post_norm, w.eps)
@@ -269,7 +269,7 @@ def _layer_rows(
     queries = np.empty((rows, o.shape[1] // head_dim, head_dim), np.float32)
     rotary_rows(projected, q_norm, k_norm, eps, cos_sin, positions, cache, layer, slots, queries)
     seen = np.empty((rows, o.shape[1] // head_dim, head_dim), np.float32)
-    attend_rows(queries, cache, layer, block_tables, context_lens, scale, window, seen)
+    attend_rows(queries, cache, layer, block_tables, context_lens, scale, window, np.empty(0, np.float32), seen)
     dot_rows(seen.reshape(rows, o.shape[1]), o, x)
     if len(o_bias) > 0:
         for r in range(rows):

@@ -27,6 +27,14 @@ def kernel(function: Callable[..., Any]) -> Any:
     return triton.jit(function) if AVAILABLE else function
 
 
+def kernel_varying(*arguments: str) -> Callable[[Callable[..., Any]], Any]:
+    """`kernel` for a function with integers, or tensors' addresses, whose divisibility changes from call to call.
+
+    For others Triton compiles another version when they are divisible by 16, or 1: a pause in the middle of serving.
+    """
+    return lambda function: triton.jit(function, do_not_specialize=list(arguments)) if AVAILABLE else function
+
+
 def next_power_of_2(n: int) -> int:
     """The smallest power of two that is at least ``n``: the sizes that Triton's blocks have."""
     return 1 << max(n - 1, 0).bit_length()

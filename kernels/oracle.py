@@ -28,7 +28,7 @@ class Ops(NamedTuple):
 
     linear: Callable[..., Tensor]
     rms_norm: Callable[..., tuple[Tensor, Tensor]]
-    rotary: Callable[..., Tensor]
+    rotary: Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]
     decode_attention: Callable[..., Tensor]
     prefill_attention: Callable[..., Tensor]
     silu_mul: Callable[..., Tensor]
@@ -67,7 +67,7 @@ FUSED = Ops(
     rms_norm=rms_norm.fused,
     rotary=rotary.fused,
     decode_attention=decode_attention.fused,
-    prefill_attention=prefill_attention.reference,
+    prefill_attention=prefill_attention.fused,
     silu_mul=activation.fused,
     moe=moe.fused,
     sample=sampling.reference,

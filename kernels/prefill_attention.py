@@ -1,69 +1,340 @@
-"""Attention of several new tokens of one sequence over its paged KV, which already holds those tokens."""
+"""Attention of several new tokens a sequence over their context, whose KV is in the cache already."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from .compiled import compiled, compiled_parallel, num_threads, prange
 from .exponential import exp_inplace
 from .linear import dot_rows
+from .on_gpu import kernel, kernel_varying, next_power_of_2, tl
 
 _QUERY_TILE = 32
 _KEY_TILE = 128
 _NEVER = np.float32(-1e30)
 
+_DIRECT_STEP = 128
+"""Rows that go to the library are a multiple of this: for every length, and number of sequences, cuDNN plans anew, and
+that takes the host tens of milliseconds."""
+_LOG2_E = 1.4426950408889634
+
+
+class _Tile(NamedTuple):
+    """How the paged kernel is cut: rows are tokens × the query heads that share a key head."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+_TILE = _Tile(rows=128, keys=64, warps=8, stages=3)
+_TILE_OF_LARGE_HEADS = _Tile(rows=64, keys=32, warps=8, stages=2)
+"""More than 128 dimensions a head."""
+_TILE_OF_FLOAT32 = _Tile(rows=32, keys=16, warps=8, stages=2)
+
+
+class Span(NamedTuple):
+    """Rows ``start`` … ``stop`` − 1 of a batch: several new tokens of one sequence, its context's last."""
+
+    start: int
+    stop: int
+    block_table: Tensor
+    """[blocks of the context] int64, in order."""
+    context_len: int
+    """Tokens in the cache, the new ones included."""
+
 
 def reference(
-    q: Tensor, cache: Tensor, layer: int, block_table: Tensor, context_len: int, scale: float, window: int
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    cache: Tensor,
+    layer: int,
+    spans: Sequence[Span],
+    scale: float,
+    window: int,
+    sinks: Tensor | None = None,
 ) -> Tensor:
-    """The last ``len(q)`` tokens of a context attend to what precedes them, and to themselves.
+    """Each span's tokens attend to what precedes them in their context, and to themselves.
 
     Args:
-        q: [tokens, heads, head_dim], the context's last tokens.
-        cache: [blocks, layers, 2, kv_heads, block_tokens, head_dim].
+        q: [tokens, heads, head_dim] of a batch.
+        k: [tokens, kv_heads, head_dim], the same tokens' keys, which the cache holds too. Not read here.
+        v: like ``k``, values.
+        cache: [blocks, layers, 2, kv_heads, block_tokens, head_dim] of any dtype; heads are grouped over kv_heads.
         layer: which layer.
-        block_table: [blocks of the context] int64, in order.
-        context_len: tokens in the cache, the new ones included.
+        spans: rows of ``q``, in order; they do not overlap.
         scale: of the scores.
         window: tokens that a token sees, itself included; 0: all.
+        sinks: [heads] logits beside those of the tokens, with no value of their own (Xiao et al. 2023,
+            arXiv:2309.17453), or None.
 
     Returns:
-        [tokens, heads, head_dim], dtype of ``q``.
+        [tokens, heads, head_dim], dtype of ``q``; rows of no span are undefined.
     """
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     heads, head_dim = q.shape[1:]
     kv_heads = cache.shape[3]
-    mask = _causal_mask(len(q), context_len, window, q.device)
-    kv = cache[block_table, layer].permute(1, 2, 0, 3, 4).reshape(2, kv_heads, -1, head_dim)[:, :, :context_len]
-    kv = kv.to(q.dtype)
-    if not q.is_cuda:  # there the fused kernel wants as many key heads as query heads
-        kv = kv.unsqueeze(2).expand(-1, -1, heads // kv_heads, -1, -1).reshape(2, heads, context_len, head_dim)
-    out = torch.nn.functional.scaled_dot_product_attention(
-        q.transpose(0, 1).unsqueeze(0),
-        kv[0].unsqueeze(0),
-        kv[1].unsqueeze(0),
-        attn_mask=mask,
-        is_causal=mask is None,
-        scale=scale,
-        enable_gqa=q.is_cuda and heads != kv_heads,
-    )
-    return out[0].transpose(0, 1)
+    for start, stop, block_table, context_len in spans:
+        mask = _causal_mask(stop - start, context_len, window, q.device)
+        kv = cache[block_table, layer].permute(1, 2, 0, 3, 4).reshape(2, kv_heads, -1, head_dim)[:, :, :context_len]
+        kv = kv.to(q.dtype)
+        if sinks is not None:
+            kv, mask = _with_sinks(kv, mask, stop - start, sinks)
+        if not q.is_cuda:  # there the library wants as many key heads as query heads
+            kv = kv.unsqueeze(2).expand(-1, -1, heads // kv_heads, -1, -1).reshape(2, heads, -1, head_dim)
+        seen = scaled_dot_product_attention(
+            q[start:stop].transpose(0, 1).unsqueeze(0),
+            kv[0].unsqueeze(0),
+            kv[1].unsqueeze(0),
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=scale,
+            enable_gqa=q.is_cuda and heads != kv_heads,
+        )
+        out[start:stop] = seen[0].transpose(0, 1)
+    return out
 
 
 def native(
-    q: Tensor, cache: Tensor, layer: int, block_table: Tensor, context_len: int, scale: float, window: int
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    cache: Tensor,
+    layer: int,
+    spans: Sequence[Span],
+    scale: float,
+    window: int,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """`reference` for float32 on a CPU: tiles of queries against tiles of keys with a running softmax (Dao et al. 2022,
     arXiv:2205.14135), read straight from the blocks."""
     out = np.empty(q.shape, np.float32)
-    arrays = q.numpy(), cache.numpy(), layer, block_table.numpy(), context_len, scale, window, out
-    if num_threads() == 1:
-        for item in range(_num_items(q.shape[0], cache.shape[3])):
-            _tile(*arrays, item)
-    else:
-        _tiles(*arrays, _num_items(q.shape[0], cache.shape[3]))
+    queries, blocks = q.numpy(), cache.numpy()
+    sink_array = np.empty(0, np.float32) if sinks is None else sinks.numpy()
+    for start, stop, block_table, context_len in spans:
+        where = block_table.numpy(), context_len, scale, window, sink_array, out[start:stop]
+        items = _num_items(stop - start, cache.shape[3])
+        if num_threads() == 1:
+            for item in range(items):
+                _tile(queries[start:stop], blocks, layer, *where, item)
+        else:
+            _tiles(queries[start:stop], blocks, layer, *where, items)
     return torch.from_numpy(out)
+
+
+def fused(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cache: Tensor,
+    layer: int,
+    spans: Sequence[Span],
+    scale: float,
+    window: int,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """`reference` on a GPU; q, k and v have any strides but the last, which is 1.
+
+    A context that begins in this step goes to torch's library without a detour through the blocks, but for its last
+    rows: see `_DIRECT_STEP`. All others, and all that a window or sinks concern, go to a kernel over the blocks.
+
+    Nobody tells torch which library: on Hopper and Blackwell it asks cuDNN first, where that is 9.15.1 or later
+    (earlier ones were wrong for some lengths), then its flash attention. To name an order in a context costs 12 µs a
+    call, and to name one for the whole process lifts that guard. float32 stays with the kernel: for grouped heads torch
+    may take its plain implementation, which writes all scores to memory.
+    """
+    direct = sinks is None and _library_serves(q, k, v, cache)
+    runs, rest = plan(spans, window, _DIRECT_STEP if direct else 0)
+    if not rest and len(runs) == 1 and runs[0].sequences * runs[0].length == len(q):
+        return _attend_directly(q, k, v, runs[0], scale)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    for run in runs:
+        out[run.start : run.start + run.sequences * run.length] = _attend_directly(q, k, v, run, scale)
+    for span, done in rest:
+        _attend_paged(q, cache, layer, span, done, scale, window, sinks, out)
+    return out
+
+
+class Run(NamedTuple):
+    """Neighbouring whole contexts of equal length: rows ``start`` … ``start + sequences · length`` − 1."""
+
+    start: int
+    sequences: int
+    length: int
+
+
+def plan(spans: Sequence[Span], window: int, step: int) -> tuple[list[Run], list[tuple[Span, int]]]:
+    """Which rows the library takes. Pure.
+
+    Args:
+        spans: of a batch.
+        window: tokens that a token sees; 0: all.
+        step: the library takes multiples of this; 0: nothing.
+
+    Returns:
+        (what the library takes, the spans with rows left, and how many rows of each are taken).
+    """
+    runs: list[Run] = []
+    rest: list[tuple[Span, int]] = []
+    for span in spans:
+        length = span.stop - span.start
+        fresh = step > 0 and length == span.context_len and (window == 0 or window >= length)
+        whole = length - length % step if fresh else 0
+        last = runs[-1] if runs else Run(0, 0, 0)
+        if whole == length and last.length == length and last.start + last.sequences * length == span.start:
+            runs[-1] = last._replace(sequences=last.sequences + 1)
+        elif whole:
+            runs.append(Run(span.start, 1, whole))
+        if whole < length:
+            rest.append((span, whole))
+    return runs, rest
+
+
+def _library_serves(q: Tensor, k: Tensor, v: Tensor, cache: Tensor) -> bool:
+    """Whether cuDNN, or else flash attention, takes tensors like these, and they are what the cache holds."""
+    head_dim = q.shape[2]
+    # Addresses that are no multiple of 16 bytes are an error that ends the process.
+    return (
+        q.dtype in (torch.float16, torch.bfloat16)
+        and cache.dtype == q.dtype
+        and head_dim % 8 == 0
+        and head_dim <= 256
+        and all(t.data_ptr() % 16 == 0 and t.stride(0) % 8 == 0 and t.stride(1) % 8 == 0 for t in (q, k, v))
+    )
+
+
+def _attend_directly(q: Tensor, k: Tensor, v: Tensor, run: Run, scale: float) -> Tensor:
+    start, sequences, length = run
+    rows = slice(start, start + sequences * length)
+    heads_first = [tensor[rows].unflatten(0, (sequences, length)).transpose(1, 2) for tensor in (q, k, v)]
+    seen: Tensor = scaled_dot_product_attention(
+        heads_first[0],
+        heads_first[1],
+        heads_first[2],
+        is_causal=True,
+        scale=scale,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    return seen.transpose(1, 2).flatten(0, 1)
+
+
+def _attend_paged(
+    q: Tensor,
+    cache: Tensor,
+    layer: int,
+    span: Span,
+    done: int,
+    scale: float,
+    window: int,
+    sinks: Tensor | None,
+    out: Tensor,
+) -> None:
+    """Write ``out`` for a span's rows from its ``done``-th on."""
+    heads, head_dim = q.shape[1:]
+    kv_heads, block_tokens = cache.shape[3], cache.shape[4]
+    group = heads // kv_heads
+    tile = _TILE_OF_FLOAT32 if q.dtype == torch.float32 else _TILE if head_dim <= 128 else _TILE_OF_LARGE_HEADS
+    rows = max(tile.rows, next_power_of_2(group))
+    tokens = span.stop - span.start - done
+    _paged_kernel[(kv_heads, -(-tokens // (rows // group)))](
+        q, cache[:, layer], span.block_table, q if sinks is None else sinks, out, span.start + done, tokens,
+        span.context_len, scale * _LOG2_E, window, q.stride(0), q.stride(1), cache.stride(0), *cache.stride()[2:5],
+        _LOG2_E, sinks is not None, window > 0, block_tokens, group, head_dim, max(16, next_power_of_2(head_dim)),
+        rows, tile.keys, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+
+
+@kernel_varying("block_table", "start", "tokens", "context")
+def _paged_kernel(  # type: ignore[no-untyped-def]
+    q, cache, block_table, sinks, out, start, tokens, context, scale, window, q_stride, q_head_stride, block_stride,
+    kv_stride, head_stride, token_stride, LOG2_E: tl.constexpr, SINKS: tl.constexpr, WINDOW: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+):  # fmt: skip
+    """A key head and a tile of the span's tokens. ``scale`` counts in powers of two."""
+    head = tl.program_id(0)
+    tile_tokens: tl.constexpr = ROWS // GROUP
+    # The last tiles are the longest: they go first.
+    first = (tl.num_programs(1) - 1 - tl.program_id(1)) * tile_tokens
+    row, dim = tl.arange(0, ROWS), tl.arange(0, DIM)
+    token, member = first + row // GROUP, row % GROUP
+    row_held = (row < tile_tokens * GROUP) & (token < tokens)
+    held = row_held[:, None] & (dim < HEAD_DIM)[None, :]
+    place = (start + token).to(tl.int64)
+    query_head = head * GROUP + member
+    query = tl.load(q + (place * q_stride + query_head * q_head_stride)[:, None] + dim[None, :], mask=held, other=0.0)
+    top = tl.full((ROWS,), -1e30, tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    if SINKS:
+        top = tl.load(sinks + query_head, mask=row_held, other=0.0).to(tl.float32) * LOG2_E
+        total += 1.0
+    acc = tl.zeros((ROWS, DIM), tl.float32)
+    keys = cache + head * head_stride
+    before = context - tokens
+    position = before + token
+    # Keys in [low, high) are seen by some token of the tile, those in [low_all, high_all) by all.
+    high = before + tl.minimum(first + tile_tokens, tokens)
+    high_all = before + first + 1
+    low = 0
+    plain = 0
+    if WINDOW:
+        low = tl.maximum(high_all - window, 0)
+        low_all = tl.maximum(high - window, low)
+        plain = low + tl.cdiv(low_all - low, KEYS) * KEYS
+        top, total, acc = _attend_tiles(
+            query, position, top, total, acc, keys, block_table, low, tl.minimum(plain, high), high, scale, window,
+            block_stride, kv_stride, token_stride, True, WINDOW, BLOCK_TOKENS, HEAD_DIM, DIM, KEYS,
+        )  # fmt: skip
+    masked = plain + tl.maximum(high_all - plain, 0) // KEYS * KEYS
+    top, total, acc = _attend_tiles(
+        query, position, top, total, acc, keys, block_table, plain, masked, high, scale, window,
+        block_stride, kv_stride, token_stride, False, WINDOW, BLOCK_TOKENS, HEAD_DIM, DIM, KEYS,
+    )  # fmt: skip
+    top, total, acc = _attend_tiles(
+        query, position, top, total, acc, keys, block_table, masked, high, high, scale, window,
+        block_stride, kv_stride, token_stride, True, WINDOW, BLOCK_TOKENS, HEAD_DIM, DIM, KEYS,
+    )  # fmt: skip
+    target = out + (place * tl.num_programs(0) * GROUP + query_head)[:, None] * HEAD_DIM + dim[None, :]
+    tl.store(target, (acc / total[:, None]).to(out.dtype.element_ty), mask=held)
+
+
+@kernel
+def _attend_tiles(  # type: ignore[no-untyped-def]
+    query, position, top, total, acc, keys, block_table, begin, end, high, scale, window, block_stride, kv_stride,
+    token_stride, MASK: tl.constexpr, WINDOW: tl.constexpr, BLOCK_TOKENS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    DIM: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """The running softmax over keys ``begin`` … ``end``, of which those from ``high`` on are not there."""
+    key, dim = tl.arange(0, KEYS), tl.arange(0, DIM)
+    for at in range(begin, end, KEYS):
+        token = at + key
+        inside = token < high
+        block = tl.load(block_table + token // BLOCK_TOKENS, mask=inside, other=0)
+        place = keys + block * block_stride + token % BLOCK_TOKENS * token_stride
+        loaded = inside[:, None] & (dim < HEAD_DIM)[None, :]
+        key_tile = tl.load(place[:, None] + dim[None, :], mask=loaded, other=0.0).to(query.dtype)
+        value_tile = tl.load(place[:, None] + kv_stride + dim[None, :], mask=loaded, other=0.0).to(query.dtype)
+        scores = tl.dot(query, tl.trans(key_tile), input_precision="ieee")
+        if MASK:
+            seen = token[None, :] <= position[:, None]
+            if WINDOW:
+                seen &= token[None, :] > position[:, None] - window
+            scores = tl.where(seen, scores, -1e30)
+        highest = tl.maximum(top, tl.max(scores, axis=1) * scale)
+        weights = tl.exp2(scores * scale - highest[:, None])
+        fade = tl.exp2(top - highest)
+        total = total * fade + tl.sum(weights, axis=1)
+        acc = tl.dot(weights.to(query.dtype), value_tile, acc * fade[:, None], input_precision="ieee")
+        top = highest
+    return top, total, acc
 
 
 def _num_items(tokens: int, kv_heads: int) -> int:
@@ -79,13 +350,14 @@ def _tiles(
     context_len: int,
     scale: float,
     window: int,
+    sinks: np.ndarray,
     out: np.ndarray,
     items: int,
 ) -> None:
     for item in prange(items):
         # Neighbours in the loop go to one thread: spread the late, long tiles.
         spread = item // 2 if item % 2 == 0 else items - 1 - item // 2
-        _tile(q, cache, layer, block_table, context_len, scale, window, out, spread)
+        _tile(q, cache, layer, block_table, context_len, scale, window, sinks, out, spread)
 
 
 @compiled
@@ -97,6 +369,7 @@ def _tile(
     context_len: int,
     scale: float,
     window: int,
+    sinks: np.ndarray,
     out: np.ndarray,
     item: int,
 ) -> None:
@@ -122,6 +395,10 @@ def _tile(
     top = np.full(rows, _NEVER, np.float32)
     norm = np.zeros(rows, np.float32)
     bits = np.empty(_KEY_TILE, np.int32)
+    if len(sinks) > 0:
+        norm[:] = 1
+        for r in range(rows):
+            top[r] = sinks[h * group + r % group]
     low = max(0, first_position + start - window + 1) if window > 0 else 0
     low -= low % _KEY_TILE
     for at in range(low, first_position + stop, _KEY_TILE):
@@ -182,3 +459,13 @@ def _causal_mask(num_new: int, context_len: int, window: int, device: torch.devi
     if window:
         mask &= key > query - window
     return mask
+
+
+def _with_sinks(kv: Tensor, mask: Tensor | None, num_new: int, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """One more token, whose key and value are zero and whose logit the mask adds: [heads, num_new, context_len + 1]."""
+    context_len = kv.shape[2]
+    if mask is None:
+        mask = torch.ones(num_new, context_len, dtype=torch.bool, device=kv.device).tril()
+    bias = torch.zeros(mask.shape, dtype=kv.dtype, device=kv.device).masked_fill(~mask, -torch.inf)
+    column = sinks.to(kv.dtype).view(-1, 1, 1).expand(-1, num_new, 1)
+    return torch.nn.functional.pad(kv, (0, 0, 0, 1)), torch.cat((bias.expand(len(sinks), -1, -1), column), dim=-1)

@@ -16,6 +16,8 @@ from .compiled import compiled, compiled_parallel, num_threads, prange
 from .on_gpu import kernel, next_power_of_2, tl
 
 _MIN_PARALLEL_ROWS = 64
+_FP8_LIMIT = 448.0
+"""The largest float8_e4m3fn; what is larger becomes that, not NaN."""
 
 
 class HeadNorm(NamedTuple):
@@ -34,20 +36,21 @@ def reference(
     cache: Tensor,
     layer: int,
     slots: Tensor,
-) -> Tensor:
-    """Normalise, rotate, write keys and values, return queries.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalise, rotate, write keys and values into the cache.
 
     Args:
         qkv: [tokens, (heads + 2 · kv_heads) · head_dim], queries, keys, values.
         norm: norms of queries and keys, or None.
         cos_sin: [max positions, head_dim] float32, cosines of half the head then sines.
         positions: [tokens] int64.
-        cache: [blocks, layers, 2, kv_heads, block_tokens, head_dim], written at ``layer``.
+        cache: [blocks, layers, 2, kv_heads, block_tokens, head_dim], written at ``layer``; float8_e4m3fn is written
+            unscaled, ±448 at most.
         layer: which layer this is.
         slots: [tokens] int64, block · block_tokens + offset in the block, all different.
 
     Returns:
-        queries [tokens, heads, head_dim], dtype of ``qkv``.
+        (queries [tokens, heads, head_dim], keys [tokens, kv_heads, head_dim], values alike), dtype of ``qkv``.
     """
     kv_heads, block_tokens, head_dim = cache.shape[3:]
     heads = qkv.shape[1] // head_dim - 2 * kv_heads
@@ -58,9 +61,9 @@ def reference(
     cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)
     q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
     block, offset = slots // block_tokens, slots % block_tokens
-    cache[block, layer, 0, :, offset] = k.to(cache.dtype)
-    cache[block, layer, 1, :, offset] = v.to(cache.dtype)
-    return q
+    cache[block, layer, 0, :, offset] = _narrow(k, cache.dtype)
+    cache[block, layer, 1, :, offset] = _narrow(v, cache.dtype)
+    return q, k, v
 
 
 def native(
@@ -71,8 +74,9 @@ def native(
     cache: Tensor,
     layer: int,
     slots: Tensor,
-) -> Tensor:
-    """`reference` for float32 on a CPU."""
+) -> tuple[Tensor, None, None]:
+    """`reference` for float32 on a CPU. Keys and values are in the cache alone, where `prefill_attention.native` reads
+    them."""
     kv_heads, _, head_dim = cache.shape[3:]
     heads = qkv.shape[1] // head_dim - 2 * kv_heads
     out = np.empty((qkv.shape[0], heads, head_dim), np.float32)
@@ -93,7 +97,7 @@ def native(
         rotary_rows(*arrays)
     else:
         _rotary_parallel(num_threads(), *arrays)
-    return torch.from_numpy(out)
+    return torch.from_numpy(out), None, None
 
 
 def fused(
@@ -104,27 +108,30 @@ def fused(
     cache: Tensor,
     layer: int,
     slots: Tensor,
-) -> Tensor:
-    """`reference` on a GPU: one program for some heads of a token. A negative slot is written nowhere."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`reference` on a GPU: one program for some heads of a token. Overwrites ``qkv`` and returns views of it. A
+    negative slot is written nowhere."""
     kv_heads, block_tokens, head_dim = cache.shape[3:]
-    heads = qkv.shape[1] // head_dim - 2 * kv_heads
     tokens = qkv.shape[0]
-    out = torch.empty(tokens, heads, head_dim, dtype=qkv.dtype, device=qkv.device)
+    heads = qkv.shape[1] // head_dim - 2 * kv_heads
     if tokens:
         rows = min(16, next_power_of_2(heads + 2 * kv_heads))
         _rotary_kernel[(tokens, -(-(heads + 2 * kv_heads) // rows))](
             qkv, norm.query if norm else qkv, norm.key if norm else qkv, cos_sin, positions, slots,
-            cache[:, layer], out, heads, kv_heads, block_tokens, qkv.stride(0), cache.stride(0), *cache.stride()[2:5],
-            norm.eps if norm else 0.0, norm is not None, rows, head_dim, next_power_of_2(head_dim // 2), num_warps=4,
+            cache[:, layer], heads, kv_heads, block_tokens, qkv.stride(0), cache.stride(0), *cache.stride()[2:5],
+            norm.eps if norm else 0.0, norm is not None, _FP8_LIMIT, rows, head_dim,
+            next_power_of_2(head_dim // 2), num_warps=4,
         )  # fmt: skip
-    return out
+    q, k, v = qkv.unflatten(1, (-1, head_dim)).split([heads, kv_heads, kv_heads], dim=1)
+    return q, k, v
 
 
 @kernel
 def _rotary_kernel(  # type: ignore[no-untyped-def]
-    qkv, q_weight, k_weight, cos_sin, positions, slots, cache, out,
+    qkv, q_weight, k_weight, cos_sin, positions, slots, cache,
     heads, kv_heads, block_tokens, qkv_stride, block_stride, kv_stride, head_stride, token_stride,
-    eps, NORM: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, HALF_BLOCK: tl.constexpr,
+    eps, NORM: tl.constexpr, FP8_LIMIT: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    HALF_BLOCK: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
@@ -136,6 +143,8 @@ def _rotary_kernel(  # type: ignore[no-untyped-def]
     source = qkv + token * qkv_stride + head[:, None] * HEAD_DIM + at[None, :]
     first = tl.load(source, mask=inside, other=0.0)
     second = tl.load(source + half, mask=inside, other=0.0)
+    # A small tile is loaded by several threads alike: none may be late for what another overwrites below.
+    tl.debug_barrier()
     dtype = first.dtype
     a, b = first.to(tl.float32), second.to(tl.float32)
     if NORM:
@@ -151,17 +160,23 @@ def _rotary_kernel(  # type: ignore[no-untyped-def]
     sin = tl.load(angle + half + at, mask=at < half, other=0.0)[None, :]
     first = tl.where(is_value, first, (a * cos - b * sin).to(dtype))
     second = tl.where(is_value, second, (b * cos + a * sin).to(dtype))
-    target = out + (token * heads + head)[:, None] * HEAD_DIM + at[None, :]
-    tl.store(target, first, mask=inside & is_query)
-    tl.store(target + half, second, mask=inside & is_query)
+    tl.store(source, first, mask=inside & ~is_value)
+    tl.store(source + half, second, mask=inside & ~is_value)
     slot = tl.load(slots + token)
     place = slot // block_tokens * block_stride + slot % block_tokens * token_stride
     key_place = (head - heads)[:, None] * head_stride
     value_place = kv_stride + (head - heads - kv_heads)[:, None] * head_stride
     target = cache + place + tl.where(is_value, value_place, key_place) + at[None, :]
     held = inside & (head >= heads)[:, None] & (slot >= 0)  # a row that only fills a batch up has no slot
+    if cache.dtype.element_ty == tl.float8e4nv:
+        first = tl.clamp(first.to(tl.float32), -FP8_LIMIT, FP8_LIMIT)
+        second = tl.clamp(second.to(tl.float32), -FP8_LIMIT, FP8_LIMIT)
     tl.store(target, first.to(cache.dtype.element_ty), mask=held)
     tl.store(target + half, second.to(cache.dtype.element_ty), mask=held)
+
+
+def _narrow(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return (x.clamp(-_FP8_LIMIT, _FP8_LIMIT) if dtype == torch.float8_e4m3fn else x).to(dtype)
 
 
 def _head_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

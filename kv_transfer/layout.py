@@ -13,7 +13,7 @@ import numpy as np
 
 from ..core.messages import GroupSpec
 
-DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "fp8_e4m3": 1}
 
 
 class Runs(NamedTuple):

@@ -110,25 +110,20 @@ class Layer:
     ) -> tuple[Tensor, Tensor]:
         x, residual = ops.rms_norm(x, residual, self.input_norm, self.eps)
         qkv = ops.linear(x, self.qkv, self.qkv_bias)
-        q = ops.rotary(qkv, self.head_norm, cos_sin, batch.positions, cache, self.index, batch.slots)
-        x = ops.linear(self._attend(q, batch, cache, ops).flatten(1), self.o, self._added_bias)
+        rotated = ops.rotary(qkv, self.head_norm, cos_sin, batch.positions, cache, self.index, batch.slots)
+        x = ops.linear(self._attend(*rotated, batch, cache, ops).flatten(1), self.o, self._added_bias)
         x, residual = ops.rms_norm(self._group.all_reduce(x), residual, self.post_norm, self.eps)
         return self._group.all_reduce(self.mlp(x, ops)), residual
 
-    def _attend(self, q: Tensor, batch: Batch, cache: Tensor, ops: Ops) -> Tensor:
-        parts = []
-        if batch.num_single:
-            single = q[: batch.num_single]
-            tables, lengths = batch.block_tables, batch.context_lens
-            parts.append(ops.decode_attention(single, cache, self.index, tables, lengths, self.scale, self.window))
-        for span in batch.spans:
-            rows = q[span.start : span.stop]
-            parts.append(
-                ops.prefill_attention(
-                    rows, cache, self.index, span.block_table, span.context_len, self.scale, self.window
-                )
-            )
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+    def _attend(self, q: Tensor, k: Tensor | None, v: Tensor | None, batch: Batch, cache: Tensor, ops: Ops) -> Tensor:
+        single = batch.num_single
+        tables, lengths = batch.block_tables, batch.context_lens
+        if not batch.spans:
+            return ops.decode_attention(q, cache, self.index, tables, lengths, self.scale, self.window)
+        out = ops.prefill_attention(q, k, v, cache, self.index, batch.spans, self.scale, self.window)
+        if single:
+            out[:single] = ops.decode_attention(q[:single], cache, self.index, tables, lengths, self.scale, self.window)
+        return out
 
 
 class Decoder:

@@ -21,15 +21,14 @@ pytestmark = [
 ]
 
 
-def engine_of(folder: Path, dtype: str = "float32") -> Engine:
-    config = Config.model_validate(
-        {"model": {"path": str(folder), "dtype": dtype}, "kv": {"block_tokens": 8, "capacity": "64MiB"}}
-    )
+def engine_of(folder: Path, dtype: str = "float32", kv_dtype: str = "auto") -> Engine:
+    kv = {"block_tokens": 8, "capacity": "64MiB", "dtype": kv_dtype}
+    config = Config.model_validate({"model": {"path": str(folder), "dtype": dtype}, "kv": kv})
     return build_engine(config, 16, torch.device("cuda"), lambda *_: None).engine
 
 
-def generate(engine: Engine, prompts: list[list[int]], count: int) -> list[list[int]]:
-    """Prompts in chunks of 50 beside sequences that decode already; greedy."""
+def generate(engine: Engine, prompts: list[list[int]], count: int, chunk: int = 50) -> list[list[int]]:
+    """Prompts in chunks beside sequences that decode already; greedy."""
     sequences = [
         Sequence(f"r{i}", prompt, len(prompt), [Child(0, i)], Sampling(), root_hash("gpu"))
         for i, prompt in enumerate(prompts)
@@ -38,7 +37,7 @@ def generate(engine: Engine, prompts: list[list[int]], count: int) -> list[list[
         assert engine.reserve(sequence, sequence.num_tokens + count)
     while any(sequence.num_output_tokens < count for sequence in sequences):
         plan = [
-            Work(sequence, min(50, sequence.num_tokens - sequence.num_computed))
+            Work(sequence, min(chunk, sequence.num_tokens - sequence.num_computed))
             for sequence in sequences
             if sequence.num_output_tokens < count
         ]
@@ -65,14 +64,18 @@ def test_equal_to_transformers(family: str, tmp_path: Path) -> None:
     assert generate(engine, prompts, 40) == want
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision_stays_close(dtype: str, tmp_path: Path) -> None:
-    """The first logits, of a graph and of a plain step, are those of float32 but for rounding."""
+@pytest.mark.parametrize(("dtype", "kv_dtype"), [("bfloat16", "auto"), ("float16", "auto"), ("bfloat16", "fp8_e4m3")])
+@pytest.mark.parametrize("chunk", [50, 160])
+def test_half_precision_stays_close(dtype: str, kv_dtype: str, chunk: int, tmp_path: Path) -> None:
+    """The first logits are those of float32 but for rounding, whether the library computes the prompt's attention or
+    the kernel over the blocks."""
+    if kv_dtype == "fp8_e4m3" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("this GPU has no float8")
     model = make_checkpoint("qwen3_moe", tmp_path)
-    prompt = [(11 * j) % 131 for j in range(60)]
+    prompt = [(11 * j) % 131 for j in range(160)]
     with torch.no_grad():
         want = model(torch.tensor([prompt])).logits[0, -1]
-    engine = engine_of(tmp_path, dtype)
+    engine = engine_of(tmp_path, dtype, kv_dtype)
     seen: list[torch.Tensor] = []
     sample = engine.model.ops.linear
 
@@ -84,6 +87,6 @@ def test_half_precision_stays_close(dtype: str, tmp_path: Path) -> None:
 
     engine.graphs = None
     engine.model.ops = engine.model.ops._replace(linear=linear)
-    generate(engine, [prompt], 1)
+    generate(engine, [prompt], 1, chunk)
     error = (seen[-1][-1] - want).norm() / want.norm()
     assert error < 0.1, error

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tandem.kernels import activation, decode_attention, moe, on_gpu, rms_norm, rotary
+from tandem.kernels import activation, moe, on_gpu, rms_norm, rotary
 
 pytestmark = pytest.mark.skipif(not on_gpu.AVAILABLE, reason="Triton is not installed")
 
@@ -72,34 +72,34 @@ def test_rotary(
     other = cache.clone()
     slots = torch.randperm(12 * block_tokens, generator=rng, device=DEVICE)[:7]
     want = rotary.reference(qkv, head_norm, table, positions, cache, 1, slots)
-    close(rotary.fused(qkv, head_norm, table, positions, other, 1, slots), want)
+    buffer = torch.full((7, qkv.shape[1] + 8), torch.nan, dtype=dtype, device=DEVICE)
+    projected = buffer[:, : qkv.shape[1]].copy_(qkv)
+    got = rotary.fused(projected, head_norm, table, positions, other, 1, slots)
+    for ours, theirs in zip(got, want, strict=True):
+        close(ours, theirs)
+        assert ours.untyped_storage().data_ptr() == buffer.untyped_storage().data_ptr(), "a copy was made"
+    assert buffer[:, qkv.shape[1] :].isnan().all(), "another row was written"
     assert (cache.isnan() == other.isnan()).all(), "another place was written"
     close(other.nan_to_num(), cache.nan_to_num())
 
 
+@pytest.mark.skipif(not CUDA, reason="Triton's interpreter rounds to float8 wrongly")
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("heads", "kv_heads", "head_dim", "block_tokens"), [(8, 2, 32, 16), (5, 1, 14, 64), (4, 4, 16, 1), (16, 1, 128, 16)]
-)
-@pytest.mark.parametrize("window", [0, 1, 17])
-def test_decode_attention(
-    rng: torch.Generator, heads: int, kv_heads: int, head_dim: int, block_tokens: int, window: int, dtype: torch.dtype
-) -> None:
-    lengths = torch.tensor([1, 2, block_tokens, block_tokens + 1, 77, 330], device=DEVICE)
-    most = -(-330 // block_tokens)
-    # Blocks that no sequence may read are poison.
-    shape = (6 * most + 1, 2, 2, kv_heads, block_tokens, head_dim)
-    cache = torch.full(shape, torch.nan, dtype=dtype, device=DEVICE)
-    tables = torch.full((6, most), 6 * most, device=DEVICE)
-    free = iter(torch.randperm(6 * most, generator=rng, device=DEVICE).tolist())
-    for i, length in enumerate(lengths.tolist()):
-        for block in range(-(-length // block_tokens)):
-            tables[i, block] = next(free)
-            cache[tables[i, block]] = random(rng, 2, 2, kv_heads, block_tokens, head_dim, dtype=dtype)
-    q = random(rng, 6, heads, head_dim, dtype=dtype)
-    want = decode_attention.reference(q, cache, 1, tables, lengths, head_dim**-0.5, window)
-    assert not want.isnan().any()
-    close(decode_attention.fused(q, cache, 1, tables, lengths, head_dim**-0.5, window), want)
+def test_rotary_into_fp8(rng: torch.Generator, dtype: torch.dtype) -> None:
+    """Rounded alike, and what is too large becomes the largest number, not NaN."""
+    qkv = random(rng, 7, 8 * 32, dtype=dtype, scale=300.0)
+    table, positions = random(rng, 50, 32), torch.randint(0, 50, (7,), generator=rng, device=DEVICE)
+    slots = torch.randperm(64, generator=rng, device=DEVICE)[:7]
+    cache = torch.zeros(4, 1, 2, 2, 16, 32, device=DEVICE).to(torch.float8_e4m3fn)
+    other = cache.clone()
+    rotary.reference(qkv, None, table, positions, cache, 0, slots)
+    rotary.fused(qkv.clone(), None, table, positions, other, 0, slots)
+    want, got = cache.float(), other.float()
+    assert want.abs().max() == 448
+    assert not got.isnan().any()
+    # Sums in another order may fall on the other side of a boundary.
+    assert (got - want).norm() / want.norm() < 1e-2
+    assert (got == want).float().mean() > 0.99
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -23,6 +23,7 @@ from tandem.kernels import (
 from tandem.kernels.compiled import num_threads, set_num_threads
 from tandem.kernels.exponential import exp_inplace
 from tandem.kernels.oracle import FUSED, NATIVE, REFERENCE, select
+from tandem.kernels.prefill_attention import Span
 from tandem.kernels.sampling import INVALID, SamplingRows
 
 
@@ -107,7 +108,7 @@ def test_rotary(
     slots = torch.randperm(140 * block_tokens, generator=rng)[:tokens]
     want = rotary.reference(qkv, head_norm, table, positions, cache, 1, slots)
     got = rotary.native(qkv, head_norm, table, positions, other, 1, slots)
-    close(got, want)
+    close(got[0], want[0])
     assert (cache.isnan() == other.isnan()).all(), "another place was written"
     close(other.nan_to_num(), cache.nan_to_num())
 
@@ -117,8 +118,9 @@ CASES = [(8, 2, 32, 16), (6, 2, 10, 8), (5, 1, 14, 64), (4, 4, 16, 1), (12, 2, 6
 
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "block_tokens"), CASES)
 @pytest.mark.parametrize("window", [0, 1, 17])
+@pytest.mark.parametrize("sink", [False, True])
 def test_decode_attention(
-    rng: torch.Generator, heads: int, kv_heads: int, head_dim: int, block_tokens: int, window: int
+    rng: torch.Generator, heads: int, kv_heads: int, head_dim: int, block_tokens: int, window: int, sink: bool
 ) -> None:
     lengths = torch.tensor([1, 2, block_tokens, block_tokens + 1, 77, 130])
     most = -(-130 // block_tokens)
@@ -131,33 +133,65 @@ def test_decode_attention(
             tables[i, block] = next(free)
             cache[tables[i, block]] = torch.randn(2, 2, kv_heads, block_tokens, head_dim, generator=rng)
     q = torch.randn(6, heads, head_dim, generator=rng)
-    want = decode_attention.reference(q, cache, 1, tables, lengths, head_dim**-0.5, window)
+    sinks = 3 * torch.randn(heads, generator=rng) if sink else None
+    want = decode_attention.reference(q, cache, 1, tables, lengths, head_dim**-0.5, window, sinks)
     assert not want.isnan().any()
-    close(decode_attention.native(q, cache, 1, tables, lengths, head_dim**-0.5, window), want)
+    close(decode_attention.native(q, cache, 1, tables, lengths, head_dim**-0.5, window, sinks), want)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "block_tokens"), CASES)
-@pytest.mark.parametrize(("tokens", "context"), [(1, 1), (2, 2), (5, 300), (33, 33), (70, 131), (129, 400)])
+@pytest.mark.parametrize(
+    "sizes", [[(1, 1)], [(2, 2), (5, 300)], [(33, 33)], [(70, 131), (1, 1), (3, 9)], [(129, 400)]], ids=str
+)
 @pytest.mark.parametrize("window", [0, 1, 17, 1000])
+@pytest.mark.parametrize("sink", [False, True])
 def test_prefill_attention(
-    rng: torch.Generator, heads: int, kv_heads: int, head_dim: int, block_tokens: int, tokens: int, context: int,
-    window: int,
+    rng: torch.Generator, heads: int, kv_heads: int, head_dim: int, block_tokens: int, sizes: list[tuple[int, int]],
+    window: int, sink: bool,
 ) -> None:  # fmt: skip
-    blocks = -(-context // block_tokens)
+    blocks = sum(-(-context // block_tokens) for _, context in sizes)
     cache = torch.randn(blocks + 2, 2, 2, kv_heads, block_tokens, head_dim, generator=rng)
-    table = torch.randperm(blocks + 2, generator=rng)[:blocks]
-    q = torch.randn(tokens, heads, head_dim, generator=rng)
-    want = prefill_attention.reference(q, cache, 1, table, context, head_dim**-0.5, window)
-    close(prefill_attention.native(q, cache, 1, table, context, head_dim**-0.5, window), want)
+    tables = torch.randperm(blocks + 2, generator=rng)[:blocks].split([-(-c // block_tokens) for _, c in sizes])
+    # The first rows are another operation's.
+    ends = torch.tensor([3, *(tokens for tokens, _ in sizes)]).cumsum(0).tolist()
+    spans = [
+        Span(start, stop, table, context)
+        for start, stop, table, (_, context) in zip(ends, ends[1:], tables, sizes, strict=False)
+    ]
+    q = torch.randn(ends[-1], heads, head_dim, generator=rng)
+    sinks = 3 * torch.randn(heads, generator=rng) if sink else None
+    want = prefill_attention.reference(q, None, None, cache, 1, spans, head_dim**-0.5, window, sinks)
+    got = prefill_attention.native(q, None, None, cache, 1, spans, head_dim**-0.5, window, sinks)
+    close(got[3:], want[3:])
 
 
 def test_both_attentions_agree(rng: torch.Generator) -> None:
     cache = torch.randn(9, 1, 2, 2, 16, 8, generator=rng)
     table = torch.randperm(9, generator=rng)
-    q = torch.randn(1, 4, 8, generator=rng)
+    q, sinks = torch.randn(1, 4, 8, generator=rng), torch.randn(4, generator=rng)
     for window in (0, 20):
-        one = decode_attention.native(q, cache, 0, table.unsqueeze(0), torch.tensor([140]), 0.3, window)
-        close(prefill_attention.native(q, cache, 0, table, 140, 0.3, window), one)
+        one = decode_attention.native(q, cache, 0, table.unsqueeze(0), torch.tensor([140]), 0.3, window, sinks)
+        several = prefill_attention.native(q, None, None, cache, 0, [Span(0, 1, table, 140)], 0.3, window, sinks)
+        close(several, one)
+
+
+def test_fp8_kv_is_the_nearest_number(rng: torch.Generator) -> None:
+    """Attention over KV of 8 bits is attention over the same numbers in 32; what is too large is cut off, not NaN."""
+    qkv = 200 * torch.randn(20, 8 * 16, generator=rng)
+    cache = torch.zeros(3, 1, 2, 2, 8, 16).to(torch.float8_e4m3fn)
+    positions, table = torch.arange(20), torch.tensor([2, 0, 1])
+    slots = table[positions // 8] * 8 + positions % 8
+    q, k, v = rotary.reference(qkv, None, torch.ones(20, 16), positions, cache, 0, slots)
+    held = cache[table, 0].float().transpose(0, 1).transpose(1, 2).reshape(2, 2, 24, 16)[:, :, :20].transpose(1, 2)
+    for given, kept in zip((k, v), held, strict=True):
+        limited = given.clamp(-448, 448)
+        assert ((kept - limited).abs() <= limited.abs() / 16 + 2**-10).all()
+    assert held.abs().max() == 448
+    arguments = 0.01, 0
+    want = prefill_attention.reference(q, k, v, cache.float(), 0, [Span(0, 20, table, 20)], *arguments)
+    close(prefill_attention.reference(q, k, v, cache, 0, [Span(0, 20, table, 20)], *arguments), want)
+    last = decode_attention.reference(q[-1:], cache, 0, table.unsqueeze(0), torch.tensor([20]), *arguments)
+    close(last, want[-1:])
 
 
 @pytest.mark.parametrize("rows", [1, 3, 200])

@@ -16,7 +16,7 @@ layouts = st.builds(
     num_kv_heads=st.integers(1, 3),
     head_dim=st.integers(1, 5).map(lambda n: 2 * n),
     block_tokens=st.integers(1, 5),
-    dtype=st.sampled_from(["float32", "float16", "bfloat16"]),
+    dtype=st.sampled_from(["float32", "float16", "bfloat16", "fp8_e4m3"]),
 )
 
 
