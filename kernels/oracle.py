@@ -16,6 +16,7 @@ from . import (
     linear,
     moe,
     on_gpu,
+    penalties,
     prefill_attention,
     rms_norm,
     rotary,
@@ -34,6 +35,8 @@ class Ops(NamedTuple):
     silu_mul: Callable[..., Tensor]
     moe: Callable[..., Tensor]
     sample: Callable[[Tensor, sampling.SamplingRows], Tensor]
+    penalize: Callable[..., Tensor]
+    count_output: Callable[[Tensor, Tensor, Tensor], None]
     decode_layers: Callable[..., tuple[Tensor, Tensor]] | None
     """All operations of a decode step at once; None where separate operations are as fast."""
 
@@ -47,6 +50,8 @@ REFERENCE = Ops(
     silu_mul=activation.reference,
     moe=moe.reference,
     sample=sampling.reference,
+    penalize=penalties.reference,
+    count_output=penalties.reference_count,
     decode_layers=None,
 )
 
@@ -59,6 +64,8 @@ NATIVE = Ops(
     silu_mul=activation.native,
     moe=moe.native,
     sample=sampling.native,
+    penalize=penalties.reference,
+    count_output=penalties.reference_count,
     decode_layers=decode_layers.native,
 )
 
@@ -70,7 +77,9 @@ FUSED = Ops(
     prefill_attention=prefill_attention.fused,
     silu_mul=activation.fused,
     moe=moe.fused,
-    sample=sampling.reference,
+    sample=sampling.fused,
+    penalize=penalties.fused,
+    count_output=penalties.fused_count,
     decode_layers=None,
 )
 

@@ -18,7 +18,12 @@ import torch
 from torch import Tensor
 
 from ..core.randomness import GAMMA, MIX1, MIX2, WORD, stream_key
+from . import candidates
 from .compiled import compiled
+from .on_gpu import kernel, next_power_of_2, tl
+
+_CHUNK = 2048
+"""Entries among which one program finds a winner."""
 
 INVALID = -1
 """What stands for a token where the logits hold a NaN, or nothing but −∞."""
@@ -47,31 +52,20 @@ def reference(logits: Tensor, rows: SamplingRows) -> Tensor:
     Filters apply after temperature, in this order: min_p, top_k, top_p. Among equal logits the smaller id comes first.
 
     Args:
-        logits: [rows, vocabulary], any floating dtype.
+        logits: [rows, vocabulary], any floating dtype. Entries of +∞ are equally likely, and nothing else is.
         rows: parameters.
 
     Returns:
         [rows] int64; `INVALID` where a row has no answer.
     """
-    wide = logits.double()
-    broken = wide.isnan().any(-1) | (wide == -math.inf).all(-1)
-    wide = wide.masked_fill(broken.unsqueeze(1), 0.0)
-    greedy = wide.argmax(-1)
-    temperature = rows.temperature.double().unsqueeze(1)
-    scaled = wide / torch.where(temperature > 0, temperature, 1.0)
-    scaled = scaled - scaled.max(-1, keepdim=True).values
-    scaled = scaled.masked_fill(scaled.exp() < rows.min_p.double().unsqueeze(1), -math.inf)
-    ordered, ids = scaled.sort(dim=-1, descending=True, stable=True)
-    rank = torch.arange(logits.shape[1], device=logits.device).unsqueeze(0)
-    top_k = torch.where(rows.top_k > 0, rows.top_k, logits.shape[1]).unsqueeze(1)
-    ordered = ordered.masked_fill(rank >= top_k, -math.inf)
-    shares = ordered.softmax(-1)
-    before = shares.cumsum(-1) - shares
-    nucleus = (before < rows.top_p.double().unsqueeze(1)) | (rows.top_p.unsqueeze(1) >= 1)
-    ordered = ordered.masked_fill(~nucleus, -math.inf)
-    kept = torch.full_like(scaled, -math.inf).scatter_(1, ids, ordered)
-    drawn = (kept + _gumbel(rows.seed, rows.position, logits.shape[1])).argmax(-1)
-    token = torch.where(rows.temperature > 0, drawn, greedy)
+    broken = logits.isnan().any(-1) | (logits == -math.inf).all(-1)
+    whole = logits.masked_fill(broken.unsqueeze(1), 0.0)
+    value, last = candidates.reference(whole, rows.temperature, rows.top_k, rows.top_p, rows.min_p)
+    least, ids = value.unsqueeze(1), torch.arange(logits.shape[1], device=logits.device)
+    kept = (whole > least) | ((whole == least) & (ids <= last.unsqueeze(1)))
+    keys = candidates.scale(whole, rows.temperature).masked_fill(~kept, -math.inf)
+    drawn = (keys + _gumbel(rows.seed, rows.position, logits.shape[1])).argmax(-1)
+    token = torch.where(rows.temperature > 0, drawn, whole.argmax(-1))
     return token.masked_fill(broken, INVALID)
 
 
@@ -95,6 +89,124 @@ def native(logits: Tensor, rows: SamplingRows) -> Tensor:
         out,
     )
     return torch.from_numpy(out)
+
+
+def fused(logits: Tensor, rows: SamplingRows) -> Tensor:
+    """`reference` on a GPU, without a word to the host.
+
+    A row is cut into chunks of a size that does not depend on the batch, so that it draws the same token in any.
+
+    Args:
+        logits: [rows, vocabulary ≤ 2²⁴] float32, float16 or bfloat16, rows of any stride.
+        rows: parameters, of any stride.
+    """
+    count, vocabulary = logits.shape
+    out = torch.empty(count, dtype=torch.int64, device=logits.device)
+    if not count:
+        return out
+    least, last = candidates.fused(logits, rows.temperature, rows.top_k, rows.top_p, rows.min_p)
+    chunks = -(-vocabulary // _CHUNK)
+    tops = torch.empty(count, chunks, dtype=torch.float32, device=logits.device)
+    times, ids = torch.empty_like(tops), torch.empty_like(tops, dtype=torch.int32)
+    _draw_kernel[(count, chunks)](
+        logits, rows.temperature, rows.seed, rows.position, least, last, tops, times, ids, vocabulary, chunks,
+        logits.stride(0), rows.temperature.stride(0), rows.seed.stride(0), rows.position.stride(0),
+        GAMMA, MIX1, MIX2, _CHUNK, num_warps=4,
+    )  # fmt: skip
+    _choose_kernel[(count,)](
+        rows.temperature, tops, times, ids, out, chunks, rows.temperature.stride(0), INVALID, next_power_of_2(chunks),
+        num_warps=1,
+    )  # fmt: skip
+    return out
+
+
+@kernel
+def _draw_kernel(  # type: ignore[no-untyped-def]
+    logits, temperatures, seeds, positions, least, last, tops, times, ids, vocabulary, chunks,
+    row_stride, temperature_stride, seed_stride, position_stride,
+    GAMMA: tl.constexpr, MIX1: tl.constexpr, MIX2: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """The entry that wins a chunk.
+
+    The argmax of key − log(time), the times exponential, is the argmin of time · e^(−key): one logarithm less, and
+    nothing lost to float32 where keys are large.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
+    x = tl.load(logits + row * row_stride + at, mask=at < vocabulary, other=float("-inf")).to(tl.float32)
+    broken = tl.max((x != x).to(tl.int32), axis=0) > 0
+    x = tl.where(x == x, x, float("-inf"))
+    top = tl.max(x, axis=0)
+    temperature = tl.load(temperatures + row * temperature_stride)
+    if temperature > 0:
+        value = tl.load(least + row)
+        kept = (x > value) | ((x == value) & (at <= tl.load(last + row)))
+        seed = tl.load(seeds + row * seed_stride).to(tl.uint64)
+        position = tl.load(positions + row * position_stride).to(tl.uint64)
+        stream = _mix(_mix(seed, MIX1, MIX2) + (position + 1) * GAMMA, MIX1, MIX2)
+        word = _mix(stream + (at + 1).to(tl.uint64) * GAMMA, MIX1, MIX2)
+        scaled = _exponential(word) * _growth(x, top, temperature)
+        time, winner = tl.min(tl.where(kept, scaled, float("inf")), axis=0, return_indices=True)
+    else:
+        time, winner = tl.min(tl.where(x == top, 0.0, float("inf")), axis=0, return_indices=True)
+    place = row * chunks + tl.program_id(1)
+    tl.store(tops + place, tl.where(broken, float("nan"), top))
+    tl.store(times + place, time)
+    tl.store(ids + place, tl.program_id(1) * CHUNK + winner)
+
+
+@kernel
+def _choose_kernel(  # type: ignore[no-untyped-def]
+    temperatures, tops, times, ids, out, chunks, temperature_stride, INVALID: tl.constexpr, CHUNKS: tl.constexpr
+):
+    """The winner among the chunks' winners, whose times count from each chunk's own top."""
+    row = tl.program_id(0).to(tl.int64)
+    chunk = tl.arange(0, CHUNKS)
+    tops_here = tl.load(tops + row * chunks + chunk, mask=chunk < chunks, other=float("-inf"))
+    time = tl.load(times + row * chunks + chunk, mask=chunk < chunks, other=float("inf"))
+    broken = tl.max((tops_here != tops_here).to(tl.int32), axis=0) > 0
+    top = tl.max(tl.where(tops_here == tops_here, tops_here, float("-inf")), axis=0)
+    temperature = tl.load(temperatures + row * temperature_stride)
+    if temperature > 0:
+        time *= _growth(tops_here, top, temperature)
+    else:
+        time = tl.where(tops_here == top, 0.0, float("inf"))
+    _, winner = tl.min(time, axis=0, return_indices=True)
+    token = tl.load(ids + row * chunks + winner).to(tl.int64)
+    tl.store(out + row, tl.where(broken | (top == float("-inf")), INVALID, token))
+
+
+@kernel
+def _mix(z, MIX1: tl.constexpr, MIX2: tl.constexpr):  # type: ignore[no-untyped-def]
+    """`core.randomness.mix64` of uint64."""
+    z = (z ^ (z >> 30)) * MIX1
+    z = (z ^ (z >> 27)) * MIX2
+    return z ^ (z >> 31)
+
+
+@kernel
+def _exponential(word):  # type: ignore[no-untyped-def]
+    """−log(u), float32, of u = (⌊word / 2¹¹⌋ + ½) / 2⁵³."""
+    signed = word.to(tl.int64, bitcast=True)
+    upper = signed < 0
+    # The lesser of u and 1 − u: u itself would round to 1.
+    small = (((signed ^ (signed >> 63)) >> 11).to(tl.float32) + 0.5) * 1.1102230246251565e-16
+    bits = small.to(tl.int32, bitcast=True)
+    mantissa = ((bits & 0x7FFFFF) | 0x3F800000).to(tl.float32, bitcast=True)
+    exponent = (127 - (bits >> 23)).to(tl.float32)
+    # −log(1 − w) = 2 artanh(w / (2 − w)): to 3e-8 where |w| ≤ 1/2 or, for a mantissa, −1 < w ≤ 0.
+    w = tl.where(upper, small, 1 - mantissa)
+    ratio = w / (2 - w)
+    square = ratio * ratio
+    series = 1 / 3 + square * (1 / 5 + square * (1 / 7 + square * (1 / 9 + square * (1 / 11 + square * (1 / 13)))))
+    return tl.where(upper, 0.0, exponent * 0.6931471805599453) + 2 * ratio * (1 + square * series)
+
+
+@kernel
+def _growth(x, top, temperature):  # type: ignore[no-untyped-def]
+    """e^((top − x) / temperature), but 2⁶⁰ at most: times lie between 2⁻⁵⁴ and 38, and what is so far away has lost."""
+    scale = 1.4426950408889634 / tl.maximum(temperature, 1e-30)  # of exponents to base 2
+    return tl.exp2(tl.clamp((tl.clamp(top, -3.4028234663852886e38, 3.4028234663852886e38) - x) * scale, 0.0, 60.0))
 
 
 def apply_penalties(
@@ -124,14 +236,14 @@ def top_logprobs(logits: Tensor, tokens: Tensor, num_top: int) -> tuple[Tensor, 
 
     Args:
         logits: [rows, vocabulary].
-        tokens: [rows] int64, the chosen tokens.
+        tokens: [rows] int64, the chosen tokens; the log probability of `INVALID` is another's.
         num_top: alternatives wanted, ≥ 0.
 
     Returns:
         (chosen [rows], ids [rows, num_top] int64, values [rows, num_top]), float32, likeliest first.
     """
     logprobs = torch.log_softmax(logits.float(), dim=-1)
-    chosen = logprobs.gather(1, tokens.unsqueeze(1)).squeeze(1)
+    chosen = logprobs.gather(1, tokens.clamp(min=0).unsqueeze(1)).squeeze(1)
     values, ids = logprobs.topk(min(num_top, logits.shape[1]), dim=-1)
     return chosen, ids, values
 
@@ -216,9 +328,10 @@ def _sample(
             out[r] = best
             continue
         stream = _mix64(_mix64(np.uint64(seed[r])) + np.uint64(position[r] + 1) * np.uint64(GAMMA))
-        top = np.float64(logits[r, best]) / np.float64(temperature[r])
+        top = np.float64(logits[r, best])
         for i in range(vocabulary):
-            keys[i] = np.float64(logits[r, i]) / np.float64(temperature[r]) - top
+            below = np.float64(logits[r, i]) - top if logits[r, i] != logits[r, best] else 0.0
+            keys[i] = below / np.float64(temperature[r])
         if top_k[r] <= 0 and top_p[r] >= 1 and min_p[r] <= 0:
             out[r] = _draw(keys, ids, vocabulary, False, stream)
             continue

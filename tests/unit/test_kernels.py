@@ -394,6 +394,15 @@ def test_rows_without_an_answer(sample: object, rng: torch.Generator) -> None:
         assert got[4] == 11
 
 
+@pytest.mark.parametrize("sample", [sampling.reference, sampling.native])
+def test_infinite_logits_share_the_draw(sample: object, rng: torch.Generator) -> None:
+    logits = torch.randn(200, 20, generator=rng)
+    logits[:, [3, 8]] = torch.inf
+    params = rows(200, rng, temperature=1.0, top_k=0, min_p=0.0)._replace(top_p=torch.tensor([0.9, 1.0]).repeat(100))
+    assert set(sample(logits, params).tolist()) == {3, 8}  # type: ignore[operator]
+    assert (sample(logits, params._replace(temperature=torch.zeros(200))) == 3).all()  # type: ignore[operator]
+
+
 def test_penalties() -> None:
     row = torch.tensor([1.0, -1.0, 2.0, 0.5, 3.0])
     sampling.apply_penalties(row, torch.tensor([0, 1]), torch.tensor([2, 2, 4]), 0.1, 0.2, 2.0)
