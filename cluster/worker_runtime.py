@@ -26,8 +26,9 @@ from ..core.messages import Member, Membership, Message, Report, Scrape, Scraped
 from ..core.metrics import WorkerMetrics, render
 from ..core.wire import ClusterKeys, SecureContext
 from ..decode.worker import DecodeWorker
-from ..engine.build import build_engine, use_threads, warm_up
+from ..engine.build import Built, build_engine, use_threads, warm_up
 from ..engine.engine import Engine
+from ..engine.ranks import Ranks, device_of
 from ..kv_transfer.connector import Connector
 from ..kv_transfer.layout import layer_groups
 from ..kv_transfer.transports import Transport
@@ -96,6 +97,7 @@ class WorkerRuntime:
         self._linked: set[PeerId] = set()
         self._retry_s: float | None = None
         self._busy = False
+        self._ranks: Ranks | None = None
         self._thread = threading.Thread(target=self._guarded, name="engine")
 
     # ---- any thread -------------------------------------------------------------------------------------------------
@@ -154,11 +156,13 @@ class WorkerRuntime:
             self._build()
         except TandemError as error:
             self._failure = error
+            self._end_ranks()
             self._ready.set()
             return
         except BaseException as error:  # noqa: BLE001 - whatever it was, it is told
             logger.exception("the worker could not start")
             self._failure = ConfigError(f"{self.peer} could not start: {type(error).__name__}: {error}")
+            self._end_ranks()
             self._ready.set()
             return
         self._ready.set()
@@ -172,12 +176,10 @@ class WorkerRuntime:
         pools = self._config.pools
         pool: PrefillPool | DecodePool | ColocatedPool | None = getattr(pools, self._role)
         assert pool is not None
-        device = torch.device("cuda" if pool.gpus_per_replica else "cpu")
         self._progress("reading the model")
-        built = build_engine(
-            self._config, pool.max_running, device, lambda what, done: self._progress(f"{what} {done:.0%}")
-        )
-        use_threads(built.engine, pool.threads or os.cpu_count() or 1)
+        threads = pool.threads or os.cpu_count() or 1
+        built = self._build_engine(pool, threads)
+        use_threads(built.engine, threads)
         warm_up(built.engine, pool.max_batched_tokens, lambda what, done: self._progress(f"{what} {done:.0%}"))
         self._engine = built.engine
         self._context = SecureContext(self._keys, self._metrics.bad_frames.labels("denied").inc)
@@ -221,6 +223,38 @@ class WorkerRuntime:
         self._progress("ready")
         logger.info("ready at %s", self._mesh.endpoint)
 
+    def _build_engine(self, pool: PrefillPool | DecodePool | ColocatedPool, threads: int) -> Built:
+        kind = "cuda" if pool.gpus_per_replica else "cpu"
+        size = pool.tensor_parallel
+
+        def progress(what: str, done: float) -> None:
+            self._progress(f"{what} {done:.0%}")
+
+        if size == 1:
+            device = torch.device(kind)
+            return build_engine(self._config, pool.max_running, device, progress, pool.max_batched_tokens)
+        ranks = self._ranks = Ranks(self._config, size, kind, pool.max_running, pool.max_batched_tokens, threads)
+        built = build_engine(
+            self._config,
+            pool.max_running,
+            device_of(kind, 0),
+            progress,
+            pool.max_batched_tokens,
+            group=ranks.join(),
+            agree=ranks.agree,
+        )
+        built.engine.runner.ranks = ranks
+        ranks.watch(self._rank_lost)
+        return built
+
+    def _end_ranks(self) -> None:
+        if self._ranks is not None:
+            self._ranks.close()
+
+    def _rank_lost(self, rank: int) -> None:
+        logger.error("rank %d of %s has ended; the process ends", rank, self.peer)
+        os._exit(70)
+
     def _connect(self, engine: Engine, fingerprint: str) -> Connector:
         cache, kv = engine.cache, self._config.kv
         transports: dict[str, Transport] = {}
@@ -255,6 +289,7 @@ class WorkerRuntime:
         self._connector.close()
         self._mesh.close()
         self._engine.cache.close()
+        self._end_ranks()
         self._context.close()
         logger.info("stopped")
 

@@ -12,10 +12,19 @@ import secrets
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from .errors import ConfigError
 from .units import parse_bytes
@@ -50,19 +59,34 @@ class _Pool(_Section):
     """Workers of this kind."""
     cpus_per_replica: float = Field(default=1, ge=0)
     """Logical CPUs that Ray reserves for each."""
-    gpus_per_replica: int = Field(default=0, ge=0, le=1)
-    """0 runs on the CPU. In this version 1 is for colocated workers alone."""
+    gpus_per_replica: int = Field(default=0, ge=0, le=8)
+    """0 runs on the CPU; otherwise one GPU for each of tensor_parallel. In this version for colocated workers alone."""
+    tensor_parallel: int = Field(default=1, ge=1, le=8)
+    """Processes of one host that share the model, each with a part of every layer. In this version for colocated
+    workers alone."""
     threads: int | None = Field(default=None, ge=1, le=1024)
     """Threads that one CPU operation may use. Default: all of the node's."""
 
-    _reads_gpu_memory: ClassVar[bool] = False
+    _moves_kv: ClassVar[bool] = True
 
-    @field_validator("gpus_per_replica")
+    @field_validator("gpus_per_replica", "tensor_parallel")
     @classmethod
-    def _check_gpus(cls, value: int) -> int:
-        if value and not cls._reads_gpu_memory:
-            raise ValueError("no transport of this version reads KV from GPU memory; colocated workers need none")
+    def _check_transport(cls, value: int, info: ValidationInfo) -> int:
+        if cls._moves_kv and value > (info.field_name == "tensor_parallel"):
+            raise ValueError(
+                "no transport of this version reads KV from GPU memory or from several ranks; "
+                "colocated workers need none"
+            )
         return value
+
+    @model_validator(mode="after")
+    def _check_ranks(self) -> Self:
+        if self.gpus_per_replica not in (0, self.tensor_parallel):
+            raise ValueError(
+                f"gpus_per_replica: {self.gpus_per_replica} with tensor_parallel: {self.tensor_parallel}: "
+                "give as many GPUs as ranks, or none"
+            )
+        return self
 
 
 class PrefillPool(_Pool):
@@ -83,7 +107,7 @@ class ColocatedPool(DecodePool):
     max_batched_tokens: int = Field(default=2048, ge=16, le=1 << 20)
     """Tokens of one step, prompts' and outputs' together."""
 
-    _reads_gpu_memory: ClassVar[bool] = True
+    _moves_kv: ClassVar[bool] = False
 
 
 class PoolsConfig(_Section):

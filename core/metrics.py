@@ -35,6 +35,9 @@ class WorkerMetrics:
         self.prompt_tokens = Counter("tandem_prompt_tokens", "Prompt tokens computed", registry=r)
         self.cached_tokens = Counter("tandem_cached_tokens", "Prompt tokens found in the prefix cache", registry=r)
         self.output_tokens = Counter("tandem_output_tokens", "Tokens sampled", registry=r)
+        self.invalid_logits = Counter(
+            "tandem_invalid_logits", "Sequences failed because the model's output was not a number", registry=r
+        )
         self.preemptions = Counter("tandem_preemptions", "Sequences that gave their blocks back", registry=r)
         self.aborts = Counter("tandem_aborts", "Sequences aborted by the client", ["state"], registry=r)
         self.leases = Gauge("tandem_leases", "Leases held", registry=r)

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from ..core.clock import Clock
 from ..engine.batch import Work
 from ..engine.engine import Engine
 from .stream import Stream, StreamState
+
+
+class Plan(NamedTuple):
+    """A step to be, and the streams that had to give their blocks up for it."""
+
+    works: list[Work]
+    preempted: list[Stream]
 
 
 class DecodeScheduler:
@@ -39,6 +47,11 @@ class DecodeScheduler:
     def __iter__(self) -> Iterator[Stream]:
         yield from self._waiting
         for streams in (self._loading, self._prefilling, self._running):
+            yield from streams.values()
+
+    def computing(self) -> Iterator[Stream]:
+        """The streams that take part in steps."""
+        for streams in (self._prefilling, self._running):
             yield from streams.values()
 
     @property
@@ -135,31 +148,44 @@ class DecodeScheduler:
         stream.move(StreamState.ENDED, self._clock.monotonic_s())
         self._engine.free(stream.sequence)
 
-    def plan(self) -> tuple[list[Work], list[Stream]]:
-        """The next step, and the streams that had to give their blocks up for it.
+    def plan(self, in_flight: bool = False) -> Plan | None:
+        """The next step.
 
-        Every running stream computes its newest token; what room is left goes to prompts, oldest first.
+        Every running stream computes its newest token, which a step in flight may still have to sample; what room is
+        left goes to prompts, oldest first.
+
+        Args:
+            in_flight: whether the outcome of a step is still to come.
+
+        Returns:
+            None when blocks lack that the step in flight may set free: ask again when its outcome is known.
         """
         preempted: list[Stream] = []
         works: list[Work] = []
         for stream in sorted(self._running.values(), key=lambda s: s.order):
+            sequence = stream.sequence
+            if sequence.num_expected >= stream.limit:  # the token in flight is its last
+                continue
             while stream.state is StreamState.RUNNING:
-                if self._engine.reserve(stream.sequence, stream.sequence.num_tokens):
-                    works.append(Work(stream.sequence, 1))
+                if self._engine.reserve(sequence, sequence.num_expected):
+                    works.append(Work(sequence, 1))
                     break
+                if in_flight:
+                    return None
                 preempted.append(self._preempt())
         room = self._max_batched_tokens - len(works)
         for stream in sorted(self._prefilling.values(), key=lambda s: s.order):
             if room <= 0:
                 break
             num_new = min(room, stream.sequence.num_tokens - stream.sequence.num_computed)
-            works.append(Work(stream.sequence, num_new))
-            room -= num_new
-        return works, preempted
+            if num_new:
+                works.append(Work(stream.sequence, num_new))
+                room -= num_new
+        return Plan(works, preempted)
 
     def _preempt(self) -> Stream:
-        """Send the youngest stream that holds blocks back to the queue. A loading one is left alone: its KV is on the
-        way, and it ends without our help."""
+        """Send the youngest stream that holds blocks back to the queue; no step is in flight. A loading one is left
+        alone: its KV is on the way, and it ends without our help."""
         candidates = [*self._running.values(), *self._prefilling.values()]
         victim = max(candidates, key=lambda s: s.order)
         self._running.pop(id(victim), None)

@@ -62,13 +62,24 @@ class Stream:
         sequence: tokens and blocks.
         order: admission goes by it: the smaller came earlier.
         arrived_s: on the monotonic clock.
+        max_model_len: tokens of the longest sequence.
     """
 
-    def __init__(self, gateway: PeerId, request: Generate, sequence: Sequence, order: int, arrived_s: float) -> None:
+    def __init__(
+        self,
+        gateway: PeerId,
+        request: Generate,
+        sequence: Sequence,
+        order: int,
+        arrived_s: float,
+        max_model_len: int,
+    ) -> None:
         self.gateway = gateway
         self.request = request
         self.sequence = sequence
         self.order = order
+        self.limit = min(sequence.num_prompt_tokens + request.stopping.max_tokens, max_model_len)
+        """Tokens in all with which it ends."""
         self.arrived_s = arrived_s
         self.state = StreamState.WAITING
         self.history = [f"{arrived_s:.6f} waiting"]
@@ -120,10 +131,8 @@ class Stream:
         self.load_attempts = 0
         self.move(StreamState.WAITING, at_s, "preempted")
 
-    def finish_of(self, token: int, max_model_len: int) -> FinishReason | None:
+    def finish_of(self, token: int) -> FinishReason | None:
         """Whether the output ends with ``token``, its newest, already appended."""
         if token in self.request.stopping.stop_ids:
             return FinishReason.STOP
-        if self.sequence.num_output_tokens >= self.request.stopping.max_tokens:
-            return FinishReason.LENGTH
-        return FinishReason.LENGTH if self.sequence.num_tokens >= max_model_len else None
+        return FinishReason.LENGTH if self.sequence.num_tokens >= self.limit else None

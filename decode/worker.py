@@ -6,6 +6,7 @@ Owned by one thread. `handle` and `step` return quickly but for the engine's own
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 from ..core.clock import Clock
 from ..core.config import Config, DecodePool
@@ -29,7 +30,7 @@ from ..core.messages import (
 )
 from ..core.metrics import WorkerMetrics
 from ..engine.batch import Work
-from ..engine.engine import Engine, Outcome
+from ..engine.engine import Engine, Outcome, Step, device_is_lost
 from ..engine.limits import check_prompt
 from ..engine.sequence import Sequence
 from ..kv_transfer.connector import Connector
@@ -43,6 +44,16 @@ Send = Callable[[PeerId, Message], None]
 _log = RateLimited()
 
 _MAX_LOAD_ATTEMPTS = 2
+
+
+class _Flight(NamedTuple):
+    """A step that was started, and whose outcome is still to come."""
+
+    step: Step
+    streams: dict[int, Stream]
+    """By the id of their sequence."""
+    prompt_tokens: int
+    started_s: float
 
 
 class DecodeWorker:
@@ -90,6 +101,8 @@ class DecodeWorker:
         self._prompt_tokens = 0
         self._received_bytes = 0
         self._refused_peers: set[PeerId] = set()
+        self._flight: _Flight | None = None
+        self._landed_s = 0.0
 
     # ---- messages ---------------------------------------------------------------------------------------------------
 
@@ -127,19 +140,17 @@ class DecodeWorker:
         self._apply(self._loader.tick())
 
     def step(self) -> bool:
-        """Look after the loads, admit streams, and run one engine step. Returns whether anything was computed."""
+        """Look after the loads, admit streams, start a step and finish one. Returns whether anything was computed.
+
+        Where the engine overlaps steps, the one that is finished is the one before: while the device computes a step,
+        this thread deals with the tokens of the last and plans the next.
+        """
         self._apply(self._loader.poll())
         for stream in self._scheduler.admit():
             self._start(stream)
-        plan, preempted = self._scheduler.plan()
-        for stream in preempted:
-            self._metrics.preemptions.inc()
-            self._stage(stream, "decode.preempted")
-            stream.log.info("preempted at %d tokens", stream.sequence.num_tokens)
-        if plan:
-            self._compute(plan)
+        computed = self._turn()
         self._emitter.flush()
-        return bool(plan)
+        return computed
 
     def report(self) -> Report:
         """Our load."""
@@ -192,7 +203,7 @@ class DecodeWorker:
 
     def _new_stream(self, gateway: PeerId, message: Generate, sequence: Sequence) -> Stream:
         self._order += 1
-        return Stream(gateway, message, sequence, self._order, self._clock.monotonic_s())
+        return Stream(gateway, message, sequence, self._order, self._clock.monotonic_s(), self._max_model_len)
 
     def _start(self, stream: Stream) -> None:
         """Decide where an admitted stream's prompt is computed."""
@@ -337,27 +348,71 @@ class DecodeWorker:
 
     # ---- tokens -----------------------------------------------------------------------------------------------------
 
-    def _compute(self, plan: list[Work]) -> None:
-        streams = {id(stream.sequence): stream for stream in self._scheduler}
-        prompt_tokens = sum(w.num_new for w in plan if streams[id(w.sequence)].state is StreamState.PREFILLING)
-        kind = "mixed" if prompt_tokens else "decode"
-        start_s = self._clock.monotonic_s()
+    def _turn(self) -> bool:
+        previous = self._flight
+        plan = self._scheduler.plan(in_flight=previous is not None)
+        if plan is None:
+            assert previous is not None
+            self._land(previous)
+            previous, plan = None, self._scheduler.plan()
+        assert plan is not None, "nothing is in flight"
+        for stream in plan.preempted:
+            self._metrics.preemptions.inc()
+            self._stage(stream, "decode.preempted")
+            stream.log.info("preempted at %d tokens", stream.sequence.num_tokens)
+        flight = self._start_step(plan.works) if plan.works else None
+        if previous is not None:
+            self._land(previous)
+        self._flight = flight
+        if flight is not None and not self._engine.overlaps:
+            self._land(flight)
+        return previous is not None or bool(plan.works)
+
+    def _start_step(self, works: list[Work]) -> _Flight | None:
+        streams = {id(stream.sequence): stream for stream in self._scheduler.computing()}
+        started_s = self._clock.monotonic_s()
+        prompt_tokens = sum(w.num_new for w in works if streams[id(w.sequence)].state is StreamState.PREFILLING)
+        planned = {id(work.sequence): streams[id(work.sequence)] for work in works}
         try:
-            outcomes = self._engine.step(plan)
-        except RuntimeError as error:  # torch's; the worker goes on without the streams that it failed on
-            logger.exception("a decode step failed")
-            for work in plan:
-                self._refuse(streams[id(work.sequence)], 500, f"the step failed: {error}")
+            step = self._engine.submit(works)
+        except RuntimeError as error:
+            self._step_failed(planned, error)
+            return None
+        return _Flight(step, planned, prompt_tokens, started_s)
+
+    def _land(self, flight: _Flight) -> None:
+        """Wait for a step, and give its tokens out."""
+        self._flight = None
+        try:
+            outcomes = self._engine.collect(flight.step)
+        except RuntimeError as error:
+            self._step_failed(flight.streams, error)
             return
-        seconds = self._clock.monotonic_s() - start_s
+        now_s = self._clock.monotonic_s()
+        # A step that was queued behind another began when that one ended.
+        seconds = now_s - max(flight.started_s, self._landed_s)
+        self._landed_s = now_s
+        kind = "mixed" if flight.prompt_tokens else "decode"
         self._metrics.step_s.labels(kind).observe(seconds)
         self._metrics.forward_s.labels(kind).observe(self._engine.forward_s)
-        if prompt_tokens:
-            self._cost.computed_locally(prompt_tokens, seconds)
-            self._prompt_tokens += prompt_tokens
-            self._metrics.prompt_tokens.inc(prompt_tokens)
+        if flight.prompt_tokens:
+            self._cost.computed_locally(flight.prompt_tokens, seconds)
+            self._prompt_tokens += flight.prompt_tokens
+            self._metrics.prompt_tokens.inc(flight.prompt_tokens)
         for outcome in outcomes:
-            self._advance(streams[id(outcome.sequence)], outcome)
+            stream = flight.streams[id(outcome.sequence)]
+            if stream.state in (StreamState.RUNNING, StreamState.PREFILLING):  # else it ended while the step ran
+                self._advance(stream, outcome)
+
+    def _step_failed(self, streams: dict[int, Stream], error: RuntimeError) -> None:
+        """The worker goes on without the streams of the step, unless the device is broken: then only a new process
+        helps."""
+        logger.error("a decode step failed", exc_info=error)
+        for stream in streams.values():
+            if stream.state is not StreamState.ENDED:
+                self._refuse(stream, 500, f"the step failed: {error}")
+        if device_is_lost(error):
+            raise error
 
     def _advance(self, stream: Stream, outcome: Outcome) -> None:
         if stream.state is StreamState.PREFILLING:
@@ -366,26 +421,24 @@ class DecodeWorker:
         assert outcome.samples is not None
         sample = outcome.samples[0]
         if sample is None:
-            self._refuse(stream, 500, "the model's output is not a number")
+            self._not_a_number(stream)
             return
-        if stream.sequence.num_computed % self._engine.block_tokens == 0:
-            self._engine.commit(stream.sequence)
         stream.sequence.tokens.append(sample.token)
-        finish = stream.finish_of(sample.token, self._max_model_len)
+        self._engine.commit(stream.sequence)
+        finish = stream.finish_of(sample.token)
         self._emit(stream, stream.children[0], sample, finish)
         if finish is not None:
             self._close(stream)
 
     def _advance_prompt(self, stream: Stream, outcome: Outcome) -> None:
         sequence = stream.sequence
-        first = sequence.num_computed - outcome.num_new + 1
-        self._emitter.prompt_logprobs(stream.gateway, stream.request.ticket, first, outcome.prompt_logprobs)
+        self._emitter.prompt_logprobs(stream.gateway, stream.request.ticket, outcome.first + 1, outcome.prompt_logprobs)
         self._engine.commit(sequence)
         if outcome.samples is None:
             return
         samples: list[SampledToken] = [sample for sample in outcome.samples if sample is not None]
         if len(samples) != len(outcome.samples):
-            self._refuse(stream, 500, "the model's output is not a number")
+            self._not_a_number(stream)
             return
         stream.prefill_s += self._clock.monotonic_s() - stream.started_s
         sequence.prompt_logprobs = -1
@@ -402,7 +455,7 @@ class DecodeWorker:
             if child.index in stream.ended_children:
                 continue
             stream.sequence.tokens.append(sample.token)
-            finish = stream.finish_of(sample.token, self._max_model_len)
+            finish = stream.finish_of(sample.token)
             stream.sequence.tokens.pop()
             self._emit(stream, child, sample, finish)
             if finish is not None:
@@ -464,6 +517,10 @@ class DecodeWorker:
             stream.transferred_bytes,
         )
         self._emitter.usage(stream.gateway, usage)
+
+    def _not_a_number(self, stream: Stream) -> None:
+        self._metrics.invalid_logits.inc()
+        self._refuse(stream, 500, "the model's output is not a number")
 
     def _refuse(self, stream: Stream, status: int, message: str, *, retryable: bool = False) -> None:
         """End a stream's whole request with an error."""

@@ -1,4 +1,4 @@
-"""One step's input, as tensors."""
+"""One step's input: a plan, laid out as arrays on the host, and the tensors that the model computes with."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ from collections.abc import Sequence as Several
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from ..kernels.prefill_attention import Span
+from .draws import Draws, Fill
+from .penalty_counts import PenaltySlots
+from .row_state import RowTable
 from .sequence import Sequence
 
 
@@ -29,8 +31,8 @@ class Batch(NamedTuple):
     context_lens: Tensor
     """[num_single] int64."""
     spans: list[Span]
-    logit_rows: Tensor
-    """[rows] int64: which rows' logits are wanted."""
+    logit_rows: Tensor | None
+    """[rows] int64: which rows' logits are wanted; None: all."""
 
 
 class Work(NamedTuple):
@@ -40,50 +42,133 @@ class Work(NamedTuple):
     num_new: int
 
 
-def build_batch(plan: Several[Work], wants_logits: Several[int], block_tokens: int, device: torch.device) -> Batch:
+class SpanInput(NamedTuple):
+    """`Span` on the host: its block table is ``num_blocks`` entries of "span_blocks", from ``first_block`` on."""
+
+    start: int
+    stop: int
+    first_block: int
+    num_blocks: int
+    context_len: int
+
+
+class PromptRange(NamedTuple):
+    """Logits ``start`` … are of a prompt's tokens: the log probabilities of those that follow are wanted."""
+
+    start: int
+    tokens: list[int]
+    num_top: int
+
+
+class StepInput(NamedTuple):
+    """All that a step needs, as plain data: whoever has the model and the cache can compute it.
+
+    ``arrays``, int64 unless said otherwise; *draws* are the tokens to sample:
+
+    - tokens (negative: the last one sampled for the sequence's row), positions, slots: [tokens]
+    - rows: [num_single], of the state that the device keeps; where it keeps none, block_tables [num_single, blocks] and
+      context_lens [num_single] instead
+    - table_places, table_blocks: entries of that state's flattened block tables that it does not have yet
+    - span_blocks: the spans' block tables, one after another
+    - logit_rows: [logits]
+    - draw_logits: [draws], which of the logits each is drawn from; not there: each from its own
+    - draw_rows: [draws], the row of the state that takes the token
+    - temperature, top_p, min_p: [draws] float32; top_k, seed, draw_positions: [draws]
+    - of adjusted draws: see `Draws`
+    """
+
+    arrays: dict[str, np.ndarray]
+    num_single: int
+    spans: list[SpanInput]
+    num_draws: int
+    greedy: bool
+    """Whether every draw takes the likeliest token."""
+    adjusted: bool
+    """Whether penalties or biases change some logits before the draw."""
+    fills: list[Fill]
+    logprobs: list[tuple[int, int]]
+    """Draws whose log probability is wanted, each with its number of alternatives."""
+    prompt_logprobs: list[PromptRange]
+
+    @property
+    def decodes(self) -> bool:
+        """Whether every row is one new token of a sequence, and is drawn from once."""
+        return not self.spans and len(self.arrays["logit_rows"]) == self.num_single == self.num_draws
+
+
+def lay_out(plan: Several[Work], block_tokens: int, table: RowTable | None, slots: PenaltySlots) -> StepInput:
     """Lay a plan out.
 
     Args:
         plan: sequences with one new token first, then those with more.
-        wants_logits: for each, how many of its last new tokens need logits.
         block_tokens: tokens a block.
-        device: where the tensors go.
+        table: which rows of the device's state the sequences have; None: it keeps none.
+        slots: which counts they have, those with penalties.
     """
     tokens: list[int] = []
     positions: list[int] = []
-    slots: list[int] = []
+    kv_slots: list[int] = []
     logit_rows: list[int] = []
-    spans: list[Span] = []
     single: list[Sequence] = []
-    for (sequence, num_new), num_logits in zip(plan, wants_logits, strict=True):
+    spans: list[SpanInput] = []
+    span_blocks: list[np.ndarray] = []
+    num_blocks = 0
+    draws = Draws(slots)
+    prompt_logprobs: list[PromptRange] = []
+    for sequence, num_new in plan:
         first = sequence.num_computed
+        last = first + num_new
+        if table is not None:
+            table.assign(sequence)
         if num_new == 1:
             single.append(sequence)
-            tokens.append(sequence.tokens[first])
+            known = sequence.tokens
+            tokens.append(known[first] if first < len(known) else ~sequence.row)
             positions.append(first)
-            slots.append(sequence.blocks[first // block_tokens] * block_tokens + first % block_tokens)
+            kv_slots.append(sequence.blocks[first // block_tokens] * block_tokens + first % block_tokens)
         else:
-            last = first + num_new
             blocks = sequence.block_table[: -(-last // block_tokens)]
-            start = len(tokens)
-            spans.append(Span(start, start + num_new, torch.from_numpy(blocks).to(device), last))
+            spans.append(SpanInput(len(tokens), len(tokens) + num_new, num_blocks, len(blocks), last))
+            span_blocks.append(blocks)
+            num_blocks += len(blocks)
             tokens.extend(sequence.tokens[first:last])
             position = np.arange(first, last)
             positions.extend(range(first, last))
-            slots.extend((blocks[position // block_tokens] * block_tokens + position % block_tokens).tolist())
-        logit_rows.extend(range(len(tokens) - num_logits, len(tokens)))
-    longest = max((-(-(s.num_computed + 1) // block_tokens) for s in single), default=0)
-    tables = np.zeros((len(single), longest), np.int64)
-    for row, sequence in zip(tables, single, strict=True):
-        used = -(-(sequence.num_computed + 1) // block_tokens)
+            kv_slots.extend((blocks[position // block_tokens] * block_tokens + position % block_tokens).tolist())
+        reached = last == sequence.num_expected
+        if sequence.prompt_logprobs >= 0 and first < sequence.num_prompt_tokens:
+            following = sequence.tokens[first + 1 : min(last + 1, sequence.num_prompt_tokens)]
+            if following:
+                prompt_logprobs.append(PromptRange(len(logit_rows), following, sequence.prompt_logprobs))
+            logit_rows.extend(range(len(tokens) - num_new, len(tokens)))
+        elif reached:
+            logit_rows.append(len(tokens) - 1)
+        if reached:
+            draws.add(sequence, len(logit_rows) - 1, num_new == 1)
+    arrays = {
+        "tokens": np.array(tokens, np.int64),
+        "positions": np.array(positions, np.int64),
+        "slots": np.array(kv_slots, np.int64),
+        "logit_rows": np.array(logit_rows, np.int64),
+        **draws.arrays(len(logit_rows)),
+    }
+    if spans:
+        arrays["span_blocks"] = np.concatenate(span_blocks)
+    if table is None:
+        arrays |= _block_tables(single, block_tokens)
+    else:
+        arrays |= table.arrays(single, block_tokens)
+        arrays["draw_rows"] = np.array(draws.rows(table.spare), np.int64)
+    return StepInput(
+        arrays, len(single), spans, len(draws), draws.greedy, draws.adjusted, draws.fills, draws.logprobs,
+        prompt_logprobs,
+    )  # fmt: skip
+
+
+def _block_tables(single: Several[Sequence], block_tokens: int) -> dict[str, np.ndarray]:
+    lengths = [sequence.num_computed + 1 for sequence in single]
+    tables = np.zeros((len(single), -(-max(lengths, default=0) // block_tokens)), np.int64)
+    for row, sequence, length in zip(tables, single, lengths, strict=True):
+        used = -(-length // block_tokens)
         row[:used] = sequence.block_table[:used]
-    return Batch(
-        tokens=torch.tensor(tokens, dtype=torch.int64, device=device),
-        positions=torch.tensor(positions, dtype=torch.int64, device=device),
-        slots=torch.tensor(slots, dtype=torch.int64, device=device),
-        num_single=len(single),
-        block_tables=torch.from_numpy(tables).to(device),
-        context_lens=torch.tensor([s.num_computed + 1 for s in single], dtype=torch.int64, device=device),
-        spans=spans,
-        logit_rows=torch.tensor(logit_rows, dtype=torch.int64, device=device),
-    )
+    return {"block_tables": tables, "context_lens": np.array(lengths, np.int64)}

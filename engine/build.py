@@ -6,26 +6,32 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+import psutil
 import torch
 
 from ..core.config import Config, model_folder
 from ..core.errors import ConfigError
 from ..core.hashing import root_hash
-from ..core.messages import Child, Sampling
+from ..core.messages import MAX_CHILDREN, Child, Sampling
 from ..kernels import copy_runs
 from ..kernels.compiled import set_num_threads
 from ..kernels.linear import MAX_COMPILED_WEIGHTS
 from ..kernels.moe import MAX_COMPILED_EXPERT
-from ..kernels.oracle import FUSED, NATIVE, select
+from ..kernels.oracle import NATIVE, select
 from ..kv_transfer.layout import KVLayout, layer_groups
 from .batch import Work
 from .engine import Engine
 from .graphs import DecodeGraphs
 from .kv_cache import TORCH_DTYPES, KVCache, plan_num_blocks
+from .memory import DeviceMemory, lacking, profile_steps
 from .models.decoder import Decoder
+from .models.shard import local_kv_heads
 from .models.spec import ModelSpec, context_length, read_spec
+from .row_state import RowState, RowTable
+from .runner import Runner
 from .sequence import Sequence
-from .weights import fill_dummy, fingerprint, load_weights
+from .tensor_parallel import Alone, Group
+from .weights import fill_dummy, fingerprint, load_weights, num_bytes
 
 Progress = Callable[[str, float], None]
 """Called with what is being done, and which share of it is."""
@@ -39,7 +45,16 @@ class Built(NamedTuple):
     max_model_len: int
 
 
-def build_engine(config: Config, max_running: int, device: torch.device, progress: Progress) -> Built:
+def build_engine(
+    config: Config,
+    max_running: int,
+    device: torch.device,
+    progress: Progress,
+    max_batched_tokens: int = 2048,
+    overlap: bool | None = None,
+    group: Group = Alone(),
+    agree: Callable[[int], int] = lambda num_blocks: num_blocks,
+) -> Built:
     """Read the model and make the cache. Blocks for as long as reading takes.
 
     Args:
@@ -47,9 +62,13 @@ def build_engine(config: Config, max_running: int, device: torch.device, progres
         max_running: sequences at a time, for the cache's size.
         device: where to compute.
         progress: told what happens.
+        max_batched_tokens: tokens of a step; on a GPU the cache leaves room for such a step.
+        overlap: whether the host runs a step ahead of the device. Default: on a GPU.
+        group: the ranks that share the model.
+        agree: makes of the blocks that this rank has room for those that all have.
 
     Raises:
-        ConfigError: the model cannot be served as configured.
+        ConfigError: the model cannot be served as configured, or does not fit.
     """
     folder = model_folder(config)
     spec = read_spec(folder)
@@ -61,14 +80,9 @@ def build_engine(config: Config, max_running: int, device: torch.device, progres
     # Half the bytes, the same numbers: compiled kernels widen bfloat16 as they read it.
     halved = config.model.dtype == "auto" and spec.dtype == "bfloat16" and ops is NATIVE and _all_compiled(spec)
     matrix_dtype = torch.bfloat16 if halved else None
-    model = Decoder(spec, max_model_len, TORCH_DTYPES[dtype], device, ops, matrix_dtype)
-    if config.model.load == "dummy":
-        fill_dummy(model, config.model.seed)
-    else:
-        load_weights(model, folder, lambda done, total: progress("weights", done / total))
     layout = KVLayout(
         num_layers=spec.num_layers,
-        num_kv_heads=spec.num_kv_heads,
+        num_kv_heads=local_kv_heads(spec, group.size),
         head_dim=spec.head_dim,
         block_tokens=config.kv.block_tokens,
         dtype=dtype if config.kv.dtype == "auto" else config.kv.dtype,
@@ -84,13 +98,36 @@ def build_engine(config: Config, max_running: int, device: torch.device, progres
             f"{'.'.join(map(str, torch.cuda.get_device_capability(device)))}",
             fix="leave kv.dtype at auto",
         )
-    num_blocks = plan_num_blocks(layout, config.kv.capacity, max_running, max_model_len, device)
-    groups = layer_groups(spec.num_layers, config.kv.layer_groups)
-    cache = KVCache(layout, num_blocks, device)
-    graphs = None
-    if model.ops is FUSED:
-        graphs = DecodeGraphs(model, cache.tensor, max_running, -(-max_model_len // layout.block_tokens))
-    engine = Engine(model, cache, config.kv.prefix_cache, groups, graphs)
+    memory: DeviceMemory | None = None
+    try:
+        model = Decoder(spec, max_model_len, TORCH_DTYPES[dtype], device, ops, matrix_dtype, group)
+        if config.model.load == "dummy":
+            fill_dummy(model, config.model.seed)
+        else:
+            load_weights(model, folder, lambda done, total: progress("weights", done / total))
+        if device.type == "cuda":
+            progress("largest steps (the first time compiles kernels)", 0.0)
+            memory = profile_steps(model, layout, max_batched_tokens, max_running, max_model_len)
+        available = psutil.virtual_memory().available // 4 if memory is None else memory.for_kv
+        smallest = -(-max_model_len // layout.block_tokens) * layout.block_bytes
+        wanted = smallest if config.kv.capacity == "auto" else config.kv.capacity
+        if memory is not None and wanted > available:
+            raise torch.OutOfMemoryError
+        num_blocks = plan_num_blocks(layout, config.kv.capacity, max_running, max_model_len, available)
+        cache = KVCache(layout, agree(num_blocks), device)
+    except torch.OutOfMemoryError:
+        meta = Decoder(spec, 16, TORCH_DTYPES[dtype], torch.device("meta"), ops, matrix_dtype, group)
+        total = torch.cuda.get_device_properties(device).total_memory
+        raise lacking(spec, layout, num_bytes(meta), memory, total) from None
+    table, runner = None, Runner(model, cache.tensor, layer_groups(spec.num_layers, config.kv.layer_groups))
+    if device.type == "cuda" if overlap is None else overlap:
+        # Outputs of one request may exceed the limit, when it is alone.
+        num_rows, max_blocks = max_running + MAX_CHILDREN, -(-max_model_len // layout.block_tokens)
+        table = RowTable(num_rows, max_blocks)
+        runner.state = RowState(num_rows, max_blocks, layout.block_tokens, device, ops)
+        if device.type == "cuda":
+            runner.graphs = DecodeGraphs(model, cache.tensor, runner.state, max_running, table.spare)
+    engine = Engine(runner, cache, config.kv.prefix_cache, table)
     return Built(engine, fingerprint(folder, config.model.load, dtype, config.model.seed), max_model_len)
 
 
@@ -137,8 +174,7 @@ def warm_up(engine: Engine, max_batched_tokens: int, progress: Progress) -> None
         progress("warm-up (the first compiles kernels)", (done + 1) / len(lengths))
     for sequence in batch:
         engine.pool.release(sequence.drop_blocks())
-    if engine.graphs is not None:
-        engine.graphs.capture(lambda done: progress("CUDA graphs", done))
+    engine.runner.capture(lambda done: progress("CUDA graphs", done))
     page = np.zeros(1, np.uint8)
     one = np.zeros(1, np.int64)
     copy_runs.native(page, page.copy(), one, one, one)

@@ -1,11 +1,14 @@
 """The engine: runs plans over sequences, and keeps their blocks.
 
 A plan is a list of (sequence, number of new tokens). The engine does not know whether it serves prefill or decode.
+
+On a GPU the host runs a step ahead: `submit` queues a step, and the next one may be submitted before `collect` has told
+the tokens of the first. A sequence whose newest token is not known yet is *pending*; the device knows it.
 """
 
 from __future__ import annotations
 
-import time
+from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Several
 from typing import NamedTuple
@@ -13,13 +16,13 @@ from typing import NamedTuple
 import torch
 
 from ..core.messages import Child, SampledToken, TokenLogprobs
-from ..kernels.oracle import Ops
-from .batch import Work, build_batch
+from .batch import Work, lay_out
 from .block_pool import BlockPool
-from .graphs import DecodeGraphs
 from .kv_cache import KVCache
 from .models.decoder import Decoder
-from .sampler import Draw, logprobs_of, sample
+from .penalty_counts import PenaltySlots
+from .row_state import RowTable
+from .runner import Results, Runner
 from .sequence import Sequence
 
 
@@ -27,6 +30,8 @@ class Outcome(NamedTuple):
     """What a step did for one sequence."""
 
     sequence: Sequence
+    first: int
+    """Position of the first new token."""
     num_new: int
     samples: list[SampledToken | None] | None
     """For each of the sequence's children, its next token (None: the logits were not numbers); None when the step did
@@ -35,34 +40,64 @@ class Outcome(NamedTuple):
     """Of the prompt tokens that follow the new ones, when the sequence asks for them."""
 
 
+class _Part(NamedTuple):
+    """A sequence's part of a step in flight."""
+
+    sequence: Sequence
+    first: int
+    num_new: int
+    num_draws: int
+    wants_prompt: bool
+
+
+class Step(NamedTuple):
+    """A step in flight."""
+
+    number: int
+    parts: list[_Part]
+    logprob_draws: list[int]
+    results: Results
+
+
+def device_is_lost(error: RuntimeError) -> bool:
+    """Whether a GPU cannot be used any more by this process: every error but lack of memory stays."""
+    return isinstance(error, torch.AcceleratorError) and not isinstance(error, torch.OutOfMemoryError)
+
+
 class Engine:
     """A model, its cache and its pool. Owned by one thread.
 
     Args:
-        model: with its weights.
+        runner: the model and what the device keeps.
         cache: memory for KV.
         prefix_cache: whether equal prefixes share blocks.
-        layer_groups: first layer of each group of layers that is published as one.
-        graphs: for decode steps on a GPU.
+        rows: of the device's state; None: a step's tokens must be known before the next is submitted.
     """
 
-    def __init__(
-        self,
-        model: Decoder,
-        cache: KVCache,
-        prefix_cache: bool,
-        layer_groups: Several[int],
-        graphs: DecodeGraphs | None = None,
-    ) -> None:
-        self.model = model
+    def __init__(self, runner: Runner, cache: KVCache, prefix_cache: bool, rows: RowTable | None = None) -> None:
+        self.runner = runner
         self.cache = cache
         self.pool = BlockPool(cache.num_blocks, cache.generations, prefix_cache)
         self.block_tokens = cache.layout.block_tokens
         self.forward_s = 0.0
-        """Time of the last step's forward pass."""
-        self.graphs = graphs
-        self._layer_groups = layer_groups
-        self._ops: Ops = model.ops
+        """Time of the forward pass of the step that was collected last; on a GPU, of all its work."""
+        self._rows = rows
+        self._penalty_slots = PenaltySlots()
+        self._num_submitted = 0
+        self._num_collected = 0
+        # Blocks that steps in flight still write to, with the newest such step: nobody else may get them, as transports
+        # do not wait for the device.
+        self._written: deque[tuple[int, list[int]]] = deque()
+
+    @property
+    def model(self) -> Decoder:
+        """What is computed."""
+        return self.runner.model
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether a step may be submitted before the one before it is collected."""
+        return self._rows is not None
 
     def match_prefix(self, sequence: Sequence) -> int:
         """Give a sequence that has no blocks those of its longest cached prefix, leaving at least one token to compute.
@@ -94,15 +129,16 @@ class Engine:
     def free(self, sequence: Sequence) -> None:
         """Take a sequence's blocks back; what it computed stays in the prefix cache until the blocks are reused."""
         self.commit(sequence)
-        self.pool.release(sequence.drop_blocks())
+        self._release(sequence)
 
     def discard(self, sequence: Sequence) -> None:
         """Take a sequence's blocks back, and let nobody find what it computed: it went wrong."""
         self.pool.uncache(sequence.blocks)
-        self.pool.release(sequence.drop_blocks())
+        self._release(sequence)
 
     def commit(self, sequence: Sequence) -> None:
-        """Offer a sequence's full blocks to the prefix cache."""
+        """Offer a sequence's full blocks to the prefix cache. A step in flight may still have to fill them: whoever
+        finds them computes later."""
         full = min(sequence.num_computed, sequence.num_tokens) // self.block_tokens
         if full > sequence.num_committed:
             keys = sequence.keys(full, self.block_tokens)
@@ -121,66 +157,81 @@ class Engine:
         self.pool.acquire(parent.blocks[:full])
         fork.add_blocks(parent.blocks[:full] + partial)
         if partial:
-            self.cache.tensor[partial[0]] = self.cache.tensor[parent.blocks[full]]
+            self.runner.copy_block(parent.blocks[full], partial[0])
         fork.num_computed = parent.num_computed
         fork.num_committed = min(parent.num_committed, full)
         return fork
 
-    def step(self, plan: Several[Work], publish: Callable[[int], None] | None = None) -> list[Outcome]:
-        """Compute a plan. The sequences must have blocks for their new tokens.
+    def submit(self, plan: Several[Work], publish: Callable[[int], None] | None = None) -> Step:
+        """Start a step. The sequences must have blocks for their new tokens.
+
+        A sequence may be part of several steps in flight, of at most one that samples for it beyond its known tokens.
 
         Args:
             plan: what to compute, in any order; at least one token.
-            publish: called with a layer group's number as soon as its KV is in the cache.
+            publish: called with a layer group's number as soon as its KV is in the cache, or queued to be.
 
         Returns:
-            outcomes, in another order.
+            what `collect` takes, in the same order.
         """
         # Single tokens first, as the batch wants them.
         plan = sorted(plan, key=lambda work: work.num_new > 1)
-        wants = [self._num_logits(work) for work in plan]
-        batch = build_batch(plan, wants, self.block_tokens, self.model.device)
-        start = time.perf_counter()
-        if self.graphs is not None and publish is None and self.graphs.serves(batch):
-            logits = self.graphs.run(batch)
-        else:
-            logits = self.model.forward(batch, self.cache.tensor, self._layer_groups, publish)
-        self.forward_s = time.perf_counter() - start
-        return self._finish(plan, wants, logits)
-
-    @torch.inference_mode()
-    def _finish(self, plan: Several[Work], wants: Several[int], logits: torch.Tensor) -> list[Outcome]:
-        draws: list[Draw] = []
-        reached: list[bool] = []
-        end = 0
-        prompt_logprobs: list[list[TokenLogprobs]] = []
-        for (sequence, num_new), num_logits in zip(plan, wants, strict=True):
-            end += num_logits
-            reached.append(sequence.num_computed + num_new == sequence.num_tokens)
-            if reached[-1]:
-                draws.extend(Draw(end - 1, sequence, child.seed) for child in sequence.children)
-            prompt_logprobs.append(self._prompt_logprobs(sequence, num_new, logits[end - num_logits : end]))
-        drawn = iter(sample(logits, draws, self._ops) if draws else [])
-        outcomes = []
-        for (sequence, num_new), full, logprobs in zip(plan, reached, prompt_logprobs, strict=True):
-            samples = [next(drawn) for _ in sequence.children] if full else None
+        step = lay_out(plan, self.block_tokens, self._rows, self._penalty_slots)
+        results = self.runner.run(step, publish)
+        self._num_submitted += 1
+        parts = []
+        for sequence, num_new in plan:
+            first = sequence.num_computed
+            reached = first + num_new == sequence.num_expected
+            wants_prompt = sequence.prompt_logprobs >= 0 and first + 1 < sequence.num_prompt_tokens
+            parts.append(_Part(sequence, first, num_new, len(sequence.children) if reached else 0, wants_prompt))
             sequence.num_computed += num_new
-            outcomes.append(Outcome(sequence, num_new, samples, logprobs))
+            sequence.last_step = self._num_submitted
+            sequence.pending = reached
+        return Step(self._num_submitted, parts, [draw for draw, _ in step.logprobs], results)
+
+    def collect(self, step: Step) -> list[Outcome]:
+        """Wait for a step.
+
+        Returns:
+            outcomes, in another order than the plan's; also of sequences that were freed since.
+
+        Raises:
+            WorkerError: a rank of several did not take part: this process can do nothing more.
+        """
+        tokens, logprobs, prompt_logprobs = step.results.wait()
+        self.model.group.check()
+        self.forward_s = step.results.forward_s
+        self._num_collected = step.number
+        while self._written and self._written[0][0] <= step.number:
+            self.pool.release(self._written.popleft()[1])
+        samples = [SampledToken(token) if token >= 0 else None for token in tokens]
+        for draw, values in zip(step.logprob_draws, logprobs, strict=True):
+            if tokens[draw] >= 0:
+                samples[draw] = SampledToken(tokens[draw], values)
+        of_prompts = iter(prompt_logprobs)
+        outcomes = []
+        start = 0
+        for sequence, first, num_new, num_draws, wants_prompt in step.parts:
+            drawn = samples[start : start + num_draws] if num_draws else None
+            start += num_draws
+            if sequence.last_step == step.number:
+                sequence.pending = False
+            outcomes.append(Outcome(sequence, first, num_new, drawn, next(of_prompts) if wants_prompt else []))
         return outcomes
 
-    def _num_logits(self, work: Work) -> int:
-        """How many of a part's last rows need logits."""
-        sequence, num_new = work
-        if sequence.prompt_logprobs >= 0 and sequence.num_computed < sequence.num_prompt_tokens:
-            return num_new
-        return 1 if sequence.num_computed + num_new == sequence.num_tokens else 0
+    def step(self, plan: Several[Work], publish: Callable[[int], None] | None = None) -> list[Outcome]:
+        """`submit` and `collect`."""
+        return self.collect(self.submit(plan, publish))
 
-    def _prompt_logprobs(self, sequence: Sequence, num_new: int, logits: torch.Tensor) -> list[TokenLogprobs]:
-        if sequence.prompt_logprobs < 0:
-            return []
-        first = sequence.num_computed + 1
-        following = sequence.tokens[first : min(first + num_new, sequence.num_prompt_tokens)]
-        if not following:
-            return []
-        tokens = torch.tensor(following, dtype=torch.int64, device=logits.device)
-        return logprobs_of(logits[: len(following)], tokens, [sequence.prompt_logprobs] * len(following))
+    def _release(self, sequence: Sequence) -> None:
+        if self._rows is not None:
+            self._rows.release(sequence)
+        if sequence.penalty_slot >= 0:
+            self._penalty_slots.give_back(sequence.penalty_slot)
+            sequence.penalty_slot = -1
+        blocks = sequence.drop_blocks()
+        if sequence.last_step > self._num_collected:
+            self._written.append((self._num_submitted, blocks))
+        else:
+            self.pool.release(blocks)

@@ -1,15 +1,33 @@
-"""Decode steps as CUDA graphs: one launch instead of hundreds."""
+"""Decode steps as CUDA graphs: one copy and one launch instead of hundreds of launches, sampling included."""
 
 from __future__ import annotations
 
 import bisect
 from collections.abc import Callable
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .batch import Batch
+from .batch import Batch, StepInput
 from .models.decoder import Decoder
+from .row_state import RowState
+from .sampler import sampling_rows
+
+_INPUTS: dict[str, tuple[type, float]] = {
+    "tokens": (np.int64, 0),
+    "positions": (np.int64, 0),
+    "slots": (np.int64, -1),
+    "rows": (np.int64, 0),
+    "top_k": (np.int64, 0),
+    "seed": (np.int64, 0),
+    "draw_positions": (np.int64, 0),
+    "temperature": (np.float32, 0),
+    "top_p": (np.float32, 1),
+    "min_p": (np.float32, 0),
+}
+"""A graph's arrays, in the order in which they lie in memory, and what fills them up."""
 
 
 def ladder(max_rows: int) -> list[int]:
@@ -18,41 +36,41 @@ def ladder(max_rows: int) -> list[int]:
     return [*(size for size in sizes if size < max_rows), max_rows]
 
 
-class DecodeGraphs:
-    """Runs batches of one new token a sequence. Owned by the engine thread, as all that touches the GPU.
+class _Recorded(NamedTuple):
+    graph: torch.cuda.CUDAGraph
+    inputs: Tensor
+    """[rows] int64, the tokens that are computed."""
+    logits: Tensor
+    sampled: Tensor
 
-    Rows that fill a batch up to its graph's size have an empty context and no slot: they read and write nothing.
+
+class DecodeGraphs:
+    """Runs steps of one new token a sequence. Owned by the engine thread, as all that touches the GPU.
+
+    Rows that fill a batch up to its graph's size have an empty context and no slot: they read and write nothing, but
+    for the state's spare row.
 
     Args:
         model: on a GPU, with operations that never wait for the device.
         cache: [blocks, layers, 2, kv_heads, block_tokens, head_dim].
+        state: of the sequences.
         max_rows: of the largest batch.
-        max_blocks: of the longest context.
+        spare_row: of the state.
     """
 
-    def __init__(self, model: Decoder, cache: Tensor, max_rows: int, max_blocks: int) -> None:
-        def make(*shape: int, fill: int = 0) -> Tensor:
-            return torch.full(shape, fill, dtype=torch.int64, device=model.device)
-
+    def __init__(self, model: Decoder, cache: Tensor, state: RowState, max_rows: int, spare_row: int) -> None:
         self._model = model
         self._cache = cache
+        self._state = state
         self._sizes = ladder(max_rows)
-        self._static = Batch(
-            tokens=make(max_rows),
-            positions=make(max_rows),
-            slots=make(max_rows, fill=-1),
-            num_single=max_rows,
-            block_tables=make(max_rows, max_blocks),
-            context_lens=make(max_rows),
-            spans=[],
-            logit_rows=torch.arange(max_rows, device=model.device),
-        )
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._spare_row = spare_row
+        self._static = torch.zeros(_num_words(max_rows), dtype=torch.int64, device=model.device)
+        self._graphs: dict[int, _Recorded] = {}
         self._pool = torch.cuda.graph_pool_handle()
 
-    def serves(self, batch: Batch) -> bool:
-        """Whether a batch is one that a graph can run: single tokens, each of whose logits are wanted."""
-        return not batch.spans and batch.num_single <= self._sizes[-1] and len(batch.logit_rows) == batch.num_single
+    def serves(self, step: StepInput) -> bool:
+        """Whether a graph can run a step: single tokens, each drawn from once."""
+        return step.decodes and step.num_single <= self._sizes[-1]
 
     def capture(self, progress: Callable[[float], None] = lambda done: None) -> None:
         """Record all graphs. Blocks for some seconds.
@@ -66,54 +84,100 @@ class DecodeGraphs:
             progress((done + 1) / len(self._sizes))
 
     @torch.inference_mode()
-    def run(self, batch: Batch) -> Tensor:
-        """Compute a batch, writing its KV.
+    def run(self, step: StepInput) -> tuple[Tensor, Tensor, Tensor]:
+        """Queue a step, writing its KV and keeping its tokens.
 
         Args:
-            batch: one that `serves` accepts.
+            step: one that `serves` accepts; penalties and biases are left out.
 
         Returns:
-            logits [rows, vocabulary], overwritten by the next run.
+            (input tokens [rows], logits [rows, vocabulary], sampled tokens [rows]), overwritten by the next run.
         """
-        rows = batch.num_single
+        rows = step.num_single
         size = self._sizes[bisect.bisect_left(self._sizes, rows)]
         if size not in self._graphs:
             self._capture(size)
-        static = self._static
-        static.tokens[:rows].copy_(batch.tokens)
-        static.positions[:rows].copy_(batch.positions)
-        static.slots[:rows].copy_(batch.slots)
-        static.context_lens[:rows].copy_(batch.context_lens)
-        static.block_tables[:rows, : batch.block_tables.shape[1]].copy_(batch.block_tables)
-        if rows < size:
-            static.slots[rows:size].fill_(-1)
-            static.context_lens[rows:size].zero_()
-        graph, logits = self._graphs[size]
-        graph.replay()
-        return logits[:rows]
+        recorded = self._graphs[size]
+        self._send(step, size)
+        recorded.graph.replay()
+        return recorded.inputs[:rows], recorded.logits[:rows], recorded.sampled[:rows]
+
+    def _send(self, step: StepInput | None, size: int) -> None:
+        """Copy a step's arrays, or rows that only fill up, to where the graph of ``size`` looks for them."""
+        rows = 0 if step is None else step.num_single
+        words = _num_words(size)
+        pinned = torch.empty(words, dtype=torch.int64, pin_memory=True)
+        buffer = pinned.numpy()
+        for name, (start, stop, dtype) in _places(size).items():
+            place: np.ndarray = buffer[start:stop].view(dtype)
+            if step is not None:
+                place[:rows] = step.arrays[name]
+            place[rows:] = self._spare_row if name == "rows" else _INPUTS[name][1]
+        self._static[:words].copy_(pinned, non_blocking=True)
 
     @torch.inference_mode()
     def _capture(self, size: int) -> None:
-        static = self._static
-        static.slots.fill_(-1)
-        static.context_lens.zero_()
-        part = Batch(
-            tokens=static.tokens[:size],
-            positions=static.positions[:size],
-            slots=static.slots[:size],
-            num_single=size,
-            block_tables=static.block_tables[:size],
-            context_lens=static.context_lens[:size],
-            spans=[],
-            logit_rows=static.logit_rows[:size],
-        )
+        tensors = {
+            name: self._static[start:stop].view(torch.float32 if dtype is np.float32 else torch.int64)[:size]
+            for name, (start, stop, dtype) in _places(size).items()
+        }
+        self._send(None, size)
         # Kernels are compiled, and libraries take their workspaces, outside the recording.
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            self._model.forward(part, self._cache)
+            self._compute(tensors, size)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            logits = self._model.forward(part, self._cache)
-        self._graphs[size] = graph, logits
+        # NCCL's watchdog asks for the state of events meanwhile, in a thread of its own.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            logits, sampled = self._compute(tensors, size)
+        self._graphs[size] = _Recorded(graph, tensors["tokens"], _borrowed(logits), sampled)
+
+    def _compute(self, tensors: dict[str, Tensor], size: int) -> tuple[Tensor, Tensor]:
+        state = self._state
+        state.complete(tensors["tokens"], tensors["positions"], tensors["slots"], tensors["rows"])
+        batch = Batch(
+            tokens=tensors["tokens"],
+            positions=tensors["positions"],
+            slots=tensors["slots"],
+            num_single=size,
+            block_tables=state.block_tables[:size],
+            context_lens=state.context_lens[:size],
+            spans=[],
+            logit_rows=None,
+        )
+        logits = self._model.forward(batch, self._cache)
+        sampled = self._model.ops.sample(logits, sampling_rows(tensors))
+        state.keep(tensors["rows"], sampled)
+        return logits, sampled
+
+
+class _Memory:
+    """Some bytes of a GPU, see https://nvidia.github.io/numba-cuda/user/cuda_array_interface.html."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        num_bytes = tensor.numel() * tensor.element_size()
+        place = {"shape": (num_bytes,), "typestr": "|u1", "data": (tensor.data_ptr(), False), "version": 3}
+        self.__cuda_array_interface__ = place
+
+
+def _borrowed(tensor: Tensor) -> Tensor:
+    """The same memory, not owned: other graphs of the pool may use it too. Logits of every graph's own, of 150,000
+    entries and up to 256 rows, would take 700 MB."""
+    return torch.as_tensor(_Memory(tensor), device=tensor.device).view(tensor.dtype).view(tensor.shape)
+
+
+def _places(size: int) -> dict[str, tuple[int, int, type]]:
+    """First and last word of each array for ``size`` rows."""
+    places = {}
+    at = 0
+    for name, (dtype, _) in _INPUTS.items():
+        words = size if dtype is np.int64 else -(-size // 2)
+        places[name] = at, at + words, dtype
+        at += words
+    return places
+
+
+def _num_words(size: int) -> int:
+    return max(stop for _, stop, _ in _places(size).values())

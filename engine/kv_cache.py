@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import psutil
 import torch
 
 from ..core.errors import ConfigError
@@ -44,9 +43,7 @@ class KVCache:
         self.generations_buffer.close()
 
 
-def plan_num_blocks(
-    layout: KVLayout, capacity: int | str, max_running: int, max_model_len: int, device: torch.device
-) -> int:
+def plan_num_blocks(layout: KVLayout, capacity: int | str, max_running: int, max_model_len: int, available: int) -> int:
     """How many blocks a worker gets.
 
     Args:
@@ -54,29 +51,22 @@ def plan_num_blocks(
         capacity: bytes, or "auto".
         max_running: sequences at a time.
         max_model_len: tokens of the longest.
-        device: whose memory is taken: "auto" takes at most a quarter of a CPU's that is free, half of a GPU's.
+        available: bytes that "auto" may take.
 
     Raises:
         ConfigError: not even one sequence of ``max_model_len`` fits.
     """
     per_sequence = -(-max_model_len // layout.block_tokens)
     if isinstance(capacity, str):
-        available = _free_bytes(device)
         blocks = min(max_running * per_sequence, available // layout.block_bytes)
     else:
         available = capacity
         blocks = capacity // layout.block_bytes
     if blocks < per_sequence:
         raise ConfigError(
-            f"kv.capacity: {format_bytes(available)} hold {blocks * layout.block_tokens} tokens; "
+            f"kv.capacity: {format_bytes(available)} hold {max(blocks, 0) * layout.block_tokens} tokens; "
             f"one sequence of model.max_model_len = {max_model_len} tokens needs "
             f"{format_bytes(per_sequence * layout.block_bytes)}",
             fix="raise kv.capacity or lower model.max_model_len",
         )
     return int(blocks)
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cpu":
-        return psutil.virtual_memory().available // 4
-    return int(torch.cuda.mem_get_info(device)[0]) // 2

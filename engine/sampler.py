@@ -1,94 +1,100 @@
-"""From logits to tokens: parameters of many sequences gathered into one call, penalties, biases, log probabilities."""
+"""From a step's logits to its tokens: penalties, biases, the draw, log probabilities."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Several
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..core.messages import SampledToken, TokenLogprobs
+from ..core.messages import TokenLogprobs
 from ..kernels.oracle import Ops
-from ..kernels.sampling import INVALID, SamplingRows, apply_penalties, greedy, top_logprobs
-from .sequence import Sequence
+from ..kernels.penalties import fill
+from ..kernels.sampling import SamplingRows, greedy, top_logprobs
+from .batch import StepInput
+from .penalty_counts import PenaltyCounts
+from .upload import download
 
 
-class Draw(NamedTuple):
-    """One token to draw: a row of the logits, for one child of a sequence."""
-
-    row: int
-    sequence: Sequence
-    seed: int
-
-
-def sample(logits: Tensor, draws: Several[Draw], ops: Ops) -> list[SampledToken | None]:
-    """Draw tokens.
+def draw(logits: Tensor, step: StepInput, tensors: Mapping[str, Tensor], counts: PenaltyCounts, ops: Ops) -> Tensor:
+    """Sample a step's tokens.
 
     Args:
-        logits: [rows, vocabulary]; rows that several children share are given once. Not changed.
-        draws: what to draw.
+        logits: [logits, vocabulary]. Not changed.
+        step: what to draw.
+        tensors: its arrays on the device, "tokens" without unknown ones.
+        counts: of the tokens of sequences with penalties; brought up to date.
         ops: the kernels.
 
     Returns:
-        a token for each draw, or None where the logits were not numbers.
+        [draws] int64; negative where the logits were not numbers.
     """
-    rows = torch.tensor([draw.row for draw in draws], dtype=torch.int64, device=logits.device)
-    identity = len(draws) == logits.shape[0] and all(draw.row == i for i, draw in enumerate(draws))
-    own = logits if identity else logits[rows]
-    changed = [i for i, draw in enumerate(draws) if _changes_logits(draw.sequence)]
-    if changed:
-        own = own.clone() if identity else own
-        for i in changed:
-            _adjust(own[i], draws[i].sequence)
-    if all(draw.sequence.sampling.temperature == 0 for draw in draws):
-        tokens = greedy(own)
-    else:
-        tokens = ops.sample(own, _rows(draws, logits.device))
-    chosen = tokens.tolist()
-    result: list[SampledToken | None] = [None if token == INVALID else SampledToken(token) for token in chosen]
-    wanted = [i for i, draw in enumerate(draws) if draw.sequence.sampling.logprobs >= 0 and result[i] is not None]
-    if wanted:
-        picked = logits[rows[wanted]]
-        for i, logprobs in zip(
-            wanted, logprobs_of(picked, tokens[wanted], [draws[i].sequence.sampling.logprobs for i in wanted]),
-            strict=True,
-        ):  # fmt: skip
-            result[i] = SampledToken(chosen[i], logprobs)
-    return result
+    chosen = tensors.get("draw_logits")
+    own = logits if chosen is None else logits[chosen]
+    if step.adjusted:
+        own = _adjust(own, step, tensors, counts, ops)
+    if step.greedy:
+        return greedy(own)
+    return ops.sample(own, sampling_rows(tensors))
 
 
-def logprobs_of(logits: Tensor, tokens: Tensor, num_top: Several[int]) -> list[TokenLogprobs]:
-    """The model's own log probabilities of ``tokens`` [rows], each with as many alternatives as asked for."""
-    chosen, ids, values = top_logprobs(logits, tokens, max(num_top))
-    lists = zip(chosen.tolist(), ids.tolist(), values.tolist(), num_top, strict=True)
-    return [TokenLogprobs(own, top_ids[:n], top[:n]) for own, top_ids, top, n in lists]
-
-
-def _rows(draws: Several[Draw], device: torch.device) -> SamplingRows:
-    params = [draw.sequence.sampling for draw in draws]
+def sampling_rows(tensors: Mapping[str, Tensor]) -> SamplingRows:
+    """The parameters among a step's tensors."""
     return SamplingRows(
-        temperature=torch.tensor([p.temperature for p in params], dtype=torch.float32, device=device),
-        top_k=torch.tensor([p.top_k for p in params], dtype=torch.int64, device=device),
-        top_p=torch.tensor([p.top_p for p in params], dtype=torch.float32, device=device),
-        min_p=torch.tensor([p.min_p for p in params], dtype=torch.float32, device=device),
-        seed=torch.tensor([draw.seed for draw in draws], dtype=torch.int64, device=device),
-        position=torch.tensor([draw.sequence.num_tokens for draw in draws], dtype=torch.int64, device=device),
+        temperature=tensors["temperature"],
+        top_k=tensors["top_k"],
+        top_p=tensors["top_p"],
+        min_p=tensors["min_p"],
+        seed=tensors["seed"],
+        position=tensors["draw_positions"],
     )
 
 
-def _changes_logits(sequence: Sequence) -> bool:
-    return bool(sequence.sampling.logit_bias) or sequence.sampling.needs_history
+def _adjust(own: Tensor, step: StepInput, tensors: Mapping[str, Tensor], counts: PenaltyCounts, ops: Ops) -> Tensor:
+    slots = step.arrays["penalty_slots"]
+    held = counts.covering(int(slots.max(initial=0)) + 1)
+    for slot, prompt, output in step.fills:
+        fill(held, slot, *(torch.tensor(ids, dtype=torch.int64, device=own.device) for ids in (prompt, output)))
+    inputs = tensors["tokens"][tensors["logit_rows"]]
+    chosen = tensors.get("draw_logits")
+    ops.count_output(held, tensors["count_slots"], inputs if chosen is None else inputs[chosen])
+    adjusted = ops.penalize(
+        own, held, tensors["penalty_slots"], tensors["presence"], tensors["frequency"], tensors["repetition"]
+    )
+    places = tensors["bias_draws"], tensors["bias_ids"]
+    return adjusted.index_put_(places, tensors["bias_values"], accumulate=True)
 
 
-def _adjust(row: Tensor, sequence: Sequence) -> None:
-    sampling = sequence.sampling
-    if sampling.needs_history:
-        tokens = torch.tensor(sequence.tokens, dtype=torch.int64, device=row.device)
-        prompt, output = tokens[: sequence.num_prompt_tokens], tokens[sequence.num_prompt_tokens :]
-        apply_penalties(
-            row, prompt, output, sampling.presence_penalty, sampling.frequency_penalty, sampling.repetition_penalty
+class LogprobsOnTheWay:
+    """Log probabilities that were asked of a device.
+
+    Args:
+        logits: [rows, vocabulary].
+        tokens: [rows] int64, the chosen ones.
+        num_top: alternatives wanted of each row.
+    """
+
+    def __init__(self, logits: Tensor, tokens: Tensor, num_top: Several[int]) -> None:
+        # Where a row is not numbers, its token is none: its log probability is asked for by nobody.
+        parts = top_logprobs(logits, tokens.clamp(min=0), max(num_top))
+        self._parts = [download(part) for part in parts]
+        self._num_top = num_top
+
+    def get(self) -> list[TokenLogprobs]:
+        """The values; the device's work must be done."""
+        chosen, ids, values = (part.tolist() for part in self._parts)
+        lists = zip(chosen, ids, values, self._num_top, strict=True)
+        return [TokenLogprobs(own, top_ids[:n], top[:n]) for own, top_ids, top, n in lists]
+
+
+def prompt_logprobs(logits: Tensor, step: StepInput) -> list[LogprobsOnTheWay]:
+    """Of each of a step's prompts that want them."""
+    return [
+        LogprobsOnTheWay(
+            logits[start : start + len(tokens)],
+            torch.tensor(tokens, dtype=torch.int64, device=logits.device),
+            [num_top] * len(tokens),
         )
-    if sampling.logit_bias:
-        ids = torch.tensor(list(sampling.logit_bias), dtype=torch.int64, device=row.device)
-        row[ids] += torch.tensor(list(sampling.logit_bias.values()), dtype=row.dtype, device=row.device)
+        for start, tokens, num_top in step.prompt_logprobs
+    ]

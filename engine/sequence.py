@@ -46,11 +46,26 @@ class Sequence:
         self._keys: list[BlockHash] = []
         self.num_committed = 0
         """Full blocks that were offered to the prefix cache."""
+        self.pending = False
+        """Whether a step in flight samples the token after the known ones."""
+        self.last_step = 0
+        """Number of the newest step that it is part of."""
+        self.row = -1
+        """Its row of the device's state; negative: none."""
+        self.num_row_blocks = 0
+        """Blocks that the row knows of."""
+        self.penalty_slot = -1
+        """Where its tokens are counted; negative: nowhere."""
 
     @property
     def num_tokens(self) -> int:
         """Tokens known: computed, and yet to be."""
         return len(self.tokens)
+
+    @property
+    def num_expected(self) -> int:
+        """Tokens known, and the one that a step in flight samples."""
+        return len(self.tokens) + self.pending
 
     @property
     def num_output_tokens(self) -> int:

@@ -65,6 +65,11 @@ def load_weights(model: Decoder, folder: Path, progress: Progress | None = None)
         raise ConfigError(f"{folder}: {len(missing)} tensors are missing, among them {first}")
 
 
+def num_bytes(model: Decoder) -> int:
+    """Of a model's weights."""
+    return sum(_num_bytes(place.tensor) for place in destinations(model).values())
+
+
 def fill_dummy(model: Decoder, seed: int) -> None:
     """Random weights of a trained model's size, the same for every worker: for benchmarks.
 

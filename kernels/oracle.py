@@ -12,6 +12,7 @@ from . import (
     activation,
     compiled,
     decode_attention,
+    decode_inputs,
     decode_layers,
     linear,
     moe,
@@ -35,6 +36,8 @@ class Ops(NamedTuple):
     silu_mul: Callable[..., Tensor]
     moe: Callable[..., Tensor]
     sample: Callable[[Tensor, sampling.SamplingRows], Tensor]
+    complete: Callable[..., None]
+    """See `decode_inputs.reference`."""
     penalize: Callable[..., Tensor]
     count_output: Callable[[Tensor, Tensor, Tensor], None]
     decode_layers: Callable[..., tuple[Tensor, Tensor]] | None
@@ -50,6 +53,7 @@ REFERENCE = Ops(
     silu_mul=activation.reference,
     moe=moe.reference,
     sample=sampling.reference,
+    complete=decode_inputs.reference,
     penalize=penalties.reference,
     count_output=penalties.reference_count,
     decode_layers=None,
@@ -64,6 +68,7 @@ NATIVE = Ops(
     silu_mul=activation.native,
     moe=moe.native,
     sample=sampling.native,
+    complete=decode_inputs.reference,
     penalize=penalties.reference,
     count_output=penalties.reference_count,
     decode_layers=decode_layers.native,
@@ -78,6 +83,7 @@ FUSED = Ops(
     silu_mul=activation.fused,
     moe=moe.fused,
     sample=sampling.fused,
+    complete=decode_inputs.fused,
     penalize=penalties.fused,
     count_output=penalties.fused_count,
     decode_layers=None,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from .compiled import compiled, compiled_parallel, num_threads, prange
@@ -90,15 +92,17 @@ def reference(
             kv, mask = _with_sinks(kv, mask, stop - start, sinks)
         if not q.is_cuda:  # there the library wants as many key heads as query heads
             kv = kv.unsqueeze(2).expand(-1, -1, heads // kv_heads, -1, -1).reshape(2, heads, -1, head_dim)
-        seen = scaled_dot_product_attention(
-            q[start:stop].transpose(0, 1).unsqueeze(0),
-            kv[0].unsqueeze(0),
-            kv[1].unsqueeze(0),
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=scale,
-            enable_gqa=q.is_cuda and heads != kv_heads,
-        )
+        # On a GPU the plain way: the fast ones are particular about addresses.
+        with sdpa_kernel(SDPBackend.MATH) if q.is_cuda else nullcontext():
+            seen = scaled_dot_product_attention(
+                q[start:stop].transpose(0, 1).unsqueeze(0),
+                kv[0].unsqueeze(0),
+                kv[1].unsqueeze(0),
+                attn_mask=mask,
+                is_causal=mask is None,
+                scale=scale,
+                enable_gqa=q.is_cuda and heads != kv_heads,
+            )
         out[start:stop] = seen[0].transpose(0, 1)
     return out
 

@@ -29,7 +29,7 @@ from ..core.messages import (
     SampledToken,
 )
 from ..core.metrics import WorkerMetrics
-from ..engine.engine import Engine, Outcome
+from ..engine.engine import Engine, Outcome, device_is_lost
 from ..engine.limits import check_prompt
 from ..engine.sequence import Sequence
 from ..kv_transfer.connector import Connector
@@ -147,6 +147,8 @@ class PrefillWorker:
             logger.exception("a prefill step failed")
             for job, _ in ends:
                 self._fail(job, f"the prefill step failed: {error}", 500)
+            if device_is_lost(error):
+                raise
             return True
         step_s = self._clock.monotonic_s() - start_s
         self._metrics.step_s.labels("prefill").observe(step_s)
@@ -230,6 +232,7 @@ class PrefillWorker:
             return
         samples: list[SampledToken] = [sample for sample in outcome.samples if sample is not None]
         if len(samples) != len(outcome.samples):
+            self._metrics.invalid_logits.inc()
             self._fail(job, "the model's output is not a number", 500)
             return
         now_s = self._clock.monotonic_s()

@@ -206,12 +206,16 @@ def bench_engine(
     file: FileArgument = None,
     set_: SetOption = None,
     load: Annotated[str, typer.Option(help="dummy: random weights from config.json alone. auto: read them.")] = "auto",
-    out: Annotated[Path, typer.Option(help="Folder for the JSON lines.")] = Path("bench/out"),
+    profile: Annotated[
+        bool, typer.Option(help="Also say where each row's time goes, and write traces for chrome://tracing.")
+    ] = False,
+    out: Annotated[Path, typer.Option(help="Folder for the JSON lines and traces.")] = Path("bench/out"),
 ) -> None:
-    """Measure one engine without a cluster: prefill in tokens a second, decode in milliseconds a step.
+    """Measure one engine without a cluster: prefill and a mixed load in tokens a second, decode in milliseconds a step,
+    each beside the shortest time that the device allows.
 
     The configuration must have a colocated pool; gpus_per_replica: 1 takes the GPU.
     """
     from .bench import bench_engine as run
 
-    run(file, [*(set_ or []), f"model.load={load}"], out)
+    run(file, [*(set_ or []), f"model.load={load}"], out, profile=profile)

@@ -53,12 +53,12 @@ class Options(NamedTuple):
     plot: bool
 
 
-def bench_engine(file: Path | None, overrides: list[str], out: Path) -> None:
+def bench_engine(file: Path | None, overrides: list[str], out: Path, *, profile: bool) -> None:
     """Run the engine's benchmark; JSON lines on standard output and in a file."""
     config = load_config(file, overrides)
     out.mkdir(parents=True, exist_ok=True)
     with (out / time.strftime("engine-%Y%m%d-%H%M%S.jsonl", time.gmtime())).open("w") as lines:
-        for record in records(config):
+        for record in records(config, out if profile else None):
             line = json.dumps(record)
             sys.stdout.write(line + "\n")
             sys.stdout.flush()

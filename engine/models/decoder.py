@@ -216,7 +216,7 @@ class Decoder:
             publish: called with a group's number when its layers' KV is in the cache.
 
         Returns:
-            logits [len(batch.logit_rows), vocabulary], in the model's dtype; the same on all ranks.
+            logits [wanted rows, vocabulary], in the model's dtype; the same on all ranks.
 
         Raises:
             WorkerError: another rank did not take part.
@@ -229,8 +229,9 @@ class Decoder:
 
         x = self.embedding[batch.tokens].to(self.dtype)
         x, residual = self._run_layers(x, batch, cache, done)
-        wanted = batch.logit_rows
-        x, _ = self.ops.rms_norm(x[wanted], residual[wanted], self.norm, self.spec.norm_eps)
+        if batch.logit_rows is not None:
+            x, residual = x[batch.logit_rows], residual[batch.logit_rows]
+        x, _ = self.ops.rms_norm(x, residual, self.norm, self.spec.norm_eps)
         logits = self.ops.linear(x, self.head)
         return logits if self.group.size == 1 else self._gather(logits)
 

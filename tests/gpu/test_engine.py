@@ -56,11 +56,11 @@ def test_equal_to_transformers(family: str, tmp_path: Path) -> None:
     prompts = [[(7 * i * i + j * 13) % 131 for j in range(length)] for i, length in enumerate((1, 9, 50, 51, 130))]
     want = [greedy(model, prompt, 40) for prompt in prompts]
     engine = engine_of(tmp_path)
-    assert engine.graphs is not None
+    assert engine.runner.graphs is not None
     assert generate(engine, prompts, 40) == want
     # One by one, other graphs; then none.
     assert [generate(engine, [prompt], 40)[0] for prompt in prompts] == want
-    engine.graphs = None
+    engine.runner.graphs = None
     assert generate(engine, prompts, 40) == want
 
 
@@ -85,7 +85,7 @@ def test_half_precision_stays_close(dtype: str, kv_dtype: str, chunk: int, tmp_p
             seen.append(out.float().cpu())
         return out
 
-    engine.graphs = None
+    engine.runner.graphs = None
     engine.model.ops = engine.model.ops._replace(linear=linear)
     generate(engine, [prompt], 1, chunk)
     error = (seen[-1][-1] - want).norm() / want.norm()

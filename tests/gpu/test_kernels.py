@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tandem.kernels import activation, moe, on_gpu, rms_norm, rotary
+from tandem.kernels import activation, decode_inputs, moe, on_gpu, rms_norm, rotary
 
 pytestmark = pytest.mark.skipif(not on_gpu.AVAILABLE, reason="Triton is not installed")
 
@@ -122,3 +122,33 @@ def test_moe_with_one_expert_for_all(rng: torch.Generator) -> None:
     x = random(rng, 1, 16).expand(150, 16).contiguous()
     router, gate_up, down = random(rng, 8, 16), random(rng, 8, 24, 16), random(rng, 8, 16, 12)
     close(moe.fused(x, router, gate_up, down, 2, True), moe.reference(x, router, gate_up, down, 2, True))
+
+
+@pytest.mark.parametrize(("batch", "block_tokens"), [(1, 16), (7, 1), (40, 3)])
+def test_complete(rng: torch.Generator, batch: int, block_tokens: int) -> None:
+    """Unknown tokens are filled in, tables grow by the blocks that begin, rows that fill up touch nothing."""
+    num_rows, max_blocks = batch + 5, 600
+    rows = torch.randperm(num_rows, generator=rng, device=DEVICE)[:batch]
+    positions = torch.randint(0, max_blocks * block_tokens, (batch,), generator=rng, device=DEVICE)
+    slots = torch.randint(0, 10**12, (batch,), generator=rng, device=DEVICE)
+    tokens = torch.randint(0, 1000, (batch,), generator=rng, device=DEVICE)
+    tokens[::2] = -1 - rows[::2]
+    slots[3::4] = -1
+    last = torch.randint(-1, 1000, (num_rows,), generator=rng, device=DEVICE)
+    tables = torch.randint(0, 10**9, (num_rows, max_blocks), generator=rng, device=DEVICE)
+    results = []
+    for complete in (decode_inputs.reference, decode_inputs.fused):
+        own = tokens.clone(), tables.clone()
+        out = torch.full((batch + 2, max_blocks), -7, device=DEVICE), torch.full((batch + 2,), -7, device=DEVICE)
+        complete(own[0], positions, slots, rows, last, own[1], *out, block_tokens)
+        results.append((*own, *out))
+    (tokens_a, tables_a, out_a, lens_a), (tokens_b, tables_b, out_b, lens_b) = results
+    assert tokens_a.equal(tokens_b)
+    assert (tokens_a >= 0).all()
+    assert tables_a.equal(tables_b)
+    assert lens_a.equal(lens_b)
+    assert (lens_b[batch:] == -7).all()
+    for i in range(batch):
+        used = -(-int(lens_a[i]) // block_tokens)
+        assert out_a[i, :used].equal(out_b[i, :used])
+        assert (out_b[i, used:] == -7).all()

@@ -102,12 +102,15 @@ def test_one_sequence(subject: Subject, block_tokens: int, together: bool) -> No
 @pytest.mark.parametrize(
     ("block_tokens", "chunk"), [(8, 16), (16, 512), (64, 33)], ids=["blocks8", "blocks16", "blocks64"]
 )
-@pytest.mark.parametrize("together", [False, True], ids=["apart", "together"])
-def test_32_sequences_with_shared_prefixes(subject: Subject, block_tokens: int, chunk: int, together: bool) -> None:
+@pytest.mark.parametrize("way", ["apart", "together", "ahead"])
+def test_32_sequences_with_shared_prefixes(subject: Subject, block_tokens: int, chunk: int, way: str) -> None:
     pools: dict[str, object] = {"prefill": {"max_batched_tokens": chunk}, "decode": {}}
-    if together:
+    if way != "apart":
         pools = {"colocated": {"max_batched_tokens": max(chunk, 40)}}
-    pair = Pair(subject.config(pools=pools, kv={"block_tokens": block_tokens, "capacity": "32MiB", "layer_groups": 3}))
+    pair = Pair(
+        subject.config(pools=pools, kv={"block_tokens": block_tokens, "capacity": "32MiB", "layer_groups": 3}),
+        way == "ahead",
+    )
     got = pair.generate(subject.prompts, max_tokens=OUTPUT)
     for prompt, output in zip(subject.prompts, got, strict=True):
         subject.check(prompt, output)
@@ -116,16 +119,16 @@ def test_32_sequences_with_shared_prefixes(subject: Subject, block_tokens: int, 
     check_idle(pair)
 
 
-@pytest.mark.parametrize("together", [False, True], ids=["apart", "together"])
-def test_under_preemption(subject: Subject, together: bool) -> None:
+@pytest.mark.parametrize("way", ["apart", "together", "ahead"])
+def test_under_preemption(subject: Subject, way: str) -> None:
     """A cache too small for all: sequences give their blocks up, wait, and still say the same."""
     spec = build_engine(subject.config(kv={"capacity": "8MiB"}), 1, torch.device("cpu"), lambda *_: None)
     block_bytes = spec.engine.cache.layout.block_bytes
     model = {"path": str(subject.folder), "max_model_len": 256}
     kv = {"block_tokens": 16, "capacity": 20 * block_bytes, "prefix_cache": subject.family != "llama"}
-    pools: dict[str, object] = {"colocated": {"max_batched_tokens": 64}} if together else {}
+    pools: dict[str, object] = {"colocated": {"max_batched_tokens": 64}} if way != "apart" else {}
     config = Config.model_validate({"model": model, "kv": kv, "pools": pools, "routing": {"local_prefill": "never"}})
-    pair = Pair(config)
+    pair = Pair(config, way == "ahead")
     prompts = [prompt[:90] for prompt in subject.prompts[5:15]]
     for prompt, output in zip(prompts, pair.generate(prompts, max_tokens=OUTPUT), strict=True):
         subject.check(prompt, output)

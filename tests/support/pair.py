@@ -64,12 +64,14 @@ class Node:
                 pool = config.pools.decode or DecodePool()
             case _:
                 pool = config.pools.colocated or ColocatedPool()
-        built: Built = build_engine(config, pool.max_running, torch.device("cpu"), lambda *_: None)
+        built: Built = build_engine(
+            config, pool.max_running, torch.device("cpu"), lambda *_: None, overlap=pair.overlap
+        )
         self.engine = built.engine
         self.transport = InprocTransport(lambda: None)
         cache = self.engine.cache
         self.connector = Connector(
-            peer, built.fingerprint, cache.layout, self.engine._layer_groups, cache.blocks, cache.generations_buffer,
+            peer, built.fingerprint, cache.layout, self.engine.runner.layer_groups, cache.blocks, cache.generations_buffer,
             {"inproc": self.transport}, "auto", config.kv.lease_s, pair.clock, self.metrics,
         )  # fmt: skip
 
@@ -98,9 +100,14 @@ class Pair:
     """Workers of a configuration, and a client.
 
     Every message is encoded and decoded, as on the wire. ``deliver`` may drop or hold messages.
+
+    Args:
+        config: which workers there are.
+        overlap: decode runs a step ahead of its outcomes, as it does on a GPU.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, overlap: bool = False) -> None:
+        self.overlap = overlap
         self.clock = ManualClock()
         self.config = config
         self.outputs: dict[int, Output] = {}

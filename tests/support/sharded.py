@@ -17,6 +17,7 @@ from tandem.engine.kv_cache import KVCache
 from tandem.engine.models.decoder import Decoder
 from tandem.engine.models.shard import local_kv_heads
 from tandem.engine.models.spec import read_spec
+from tandem.engine.runner import Runner
 from tandem.engine.sequence import Sequence
 from tandem.engine.tensor_parallel import Alone, Group, TorchGroup
 from tandem.engine.weights import load_weights
@@ -68,7 +69,8 @@ def engine_of(folder: Path, group: Group, device: torch.device) -> Engine:
     load_weights(model, folder)
     heads = local_kv_heads(spec, group.size)
     layout = KVLayout(spec.num_layers, heads, spec.head_dim, BLOCK_TOKENS, "float32")
-    return Engine(model, KVCache(layout, 64, device), False, [0])
+    cache = KVCache(layout, 64, device)
+    return Engine(Runner(model, cache.tensor, [0]), cache, prefix_cache=False)
 
 
 def say(engine: Engine, count: int) -> Said:

@@ -45,8 +45,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Make:
     """Makes pairs, and looks at the end whether anything leaked."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, overlap: bool) -> None:
         self._folder = folder
+        self._overlap = overlap
         self._pairs: list[Pair] = []
 
     def __call__(self, **sections: dict[str, object]) -> Pair:
@@ -55,7 +56,7 @@ class Make:
             "kv": {"block_tokens": 8, "capacity": "4MiB"} | sections.pop("kv", {}),
             "routing": {"local_prefill": "never"},
         }
-        pair = Pair(Config.model_validate(base | sections))
+        pair = Pair(Config.model_validate(base | sections), self._overlap)
         self._pairs.append(pair)
         return pair
 
@@ -68,9 +69,9 @@ class Make:
             pair.close()
 
 
-@pytest.fixture
-def make(folder: Path) -> Iterator[Make]:
-    maker = Make(folder)
+@pytest.fixture(params=[False, True], ids=["", "overlap"])
+def make(request: pytest.FixtureRequest, folder: Path) -> Iterator[Make]:
+    maker = Make(folder, request.param)
     yield maker
     maker.check()
 
@@ -529,7 +530,7 @@ def test_a_step_that_breaks_ends_its_requests_and_the_worker_goes_on(make: Make)
     for name in ("prefill", "decode"):
         pair = make()
         engine: Engine = getattr(pair, name).engine
-        step = engine.step
+        submit = engine.submit
 
         def broken(*args: object) -> None:
             raise RuntimeError("out of memory")
@@ -537,10 +538,10 @@ def test_a_step_that_breaks_ends_its_requests_and_the_worker_goes_on(make: Make)
         ticket = pair.submit(PROMPT, max_tokens=30)
         for _ in range(0 if name == "prefill" else 8):
             pair.turn()
-        engine.step = broken  # type: ignore[method-assign,assignment]
+        engine.submit = broken  # type: ignore[method-assign,assignment]
         for _ in range(4):
             pair.turn()
-        engine.step = step  # type: ignore[method-assign]
+        engine.submit = submit  # type: ignore[method-assign]
         pair.run()
         if name == "decode":
             refused = pair.outputs[ticket].refused

@@ -1,0 +1,148 @@
+"""What the first rank of a tensor-parallel worker tells the others: MessagePack over a socket that only they have."""
+
+from __future__ import annotations
+
+import socket
+import struct
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from .batch import SpanInput, StepInput
+from .draws import Fill
+
+_LENGTH = struct.Struct("<Q")
+
+
+class Task(msgspec.Struct, frozen=True, tag=True):
+    """What to be, told first."""
+
+    config: bytes
+    """The cluster's, as JSON."""
+    rank: int
+    size: int
+    rendezvous: str
+    device: str
+    max_running: int
+    max_batched_tokens: int
+    threads: int
+
+
+class Built(msgspec.Struct, frozen=True, tag=True):
+    """The follower's answer to a task, and the first rank's to all of these: as many blocks as every rank has room for.
+
+    Or why there is no engine: ``error``.
+    """
+
+    num_blocks: int
+    error: str = ""
+
+
+class Capture(msgspec.Struct, frozen=True, tag=True):
+    """Record the CUDA graphs."""
+
+
+class CopyBlock(msgspec.Struct, frozen=True, tag=True):
+    """Copy one block's KV to another."""
+
+    source: int
+    target: int
+
+
+class Array(msgspec.Struct, frozen=True, array_like=True):
+    """Of numbers, C-contiguous."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes
+
+
+class Compute(msgspec.Struct, frozen=True, tag=True):
+    """Compute a step; its log probabilities are the first rank's business."""
+
+    arrays: list[Array]
+    num_single: int
+    spans: list[tuple[int, int, int, int, int]]
+    num_draws: int
+    greedy: bool
+    adjusted: bool
+    fills: list[tuple[int, list[int], list[int]]]
+    eager: bool
+
+
+Message = Task | Built | Capture | CopyBlock | Compute
+
+_decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
+_encoder = msgspec.msgpack.Encoder()
+
+
+def encode_step(step: StepInput, eager: bool) -> bytes:
+    """A step as a frame.
+
+    Args:
+        step: to be computed by all ranks.
+        eager: without CUDA graphs.
+    """
+    arrays = [Array(name, a.dtype.str, a.shape, a.tobytes()) for name, a in step.arrays.items()]
+    spans = [tuple(span) for span in step.spans]
+    fills = [tuple(fill) for fill in step.fills]
+    fields: Any = arrays, step.num_single, spans, step.num_draws, step.greedy, step.adjusted, fills, eager
+    return _encoder.encode(Compute(*fields))
+
+
+def step_of(message: Compute) -> StepInput:
+    """The step that a message holds."""
+    arrays = {
+        array.name: np.frombuffer(array.data, np.dtype(array.dtype)).reshape(array.shape).copy()
+        for array in message.arrays
+    }
+    return StepInput(
+        arrays,
+        message.num_single,
+        [SpanInput(*span) for span in message.spans],
+        message.num_draws,
+        message.greedy,
+        message.adjusted,
+        [Fill(*fill) for fill in message.fills],
+        [],
+        [],
+    )
+
+
+def encode(message: Message) -> bytes:
+    """A message as a frame."""
+    return _encoder.encode(message)
+
+
+def send(connection: socket.socket, frame: bytes) -> None:
+    """Write a frame. Blocks while the other side is behind.
+
+    Raises:
+        OSError: the other side is gone.
+    """
+    connection.sendall(_LENGTH.pack(len(frame)))
+    connection.sendall(frame)
+
+
+def receive(connection: socket.socket) -> Message:
+    """Read a message. Blocks.
+
+    Raises:
+        EOFError: the other side is gone.
+        msgspec.ValidationError: not a message.
+    """
+    (length,) = _LENGTH.unpack(_exactly(connection, _LENGTH.size))
+    return _decoder.decode(_exactly(connection, length))
+
+
+def _exactly(connection: socket.socket, size: int) -> bytearray:
+    data = bytearray(size)
+    view = memoryview(data)
+    while view:
+        count = connection.recv_into(view)
+        if not count:
+            raise EOFError
+        view = view[count:]
+    return data

@@ -1,0 +1,134 @@
+"""The first rank's side of a tensor-parallel worker: starts the other ranks, and tells them each step.
+
+Every rank computes the same steps on its part of the model, and samples the same tokens; only the first has requests, a
+block pool and somebody to answer to.
+"""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from ..core.config import Config
+from ..core.errors import ConfigError
+from .batch import StepInput
+from .rank_wire import Built, Capture, CopyBlock, Message, Task, encode, encode_step, receive, send
+from .tensor_parallel import TorchGroup
+
+
+def device_of(kind: str, rank: int) -> torch.device:
+    """A rank's device: the GPU of its number, or the CPU."""
+    return torch.device("cuda", rank) if kind == "cuda" else torch.device("cpu")
+
+
+class Ranks:
+    """The other ranks, each a process of this host that ends with this one.
+
+    Args:
+        config: the cluster's.
+        size: ranks in all.
+        device: "cuda" or "cpu".
+        max_running: sequences at a time.
+        max_batched_tokens: tokens of a step.
+        threads: of the CPU, for each rank.
+    """
+
+    def __init__(
+        self, config: Config, size: int, device: str, max_running: int, max_batched_tokens: int, threads: int
+    ) -> None:
+        self.size = size
+        self._folder = Path(tempfile.mkdtemp(prefix="tandem-ranks-"))
+        self._rendezvous = f"file://{self._folder}/rendezvous"
+        self._device = device
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._connections: list[socket.socket] = []
+        self._closing = False
+        document = config.model_dump_json().encode()
+        for rank in range(1, size):
+            ours, theirs = socket.socketpair()
+            with theirs:
+                command = [sys.executable, "-m", f"{__package__}.follower", str(theirs.fileno())]
+                self._processes.append(subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL))
+            self._connections.append(ours)
+            task = Task(document, rank, size, self._rendezvous, device, max_running, max_batched_tokens, threads)
+            send(ours, encode(task))
+
+    def join(self) -> TorchGroup:
+        """The group of all ranks. Blocks until they are there.
+
+        Raises:
+            WorkerError: one did not come.
+        """
+        return TorchGroup(0, self.size, self._rendezvous, device_of(self._device, 0))
+
+    def agree(self, num_blocks: int) -> int:
+        """As many blocks as every rank has room for. Blocks until all have built their part.
+
+        Raises:
+            ConfigError: one could not.
+        """
+        answers: list[Message] = []
+        for rank, connection in enumerate(self._connections, 1):
+            try:
+                answers.append(receive(connection))
+            except (EOFError, OSError):
+                raise ConfigError(f"rank {rank} of {self.size} ended while it was built", fix="see its log") from None
+        built = [answer for answer in answers if isinstance(answer, Built)]
+        for rank, answer in enumerate(built, 1):
+            if answer.error:
+                raise ConfigError(f"rank {rank} of {self.size}: {answer.error}")
+        agreed = min([num_blocks, *(answer.num_blocks for answer in built)])
+        self._tell(encode(Built(agreed)))
+        return agreed
+
+    def compute(self, step: StepInput, eager: bool) -> None:
+        """Let the others compute a step. Returns before they have.
+
+        Args:
+            step: that this rank computes next.
+            eager: without CUDA graphs.
+        """
+        self._tell(encode_step(step, eager))
+
+    def copy_block(self, source: int, target: int) -> None:
+        """Let the others copy a block's KV."""
+        self._tell(encode(CopyBlock(source, target)))
+
+    def capture(self) -> None:
+        """Let the others record their CUDA graphs."""
+        self._tell(encode(Capture()))
+
+    def watch(self, lost: Callable[[int], None]) -> None:
+        """From now on, call ``lost`` with the number of a rank that has ended, in a thread of its own."""
+        for rank, process in enumerate(self._processes, 1):
+            threading.Thread(target=self._wait, args=(rank, process, lost), name=f"rank-{rank}", daemon=True).start()
+
+    def _wait(self, rank: int, process: subprocess.Popen[bytes], lost: Callable[[int], None]) -> None:
+        process.wait()
+        if not self._closing:
+            lost(rank)
+
+    def _tell(self, frame: bytes) -> None:
+        for connection in self._connections:
+            send(connection, frame)
+
+    def close(self) -> None:
+        """End the other ranks. Blocks for at most some seconds. Idempotent."""
+        self._closing = True
+        for connection in self._connections:
+            connection.close()
+        for process in self._processes:
+            try:
+                process.wait(timeout=5)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        shutil.rmtree(self._folder, ignore_errors=True)

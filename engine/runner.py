@@ -1,0 +1,176 @@
+"""The device's side of the engine: computes steps that are plain data, and says when their tokens are there."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Several
+
+import torch
+from torch import Tensor
+
+from ..core.messages import TokenLogprobs
+from ..kernels.prefill_attention import Span
+from .batch import Batch, StepInput
+from .graphs import DecodeGraphs
+from .models.decoder import Decoder
+from .penalty_counts import PenaltyCounts
+from .ranks import Ranks
+from .row_state import RowState
+from .sampler import LogprobsOnTheWay, draw, prompt_logprobs
+from .upload import download, upload
+
+_TABLE_ENTRIES: tuple[str, str] = "table_places", "table_blocks"
+
+
+class Results:
+    """What a step makes: on its way from the device until `wait` returns.
+
+    Args:
+        tokens: [draws] int64.
+        step: that was computed.
+        logits: [logits, vocabulary].
+        started: recorded before the step, on a GPU.
+        forward_s: time of the forward pass where the host has waited for it.
+    """
+
+    def __init__(
+        self, tokens: Tensor, step: StepInput, logits: Tensor, started: torch.cuda.Event | None, forward_s: float
+    ) -> None:
+        self.forward_s = forward_s
+        self._started = started
+        self._tokens = download(tokens)
+        self._logprobs: LogprobsOnTheWay | None = None
+        if step.logprobs:
+            draws = [index for index, _ in step.logprobs]
+            chosen = step.arrays.get("draw_logits")
+            rows = draws if chosen is None else chosen[draws].tolist()
+            self._logprobs = LogprobsOnTheWay(logits[rows], tokens[draws], [num_top for _, num_top in step.logprobs])
+        self._prompt_logprobs = prompt_logprobs(logits, step)
+        self._ended: torch.cuda.Event | None = None
+        if started is not None:
+            self._ended = torch.cuda.Event(enable_timing=True)
+            self._ended.record()
+
+    def wait(self) -> tuple[list[int], list[TokenLogprobs], list[list[TokenLogprobs]]]:
+        """Blocks until the device is done with the step.
+
+        Returns:
+            (tokens, log probabilities of the draws that asked, those of prompts).
+        """
+        if self._started is not None and self._ended is not None:
+            self._ended.synchronize()
+            self.forward_s = self._started.elapsed_time(self._ended) / 1e3
+        logprobs = [] if self._logprobs is None else self._logprobs.get()
+        return self._tokens.tolist(), logprobs, [part.get() for part in self._prompt_logprobs]
+
+
+class Runner:
+    """A model, its cache, and what the device keeps between steps. Owned by one thread.
+
+    Args:
+        model: with its weights.
+        cache: [blocks, layers, 2, kv_heads, block_tokens, head_dim].
+        layer_groups: first layer of each group of layers that is published as one.
+
+    Attributes:
+        state: of the sequences that decode, where the host runs ahead of the device.
+        graphs: for decode steps on a GPU.
+        ranks: that compute the same steps on their parts of the model; told here.
+    """
+
+    def __init__(self, model: Decoder, cache: Tensor, layer_groups: Several[int]) -> None:
+        self.model = model
+        self.cache = cache
+        self.layer_groups = layer_groups
+        self.state: RowState | None = None
+        self.graphs: DecodeGraphs | None = None
+        self.ranks: Ranks | None = None
+        self._counts = PenaltyCounts(model.spec.vocab_size, model.device)
+
+    @torch.inference_mode()
+    def run(self, step: StepInput, publish: Callable[[int], None] | None = None, *, eager: bool = False) -> Results:
+        """Compute a step. On a GPU it returns when the work is queued, on a CPU when it is done.
+
+        Args:
+            step: what to compute; at least one token.
+            publish: called with a layer group's number as soon as its KV is computed or queued.
+            eager: without CUDA graphs; they do not stop to publish.
+        """
+        eager = eager or publish is not None
+        if self.ranks is not None:
+            self.ranks.compute(step, eager)
+        started = None
+        if self.model.device.type == "cuda":
+            started = torch.cuda.Event(enable_timing=True)
+            started.record()
+        start_s = time.perf_counter()
+        if self.graphs is not None and not eager and self.graphs.serves(step):
+            logits, tokens = self._replay(self.graphs, step)
+            forward_s = time.perf_counter() - start_s
+        else:
+            tensors = upload(step.arrays, self.model.device)
+            logits = self.model.forward(self._batch(step, tensors), self.cache, self.layer_groups, publish)
+            forward_s = time.perf_counter() - start_s
+            tokens = self._draw(logits, step, tensors)
+        return Results(tokens, step, logits, started, forward_s)
+
+    def copy_block(self, source: int, target: int) -> None:
+        """Copy a block's KV, after the steps so far."""
+        if self.ranks is not None:
+            self.ranks.copy_block(source, target)
+        self.cache[target] = self.cache[source]
+
+    def capture(self, progress: Callable[[float], None] = lambda done: None) -> None:
+        """Record the CUDA graphs, if there are any. Blocks for some seconds.
+
+        Args:
+            progress: told the share that is done.
+        """
+        if self.ranks is not None:
+            self.ranks.capture()
+        if self.graphs is not None:
+            self.graphs.capture(progress)
+
+    def _replay(self, graphs: DecodeGraphs, step: StepInput) -> tuple[Tensor, Tensor]:
+        assert self.state is not None
+        if "table_places" in step.arrays:
+            new = upload({name: step.arrays[name] for name in _TABLE_ENTRIES}, self.model.device)
+            self.state.enter(*new.values())
+        inputs, logits, tokens = graphs.run(step)
+        if step.adjusted:
+            tokens = self._draw(logits, step, upload(step.arrays, self.model.device) | {"tokens": inputs})
+        return logits, tokens
+
+    def _batch(self, step: StepInput, tensors: Mapping[str, Tensor]) -> Batch:
+        single = step.num_single
+        if self.state is not None:
+            if "table_places" in tensors:
+                self.state.enter(*(tensors[name] for name in _TABLE_ENTRIES))
+            tokens, positions, slots = (tensors[name][:single] for name in ("tokens", "positions", "slots"))
+            self.state.complete(tokens, positions, slots, tensors["rows"])
+            block_tables, context_lens = self.state.block_tables[:single], self.state.context_lens[:single]
+        else:
+            block_tables, context_lens = tensors["block_tables"], tensors["context_lens"]
+        spans = [
+            Span(start, stop, tensors["span_blocks"][first : first + count], context_len)
+            for start, stop, first, count, context_len in step.spans
+        ]
+        return Batch(
+            tokens=tensors["tokens"],
+            positions=tensors["positions"],
+            slots=tensors["slots"],
+            num_single=single,
+            block_tables=block_tables,
+            context_lens=context_lens,
+            spans=spans,
+            logit_rows=tensors["logit_rows"],
+        )
+
+    def _draw(self, logits: Tensor, step: StepInput, tensors: Mapping[str, Tensor]) -> Tensor:
+        tokens = logits.new_empty(0, dtype=torch.int64)
+        if step.num_draws:
+            tokens = draw(logits, step, tensors, self._counts, self.model.ops)
+            if self.state is not None:
+                self.state.keep(tensors["draw_rows"], tokens)
+        return tokens
