@@ -13,6 +13,7 @@ from . import (
     compiled,
     decode_attention,
     decode_layers,
+    gated_linear,
     linear,
     moe,
     on_gpu,
@@ -27,6 +28,7 @@ class Ops(NamedTuple):
     """One implementation of every operation that a model's forward pass needs; see each module's `reference`."""
 
     linear: Callable[..., Tensor]
+    gated_linear: Callable[..., Tensor]
     rms_norm: Callable[..., tuple[Tensor, Tensor]]
     rotary: Callable[..., Tensor]
     decode_attention: Callable[..., Tensor]
@@ -40,6 +42,7 @@ class Ops(NamedTuple):
 
 REFERENCE = Ops(
     linear=linear.reference,
+    gated_linear=gated_linear.reference,
     rms_norm=rms_norm.reference,
     rotary=rotary.reference,
     decode_attention=decode_attention.reference,
@@ -52,6 +55,7 @@ REFERENCE = Ops(
 
 NATIVE = Ops(
     linear=linear.native,
+    gated_linear=gated_linear.native,
     rms_norm=rms_norm.native,
     rotary=rotary.native,
     decode_attention=decode_attention.native,
@@ -63,7 +67,8 @@ NATIVE = Ops(
 )
 
 FUSED = Ops(
-    linear=linear.reference,
+    linear=linear.fused,
+    gated_linear=gated_linear.fused,
     rms_norm=rms_norm.fused,
     rotary=rotary.fused,
     decode_attention=decode_attention.fused,

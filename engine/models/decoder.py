@@ -25,8 +25,7 @@ class Mlp:
         self.down_bias = make(spec.hidden) if spec.mlp_bias else None
 
     def __call__(self, x: Tensor, ops: Ops) -> Tensor:
-        inner = ops.silu_mul(ops.linear(x, self.gate_up, self.gate_up_bias))
-        return ops.linear(inner, self.down, self.down_bias)
+        return ops.linear(ops.gated_linear(x, self.gate_up, self.gate_up_bias), self.down, self.down_bias)
 
 
 class Experts:
