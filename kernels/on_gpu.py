@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,9 +22,19 @@ AVAILABLE = triton is not None
 """Whether Triton is installed; if not, nothing under `kernel` may be called."""
 
 
-def kernel(function: Callable[..., Any]) -> Any:
-    """Compile a function over pointers, to be launched as ``function[grid](…)``."""
-    return triton.jit(function) if AVAILABLE else function
+def kernel(function: Callable[..., Any] | None = None, *, varying: Sequence[str] = ()) -> Any:
+    """Compile a function over pointers, to be launched as ``function[grid](…)``.
+
+    Args:
+        function: the kernel; None to get the decorator for one.
+        varying: its integers that change from call to call. Of the others Triton compiles another version for those
+            that are 1 or divisible by 16, in the middle of serving.
+    """
+
+    def compile_it(function: Callable[..., Any]) -> Any:
+        return triton.jit(function, do_not_specialize=list(varying)) if AVAILABLE else function
+
+    return compile_it if function is None else compile_it(function)
 
 
 def kernel_varying(*arguments: str) -> Callable[[Callable[..., Any]], Any]:
@@ -44,3 +54,12 @@ def next_power_of_2(n: int) -> int:
 def num_processors(device: torch.device) -> int:
     """Multiprocessors of a GPU: how many programs it runs at a time, at least. 1 for a CPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@functools.cache
+def shared_memory_bytes(device: torch.device) -> int:
+    """Memory that the threads of one program share on a GPU, at most. 64 KiB for a CPU."""
+    if device.type != "cuda":
+        return 1 << 16
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return int(triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"])

@@ -14,6 +14,7 @@ from . import (
     decode_attention,
     decode_inputs,
     decode_layers,
+    gated_linear,
     linear,
     moe,
     on_gpu,
@@ -29,6 +30,7 @@ class Ops(NamedTuple):
     """One implementation of every operation that a model's forward pass needs; see each module's `reference`."""
 
     linear: Callable[..., Tensor]
+    gated_linear: Callable[..., Tensor]
     rms_norm: Callable[..., tuple[Tensor, Tensor]]
     rotary: Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]
     decode_attention: Callable[..., Tensor]
@@ -46,6 +48,7 @@ class Ops(NamedTuple):
 
 REFERENCE = Ops(
     linear=linear.reference,
+    gated_linear=gated_linear.reference,
     rms_norm=rms_norm.reference,
     rotary=rotary.reference,
     decode_attention=decode_attention.reference,
@@ -61,6 +64,7 @@ REFERENCE = Ops(
 
 NATIVE = Ops(
     linear=linear.native,
+    gated_linear=gated_linear.native,
     rms_norm=rms_norm.native,
     rotary=rotary.native,
     decode_attention=decode_attention.native,
@@ -75,7 +79,8 @@ NATIVE = Ops(
 )
 
 FUSED = Ops(
-    linear=linear.reference,
+    linear=linear.fused,
+    gated_linear=gated_linear.fused,
     rms_norm=rms_norm.fused,
     rotary=rotary.fused,
     decode_attention=decode_attention.fused,

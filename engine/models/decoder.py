@@ -32,8 +32,7 @@ class Mlp:
         self._added_bias = self.down_bias if rank == 0 else None
 
     def __call__(self, x: Tensor, ops: Ops) -> Tensor:
-        inner = ops.silu_mul(ops.linear(x, self.gate_up, self.gate_up_bias))
-        return ops.linear(inner, self.down, self._added_bias)
+        return ops.linear(ops.gated_linear(x, self.gate_up, self.gate_up_bias), self.down, self._added_bias)
 
 
 class Experts:
