@@ -122,12 +122,10 @@ class DecodeGraphs:
             for name, (start, stop, dtype) in _places(size).items()
         }
         self._send(None, size)
-        # Kernels are compiled, and libraries take their workspaces, outside the recording.
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            self._compute(tensors, size)
-        torch.cuda.current_stream().wait_stream(side)
+        # Kernels are compiled, and libraries take their workspaces, outside the recording. Not on a stream of its own:
+        # each would get memory and a workspace that no other stream uses.
+        self._compute(tensors, size)
+        torch.cuda.synchronize(self._model.device)
         graph = torch.cuda.CUDAGraph()
         # NCCL's watchdog asks for the state of events meanwhile, in a thread of its own.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):

@@ -94,7 +94,7 @@ def fused(
 ) -> Tensor:
     """`reference` on a GPU; an empty context gives zeros.
 
-    Each context is split over several programs when there are few sequences, and the parts are put together by their
+    When there are few sequences, each context is split over several programs, and the parts are put together by their
     log-sum-exp (Dao et al. 2023, flash decoding).
     """
     sequences, heads, head_dim = q.shape
@@ -108,7 +108,9 @@ def fused(
     programs = sequences * kv_heads
     splits = min(-(-_PROGRAMS_PER_PROCESSOR * num_processors(q.device) // programs), -(-longest // _MIN_SPLIT_TOKENS))
     splits = max(1, min(splits, _MAX_SPLITS))
-    parts = torch.empty(sequences, heads, splits, head_dim, dtype=torch.float32, device=q.device)
+    parts = out
+    if splits > 1:
+        parts = torch.empty(sequences, heads, splits, head_dim, dtype=torch.float32, device=q.device)
     sums = torch.empty(sequences, heads, splits, dtype=torch.float32, device=q.device)
     dim_block = max(16, next_power_of_2(head_dim))
     _decode_kernel[(sequences, kv_heads, splits)](
@@ -117,7 +119,8 @@ def fused(
         sinks is not None, block_tokens, heads // kv_heads, head_dim, dim_block,
         max(16, next_power_of_2(heads // kv_heads)), _KEY_TILE, num_warps=4, num_stages=3,
     )  # fmt: skip
-    _combine_kernel[(sequences, heads)](parts, sums, out, splits, head_dim, next_power_of_2(splits), dim_block)
+    if splits > 1:
+        _combine_kernel[(sequences, heads)](parts, sums, out, splits, head_dim, next_power_of_2(splits), dim_block)
     return out
 
 
@@ -174,7 +177,7 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     divisor = tl.where(total > 0, total, 1.0)
     tl.store(sums + place, tl.where(total > 0, top + tl.log(divisor), float("-inf")), mask=row < GROUP)
     normed = sum_of_values / divisor[:, None]
-    tl.store(parts + place[:, None] * HEAD_DIM + dim[None, :], normed, mask=held)
+    tl.store(parts + place[:, None] * HEAD_DIM + dim[None, :], normed.to(parts.dtype.element_ty), mask=held)
 
 
 @kernel_varying("splits")

@@ -331,9 +331,13 @@ def _attend_tiles(  # type: ignore[no-untyped-def]
             seen = token[None, :] <= position[:, None]
             if WINDOW:
                 seen &= token[None, :] > position[:, None] - window
-            scores = tl.where(seen, scores, -1e30)
-        highest = tl.maximum(top, tl.max(scores, axis=1) * scale)
-        weights = tl.exp2(scores * scale - highest[:, None])
+            # Scaled first: fused with the subtraction below, the scaling of a row without any key would not cancel.
+            scores = tl.where(seen, scores * scale, -1e30)
+            highest = tl.maximum(top, tl.max(scores, axis=1))
+            weights = tl.exp2(scores - highest[:, None])
+        else:
+            highest = tl.maximum(top, tl.max(scores, axis=1) * scale)
+            weights = tl.exp2(scores * scale - highest[:, None])
         fade = tl.exp2(top - highest)
         total = total * fade + tl.sum(weights, axis=1)
         acc = tl.dot(weights.to(query.dtype), value_tile, acc * fade[:, None], input_precision="ieee")

@@ -251,7 +251,7 @@ def test_noise_at_both_ends(value: int) -> None:
     other = gumbel(seed, 77, 1)[0]
     lead = other + math.log(exact)  # which entry 1 needs to draw level
     margin = 2e-5
-    logits = torch.tensor([[0.0, lead + margin], [0.0, lead - margin]], device=DEVICE)
+    logits = torch.tensor([[0.0, lead + margin], [0.0, lead - margin]], dtype=torch.float32, device=DEVICE)
     one = torch.ones(2, dtype=torch.int64, device=DEVICE)
     params = SamplingRows(one.float(), one * 0, one.float(), one.float() * 0, one * seed, one * 77)
     assert sampling.fused(logits, params).tolist() == [1, 0]
