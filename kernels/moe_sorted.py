@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import linear
-from .on_gpu import kernel, next_power_of_2, tl
+from .on_gpu import kernel, kernel_varying, next_power_of_2, tl
 
 _PLACED = 32
 _MAX_AT_ONCE = 128
@@ -155,7 +155,7 @@ def _route_kernel(  # type: ignore[no-untyped-def]
     tl.store(ranks + token * TOP_K + slot, rank, mask=inside)
 
 
-@kernel(varying=("tokens",))
+@kernel_varying("tokens")
 def _route_and_sort_kernel(  # type: ignore[no-untyped-def]
     logits, weights, order, starts, counts, ends, tokens, experts, EXPERTS: tl.constexpr, TOP_K: tl.constexpr,
     SLOTS: tl.constexpr, RENORMALIZE: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .on_gpu import kernel, next_power_of_2, shared_memory_bytes, tl
+from .on_gpu import kernel, kernel_varying, next_power_of_2, shared_memory_bytes, tl
 
 
 class Gemv(NamedTuple):
@@ -223,7 +223,7 @@ def _store(  # type: ignore[no-untyped-def]
     tl.store(place, value, mask=(token < tokens)[:, None] & (column < outputs)[None, :])
 
 
-@kernel(varying=("tokens",))
+@kernel_varying("tokens")
 def _gemv_kernel(  # type: ignore[no-untyped-def]
     x, weight, bias, out, tokens, outputs, inputs, x_stride, weight_stride, BIAS: tl.constexpr, GATED: tl.constexpr,
     EVEN: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
@@ -237,7 +237,7 @@ def _gemv_kernel(  # type: ignore[no-untyped-def]
         _store(sums[i][None, :], bias, out, first + i + tl.arange(0, 1), tokens, outputs, BIAS, GATED, 1, ROWS)
 
 
-@kernel(varying=("tokens",))
+@kernel_varying("tokens")
 def _tile_kernel(  # type: ignore[no-untyped-def]
     x, weight, bias, out, tokens, outputs, inputs, x_stride, weight_stride, splits, SPLIT: tl.constexpr,
     BIAS: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
@@ -278,7 +278,7 @@ def _tile_kernel(  # type: ignore[no-untyped-def]
         _store(total, bias, out, token, tokens, outputs, BIAS, GATED, TOKENS, ROWS)
 
 
-@kernel(varying=("tokens",))
+@kernel_varying("tokens")
 def _sum_kernel(  # type: ignore[no-untyped-def]
     parts, bias, out, tokens, outputs, splits, BIAS: tl.constexpr, GATED: tl.constexpr, SPLITS: tl.constexpr,
     ROWS: tl.constexpr,
