@@ -87,12 +87,21 @@ def plan_for(x: Tensor, weight: Tensor) -> Gemv | Tile | None:
         x: [tokens, inputs].
         weight: [outputs, inputs]; of a gated product, both halves.
     """
-    # In float32 the tile has no tensor cores to feed.
-    served = Gemv if x.dtype == torch.float32 else (Gemv, Tile)
     for entry in PLANS:
         if len(x) <= entry.max_tokens and len(weight) <= entry.max_outputs:
-            return entry.plan if isinstance(entry.plan, served) else None
+            return entry.plan if _worthwhile(entry.plan, x.dtype) else None
     return None
+
+
+def most_tokens(dtype: torch.dtype) -> int:
+    """Up to how many rows of x there is a plan for large weights."""
+    large = [entry for entry in PLANS if entry.max_outputs == _ANY and _worthwhile(entry.plan, dtype)]
+    return max((entry.max_tokens for entry in large), default=0)
+
+
+def _worthwhile(plan: Gemv | Tile | None, dtype: torch.dtype) -> bool:
+    """In float32 a tile has no tensor cores to feed."""
+    return plan is not None and (isinstance(plan, Gemv) or dtype != torch.float32)
 
 
 def step_depth(inputs: int, wanted: int) -> int:
