@@ -117,6 +117,8 @@ class EngineBench:
             "process_to_first_token_s": round(time.time() - psutil.Process().create_time(), 2),
             "num_blocks": self._engine.pool.num_blocks,
         }
+        if device.type == "cuda":
+            self.started["free_mib"] = torch.cuda.mem_get_info(device)[0] >> 20
 
     def run(self, rows: list[Row], profiles: Path | None) -> Iterator[dict[str, Any]]:
         """Measure; one record a row. Blocks."""
@@ -270,6 +272,14 @@ class EngineBench:
             "finished": done,
             "failed": failed[:3],
             "preemptions": int(metrics.preemptions._value.get()),
+            "steps": {
+                kind: {
+                    "count": int(sum(bucket.get() for bucket in metrics.step_s.labels(kind)._buckets)),
+                    "seconds": round(metrics.step_s.labels(kind)._sum.get(), 3),
+                    "device_s": round(metrics.forward_s.labels(kind)._sum.get(), 3),
+                }
+                for kind in ("mixed", "decode")
+            },
         }
 
     def _wait(self) -> None:

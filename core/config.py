@@ -52,6 +52,8 @@ class ModelConfig(_Section):
     """Longest prompt + output, in tokens. Default: what the model was made for."""
     seed: int = Field(default=0, ge=0, lt=1 << 63)
     """Seed of dummy weights."""
+    kernels: dict[str, str] = {}
+    """Operation → the backend that must serve it, for example {moe: torch}. `tandem explain` lists both."""
 
 
 class _Pool(_Section):

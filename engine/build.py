@@ -17,7 +17,7 @@ from ..kernels import copy_runs
 from ..kernels.compiled import set_num_threads
 from ..kernels.linear import MAX_COMPILED_WEIGHTS
 from ..kernels.moe import MAX_COMPILED_EXPERT
-from ..kernels.oracle import NATIVE, select
+from ..kernels.oracle import NATIVE, recordable, select
 from ..kv_transfer.layout import KVLayout, layer_groups
 from .batch import Work
 from .engine import Engine
@@ -73,10 +73,8 @@ def build_engine(
     folder = model_folder(config)
     spec = read_spec(folder)
     max_model_len = context_length(spec, config.model.max_model_len)
-    # Half precision on a CPU is slower than float32, not faster.
-    natural = spec.dtype if device.type != "cpu" and spec.dtype in TORCH_DTYPES else "float32"
-    dtype = natural if config.model.dtype == "auto" else config.model.dtype
-    ops = select(device, TORCH_DTYPES[dtype])
+    dtype, kv_dtype = plan_dtypes(config, spec, device.type)
+    ops = select(device, TORCH_DTYPES[dtype], TORCH_DTYPES[kv_dtype], config.model.kernels)
     # Half the bytes, the same numbers: compiled kernels widen bfloat16 as they read it.
     halved = config.model.dtype == "auto" and spec.dtype == "bfloat16" and ops is NATIVE and _all_compiled(spec)
     matrix_dtype = torch.bfloat16 if halved else None
@@ -85,19 +83,8 @@ def build_engine(
         num_kv_heads=local_kv_heads(spec, group.size),
         head_dim=spec.head_dim,
         block_tokens=config.kv.block_tokens,
-        dtype=dtype if config.kv.dtype == "auto" else config.kv.dtype,
+        dtype=kv_dtype,
     )
-    if device.type == "cpu" and dtype == "float32" and layout.dtype != "float32":
-        raise ConfigError(
-            f"kv.dtype: {layout.dtype} KV cannot be used by the float32 kernels of a CPU",
-            fix="leave kv.dtype at auto",
-        )
-    if layout.dtype == "fp8_e4m3" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
-        raise ConfigError(
-            f"kv.dtype: fp8_e4m3 needs a GPU of compute capability 8.9, {torch.cuda.get_device_name(device)} has "
-            f"{'.'.join(map(str, torch.cuda.get_device_capability(device)))}",
-            fix="leave kv.dtype at auto",
-        )
     memory: DeviceMemory | None = None
     try:
         model = Decoder(spec, max_model_len, TORCH_DTYPES[dtype], device, ops, matrix_dtype, group)
@@ -125,10 +112,27 @@ def build_engine(
         num_rows, max_blocks = max_running + MAX_CHILDREN, -(-max_model_len // layout.block_tokens)
         table = RowTable(num_rows, max_blocks)
         runner.state = RowState(num_rows, max_blocks, layout.block_tokens, device, ops)
-        if device.type == "cuda":
+        if device.type == "cuda" and recordable(ops):
             runner.graphs = DecodeGraphs(model, cache.tensor, runner.state, max_running, table.spare)
     engine = Engine(runner, cache, config.kv.prefix_cache, table)
     return Built(engine, fingerprint(folder, config.model.load, dtype, config.model.seed), max_model_len)
+
+
+def plan_dtypes(config: Config, spec: ModelSpec, device_type: str) -> tuple[str, str]:
+    """Names of the types to compute with and to keep KV in.
+
+    Raises:
+        ConfigError: they do not go together on such a device.
+    """
+    # Half precision on a CPU is slower than float32, not faster.
+    natural = spec.dtype if device_type != "cpu" and spec.dtype in TORCH_DTYPES else "float32"
+    dtype = natural if config.model.dtype == "auto" else config.model.dtype
+    kv_dtype = dtype if config.kv.dtype == "auto" else config.kv.dtype
+    if device_type == "cpu" and dtype == "float32" and kv_dtype != "float32":
+        raise ConfigError(
+            f"kv.dtype: {kv_dtype} KV cannot be used by the float32 kernels of a CPU", fix="leave kv.dtype at auto"
+        )
+    return dtype, kv_dtype
 
 
 def use_threads(engine: Engine, count: int) -> None:

@@ -1,8 +1,8 @@
 """Mixture of experts on a GPU, for few tokens: three launches, pair by pair of token and expert.
 
 Few pairs rarely meet in an expert, so nothing is sorted: each reads its expert's weights, shared ones from the cache.
-One launch multiplies with the router. The programs of the next find their pair's expert themselves, which takes less
-time than a launch, and compute gate, up and SiLU. Those of the last sum over all of a token's choices.
+One launch multiplies with the router. The programs of the next find their pair's expert themselves, which saves a
+launch, and compute gate, up and SiLU. Those of the last sum over all of a token's choices.
 """
 
 from __future__ import annotations
@@ -67,6 +67,12 @@ def serves(tokens: int, experts: int, top_k: int) -> bool:
     pairs = tokens * top_k
     alone = tokens == 1 or pairs * _EXPERTS_PER_PAIR <= experts
     return alone and pairs <= PLANS[-1].max_pairs and experts <= MAX_EXPERTS
+
+
+def most_tokens(experts: int, top_k: int) -> int:
+    """The largest number that `serves` accepts."""
+    most = PLANS[-1].max_pairs // max(1, top_k)
+    return max((tokens for tokens in range(1, most + 1) if serves(tokens, experts, top_k)), default=0)
 
 
 def fused(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import linear
-from .on_gpu import kernel, next_power_of_2, tl
+from .on_gpu import kernel, kernel_varying, next_power_of_2, tl
 
 _PLACED = 32
 _MAX_AT_ONCE = 128
@@ -49,6 +49,9 @@ TILES = (
 )
 """The first entry that is large enough serves. By an H100, for 128 experts of 2048 × 768, bfloat16."""
 
+_FLOAT32 = Entry(1 << 40, Tile(32, 64, 32, 4, 2), Tile(32, 64, 32, 4, 2))
+"""Twice the bytes, and no tensor cores: the table's larger tiles do not fit into shared memory."""
+
 
 def fused(
     x: Tensor,
@@ -63,7 +66,9 @@ def fused(
     tokens, hidden = x.shape
     experts, inner = len(router), down.shape[2]
     pairs = tokens * top_k
-    entry = entry or next(entry for entry in TILES if pairs <= entry.max_pairs * experts)
+    if entry is None:
+        large_enough = (entry for entry in TILES if pairs <= entry.max_pairs * experts)
+        entry = _FLOAT32 if x.dtype == torch.float32 else next(large_enough)
     gate_up_tile, down_tile = entry.gate_up, entry.down
     rows = gate_up_tile.rows
     weights, order, starts, counts, ends = _sort(linear.fused(x, router), top_k, renormalize, rows)
@@ -155,7 +160,7 @@ def _route_kernel(  # type: ignore[no-untyped-def]
     tl.store(ranks + token * TOP_K + slot, rank, mask=inside)
 
 
-@kernel(varying=("tokens",))
+@kernel_varying("tokens")
 def _route_and_sort_kernel(  # type: ignore[no-untyped-def]
     logits, weights, order, starts, counts, ends, tokens, experts, EXPERTS: tl.constexpr, TOP_K: tl.constexpr,
     SLOTS: tl.constexpr, RENORMALIZE: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,

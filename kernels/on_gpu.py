@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,19 +22,9 @@ AVAILABLE = triton is not None
 """Whether Triton is installed; if not, nothing under `kernel` may be called."""
 
 
-def kernel(function: Callable[..., Any] | None = None, *, varying: Sequence[str] = ()) -> Any:
-    """Compile a function over pointers, to be launched as ``function[grid](…)``.
-
-    Args:
-        function: the kernel; None to get the decorator for one.
-        varying: its integers that change from call to call. Of the others Triton compiles another version for those
-            that are 1 or divisible by 16, in the middle of serving.
-    """
-
-    def compile_it(function: Callable[..., Any]) -> Any:
-        return triton.jit(function, do_not_specialize=list(varying)) if AVAILABLE else function
-
-    return compile_it if function is None else compile_it(function)
+def kernel(function: Callable[..., Any]) -> Any:
+    """Compile a function over pointers, to be launched as ``function[grid](…)``."""
+    return triton.jit(function) if AVAILABLE else function
 
 
 def kernel_varying(*arguments: str) -> Callable[[Callable[..., Any]], Any]:

@@ -1,29 +1,31 @@
-"""Which version of each operation serves on a device."""
+"""Which version of each operation serves a model on a device, and why the others do not."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..core.errors import ConfigError
 from . import (
     activation,
-    compiled,
     decode_attention,
     decode_inputs,
     decode_layers,
     gated_linear,
     linear,
     moe,
-    on_gpu,
+    moe_few,
     penalties,
     prefill_attention,
     rms_norm,
     rotary,
     sampling,
+    small_linear,
 )
+from .device import Device, describe
 
 
 class Ops(NamedTuple):
@@ -95,9 +97,191 @@ FUSED = Ops(
 )
 
 
-def select(device: torch.device, dtype: torch.dtype) -> Ops:
-    """The fastest implementation for ``dtype`` on ``device``: Triton on a GPU, compiled code for float32 on a CPU, else
-    torch."""
-    if device.type == "cuda" and on_gpu.AVAILABLE:
-        return FUSED
-    return NATIVE if compiled.AVAILABLE and device.type == "cpu" and dtype == torch.float32 else REFERENCE
+class Needs(NamedTuple):
+    """What a model asks of its kernels."""
+
+    dtype: torch.dtype
+    """Of weights and activations."""
+    kv_dtype: torch.dtype
+    """Of the cache."""
+    num_experts: int = 0
+    top_k: int = 0
+
+
+class Choice(NamedTuple):
+    """Which backend serves an operation."""
+
+    backend: str
+    serves: str
+    """By what, and where in parts: "up to 32 rows: Triton; more: cuBLAS"."""
+    rejected: tuple[tuple[str, str], ...]
+    """Backends that come before, each with the reason why it does not."""
+
+
+class _Backend(NamedTuple):
+    name: str
+    ops: Ops
+    refuses: Callable[[str, Needs, Device], str | None]
+    """Why a device cannot run an operation in this way; None: it can."""
+
+
+def _dtype_refused(dtype: torch.dtype, device: Device) -> str | None:
+    least = {torch.bfloat16: (8, 0), torch.float8_e4m3fn: (8, 9), torch.float8_e5m2: (8, 9)}.get(dtype, (0, 0))
+    if device.capability is None or device.capability >= least:
+        return None
+    return f"{_name(dtype)} needs compute capability {_version(least)}, {device.name} has {_version(device.capability)}"
+
+
+def _torch_refuses(op: str, needs: Needs, device: Device) -> str | None:
+    return _dtype_refused(needs.dtype, device) or (_dtype_refused(needs.kv_dtype, device) if op in _ON_KV else None)
+
+
+def _triton_refuses(op: str, needs: Needs, device: Device) -> str | None:
+    if device.type != "cuda":
+        return "Triton's kernels need a CUDA device"
+    if not device.triton:
+        return "Triton is not installed"
+    if device.capability is not None and device.capability < _TRITON_CAPABILITY:
+        least = _version(_TRITON_CAPABILITY)
+        return f"Triton needs compute capability {least}, {device.name} has {_version(device.capability)}"
+    return _torch_refuses(op, needs, device)
+
+
+def _numba_refuses(op: str, needs: Needs, device: Device) -> str | None:
+    if device.type != "cpu":
+        return "compiled kernels run on CPUs"
+    if not device.numba:
+        return "Numba is not installed"
+    if needs.dtype != torch.float32:
+        return f"compiled kernels compute in float32, not in {_name(needs.dtype)}"
+    if op in _ON_KV and needs.kv_dtype != torch.float32:
+        return f"compiled kernels read float32 KV, not {_name(needs.kv_dtype)}"
+    return None
+
+
+_TRITON_CAPABILITY = (8, 0)
+_ON_KV = {"rotary", "decode_attention", "prefill_attention", "decode_layers"}
+_OUTSIDE_LAYERS = {"sample", "complete", "penalize", "count_output", "prefill_attention", "decode_layers"}
+"""What `decode_layers` does not replace."""
+
+_RECORDABLE = {"linear", "gated_linear", "rms_norm", "silu_mul", *(_OUTSIDE_LAYERS - {"sample", "complete"})}
+"""Operations of which every version can be recorded, or which a recording does without."""
+
+BACKENDS = (
+    _Backend("triton", FUSED, _triton_refuses),
+    _Backend("numba", NATIVE, _numba_refuses),
+    _Backend("torch", REFERENCE, _torch_refuses),
+)
+"""The first that can serve an operation does. Where one uses a later one's function, it leaves the operation to it."""
+
+
+def backends(op: str) -> list[_Backend]:
+    """Those that have a version of their own of an operation, the fastest first."""
+    functions = [getattr(backend.ops, op) for backend in BACKENDS]
+    return [backend for i, backend in enumerate(BACKENDS) if functions[i] not in functions[i + 1 :]]
+
+
+def choose(needs: Needs, device: Device, wanted: Mapping[str, str] | None = None) -> dict[str, Choice]:
+    """A backend for each operation; depends on nothing but the arguments.
+
+    Args:
+        needs: the model's.
+        device: where.
+        wanted: operation → backend that must serve it.
+
+    Raises:
+        ConfigError: a wanted backend, or all of them, cannot serve an operation; or a name is unknown.
+    """
+    wanted = wanted or {}
+    for op in wanted:
+        if op not in Ops._fields:
+            raise ConfigError(f"model.kernels: there is no operation {op}", fix=f"there are {', '.join(Ops._fields)}")
+    return {op: _choose(op, needs, device, wanted) for op in Ops._fields}
+
+
+def _choose(op: str, needs: Needs, device: Device, wanted: Mapping[str, str]) -> Choice:
+    asked = wanted.get(op)
+    names = [backend.name for backend in backends(op)]
+    if asked is not None and asked not in names:
+        raise ConfigError(f"model.kernels: {op} has no backend {asked}", fix=f"it has {', '.join(names)}")
+    rejected = []
+    for backend in backends(op):
+        if asked not in (None, backend.name):
+            rejected.append((backend.name, f"model.kernels asks for {asked}"))
+            continue
+        reason = backend.refuses(op, needs, device)
+        others = sorted(wanted.keys() - _OUTSIDE_LAYERS)
+        if reason is None and op == "decode_layers" and getattr(backend.ops, op) and others:
+            reason = f"model.kernels names who serves {', '.join(others)}"
+        if reason is None:
+            return Choice(backend.name, _serves(op, backend.name, needs, device), tuple(rejected))
+        if asked is not None:
+            raise ConfigError(
+                f"model.kernels: {backend.name} cannot serve {op}: {reason}", fix=f"leave out model.kernels.{op}"
+            )
+        rejected.append((backend.name, reason))
+    raise ConfigError(
+        f"nothing serves {op} on {device.name}: {'; '.join(f'{name}: {reason}' for name, reason in rejected)}",
+        fix="choose another model.dtype or kv.dtype",
+    )
+
+
+def _serves(op: str, backend: str, needs: Needs, device: Device) -> str:
+    """What computes an operation, and from where on something else does."""
+    cuda = device.type == "cuda"
+    library = "cuBLAS" if cuda else "torch's BLAS"
+    rows = _up_to(small_linear.most_tokens(needs.dtype), "row")
+    few = _up_to(moe_few.most_tokens(needs.num_experts, needs.top_k), "token")
+    known = {
+        ("linear", "triton"): f"{rows}: Triton; more: cuBLAS",
+        ("gated_linear", "triton"): f"{rows}: Triton, one kernel; more: cuBLAS, then silu_mul",
+        ("moe", "triton"): f"{few}: Triton, pair by pair; more: Triton, sorted by expert",
+        ("linear", "numba"): f"weights of up to {linear.MAX_COMPILED_WEIGHTS:,} elements: Numba; larger: oneDNN",
+        ("moe", "numba"): f"experts of up to {moe.MAX_COMPILED_EXPERT:,} weights: Numba; larger: oneDNN",
+        ("decode_layers", "numba"): "Numba, a layer at a time",
+        ("linear", "torch"): library,
+        ("gated_linear", "torch"): f"{library}, then torch",
+        ("moe", "torch"): f"{library}, an expert at a time",
+        ("prefill_attention", "torch"): "torch: cuDNN, or its own kernels" if cuda else "torch",
+        ("decode_layers", "torch"): "each operation by itself",
+    }
+    return known.get((op, backend), {"triton": "Triton", "numba": "Numba", "torch": "torch"}[backend])
+
+
+def _up_to(count: int, noun: str) -> str:
+    return f"no {noun}" if not count else f"up to {count} {noun}{'s' * (count > 1)}"
+
+
+def assemble(choices: Mapping[str, Choice]) -> Ops:
+    """The chosen functions; `REFERENCE`, `NATIVE` or `FUSED` itself where they are just these."""
+    tables = {backend.name: backend.ops for backend in BACKENDS}
+    ops = Ops(**{op: getattr(tables[choice.backend], op) for op, choice in choices.items()})
+    return next((table for table in tables.values() if table == ops), ops)
+
+
+def select(
+    device: torch.device,
+    dtype: torch.dtype,
+    kv_dtype: torch.dtype | None = None,
+    wanted: Mapping[str, str] | None = None,
+) -> Ops:
+    """The fastest implementation of each operation for ``dtype``, on a device of this machine.
+
+    Raises:
+        ConfigError: as `choose`, or the device is not here.
+    """
+    return assemble(choose(Needs(dtype, kv_dtype or dtype), describe(device), wanted))
+
+
+def recordable(ops: Ops) -> bool:
+    """Whether a decode step can be a CUDA graph: what torch does instead of Triton waits for nothing on the device, and
+    leaves rows without a slot alone."""
+    return all(getattr(ops, op) is getattr(FUSED, op) for op in Ops._fields if op not in _RECORDABLE)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _version(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))

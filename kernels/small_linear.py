@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .on_gpu import kernel, next_power_of_2, shared_memory_bytes, tl
+from .on_gpu import kernel, kernel_varying, next_power_of_2, shared_memory_bytes, tl
 
 
 class Gemv(NamedTuple):
@@ -87,12 +87,21 @@ def plan_for(x: Tensor, weight: Tensor) -> Gemv | Tile | None:
         x: [tokens, inputs].
         weight: [outputs, inputs]; of a gated product, both halves.
     """
-    # In float32 the tile has no tensor cores to feed.
-    served = Gemv if x.dtype == torch.float32 else (Gemv, Tile)
     for entry in PLANS:
         if len(x) <= entry.max_tokens and len(weight) <= entry.max_outputs:
-            return entry.plan if isinstance(entry.plan, served) else None
+            return entry.plan if _worthwhile(entry.plan, x.dtype) else None
     return None
+
+
+def most_tokens(dtype: torch.dtype) -> int:
+    """Up to how many rows of x there is a plan for large weights."""
+    large = [entry for entry in PLANS if entry.max_outputs == _ANY and _worthwhile(entry.plan, dtype)]
+    return max((entry.max_tokens for entry in large), default=0)
+
+
+def _worthwhile(plan: Gemv | Tile | None, dtype: torch.dtype) -> bool:
+    """In float32 a tile has no tensor cores to feed."""
+    return plan is not None and (isinstance(plan, Gemv) or dtype != torch.float32)
 
 
 def step_depth(inputs: int, wanted: int) -> int:
@@ -223,7 +232,7 @@ def _store(  # type: ignore[no-untyped-def]
     tl.store(place, value, mask=(token < tokens)[:, None] & (column < outputs)[None, :])
 
 
-@kernel(varying=("tokens",))
+@kernel_varying("tokens")
 def _gemv_kernel(  # type: ignore[no-untyped-def]
     x, weight, bias, out, tokens, outputs, inputs, x_stride, weight_stride, BIAS: tl.constexpr, GATED: tl.constexpr,
     EVEN: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
@@ -237,7 +246,7 @@ def _gemv_kernel(  # type: ignore[no-untyped-def]
         _store(sums[i][None, :], bias, out, first + i + tl.arange(0, 1), tokens, outputs, BIAS, GATED, 1, ROWS)
 
 
-@kernel(varying=("tokens",))
+@kernel_varying("tokens")
 def _tile_kernel(  # type: ignore[no-untyped-def]
     x, weight, bias, out, tokens, outputs, inputs, x_stride, weight_stride, splits, SPLIT: tl.constexpr,
     BIAS: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
@@ -278,7 +287,7 @@ def _tile_kernel(  # type: ignore[no-untyped-def]
         _store(total, bias, out, token, tokens, outputs, BIAS, GATED, TOKENS, ROWS)
 
 
-@kernel(varying=("tokens",))
+@kernel_varying("tokens")
 def _sum_kernel(  # type: ignore[no-untyped-def]
     parts, bias, out, tokens, outputs, splits, BIAS: tl.constexpr, GATED: tl.constexpr, SPLITS: tl.constexpr,
     ROWS: tl.constexpr,

@@ -25,6 +25,8 @@ app = typer.Typer(
 
       tandem config schema                every key of the YAML file, as JSON Schema
 
+      tandem explain my.yaml              what computes each operation, and why
+
     [bold]On a Ray cluster[/bold]
 
       tandem up my.yaml  ·  tandem status  ·  tandem down
@@ -106,6 +108,23 @@ def status(
     from .cluster import status as run
 
     run(address, as_json=json_)
+
+
+@app.command()
+def explain(
+    file: FileArgument = None,
+    set_: SetOption = None,
+    device: Annotated[str, typer.Option(help="h100, h200, a100, cpu; here: what this machine has.")] = "here",
+    json_: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False,
+) -> None:
+    """Show what computes each operation of the configuration's model, and why nothing faster does.
+
+    The device need not be here: `tandem explain my.yaml --device h100`. `model.kernels` in the YAML names another
+    backend for an operation.
+    """
+    from .explain import explain as run
+
+    run(file, set_ or [], device, as_json=json_)
 
 
 @config_app.command("schema")

@@ -22,7 +22,6 @@ from tandem.kernels import (
 )
 from tandem.kernels.compiled import num_threads, set_num_threads
 from tandem.kernels.exponential import exp_inplace
-from tandem.kernels.oracle import FUSED, NATIVE, REFERENCE, select
 from tandem.kernels.prefill_attention import Span
 from tandem.kernels.sampling import INVALID, SamplingRows
 
@@ -417,10 +416,3 @@ def test_logprobs(rng: torch.Generator) -> None:
     close(chosen, exact[torch.arange(3), tokens])
     close(values, exact.sort(descending=True).values[:, :4])
     assert (ids[:, 0] == logits.argmax(-1)).all()
-
-
-def test_the_oracle() -> None:
-    cpu = torch.device("cpu")
-    assert select(cpu, torch.float32) is NATIVE
-    assert select(cpu, torch.bfloat16) is REFERENCE
-    assert select(torch.device("cuda"), torch.float32) is FUSED

@@ -1,0 +1,96 @@
+"""`tandem explain`: which kernels serve a model, and why not others."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from ...core.config import Config, load_config, model_folder, model_name
+from ...core.errors import ConfigError
+from ...engine.build import plan_dtypes
+from ...engine.kv_cache import TORCH_DTYPES
+from ...engine.models.spec import ModelSpec, read_spec
+from ...kernels.device import PRESETS, Device, describe
+from ...kernels.oracle import Choice, Needs, choose
+
+_MIN_TABLE_WIDTH = 120
+
+
+def explain(file: Path | None, overrides: list[str], device_name: str, *, as_json: bool) -> None:
+    """Print the choice of kernels.
+
+    Raises:
+        ConfigError: the configuration, or nothing serves it on such a device.
+    """
+    config = load_config(file, overrides)
+    spec = read_spec(model_folder(config))
+    device = _device(device_name)
+    dtype, kv_dtype = plan_dtypes(config, spec, device.type)
+    choices = choices_for(config, spec, device)
+    if as_json:
+        record = {
+            "model": model_name(config),
+            "dtype": dtype,
+            "kv_dtype": kv_dtype,
+            "device": dataclasses.asdict(device),
+            "operations": [{"operation": op, **_record(choice)} for op, choice in choices.items()],
+        }
+        sys.stdout.write(json.dumps(record) + "\n")
+        return
+    table = Table(show_edge=False, pad_edge=False)
+    for header in ("operation", "backend", "served by", "not by"):
+        table.add_column(header)
+    for op, choice in choices.items():
+        refused = "\n".join(f"{backend}: {reason}" for backend, reason in choice.rejected)
+        table.add_row(op, choice.backend, choice.serves, refused)
+    console = Console(highlight=False)
+    console.width = max(console.width, _MIN_TABLE_WIDTH)
+    console.print(f"{model_name(config)} in {dtype}, KV in {kv_dtype}, on {_told(device)}\n")
+    console.print(table)
+
+
+def choices_for(config: Config, spec: ModelSpec, device: Device) -> dict[str, Choice]:
+    """Of the operations that the model has.
+
+    Raises:
+        ConfigError: as `kernels.oracle.choose`.
+    """
+    dtype, kv_dtype = (TORCH_DTYPES[name] for name in plan_dtypes(config, spec, device.type))
+    moe = spec.moe
+    needs = Needs(dtype, kv_dtype, moe.num_experts, moe.top_k) if moe else Needs(dtype, kv_dtype)
+    choices = choose(needs, device, config.model.kernels)
+    if moe is None:
+        del choices["moe"]
+    elif len(spec.moe_layers) == spec.num_layers:
+        del choices["gated_linear"], choices["silu_mul"]
+    return choices
+
+
+def _device(name: str) -> Device:
+    if name == "here":
+        return describe(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    if name not in PRESETS:
+        raise ConfigError(f"--device {name}: not known", fix=f"give {', '.join(PRESETS)} or here")
+    return PRESETS[name]
+
+
+def _record(choice: Choice) -> dict[str, object]:
+    rejected = [{"backend": backend, "reason": reason} for backend, reason in choice.rejected]
+    return {"backend": choice.backend, "serves": choice.serves, "rejected": rejected}
+
+
+def _told(device: Device) -> str:
+    installed = {"Triton": device.triton, "Numba": device.numba, "FlashInfer": device.flashinfer}
+    missing = [name for name, there in installed.items() if not there]
+    has = f", with {', '.join(name for name, there in installed.items() if there)}" if any(installed.values()) else ""
+    without = f", without {', '.join(missing)}" if missing else ""
+    if device.capability is None:
+        return f"{device.name}{has}{without}"
+    version = ".".join(map(str, device.capability))
+    return f"{device.name} (compute capability {version}, {device.num_processors} processors){has}{without}"

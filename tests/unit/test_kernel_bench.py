@@ -1,0 +1,55 @@
+"""What the kernels' benchmark measures, and how it tells; measuring itself needs a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tandem.bench.kernels import MODELS, Figure, Product, main, plans, products, summary
+from tandem.core.errors import ConfigError
+from tandem.engine.models.spec import parse_spec
+from tandem.kernels.small_linear import MAX_TOKENS, Tile
+
+
+def test_the_products_of_a_step() -> None:
+    dense, mixture = (parse_spec(MODELS[name], {}, name) for name in ("qwen3-8b", "qwen3-30b-a3b"))
+    assert products(dense, 1) == [
+        Product("qkv", 6144, 4096),
+        Product("o", 4096, 4096),
+        Product("gate_up", 24576, 4096, gated=True),
+        Product("down", 4096, 12288),
+        Product("head", 151936, 4096),
+    ]
+    assert products(mixture, 8) == [
+        Product("qkv", (4 + 2) * 128, 2048),
+        Product("o", 2048, 512),
+        Product("router", 128, 2048),
+        Product("head", 18992, 2048),
+    ]
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 4, 8, 16, 32, MAX_TOKENS])
+def test_plans_are_few_and_leave_no_processor_idle(tokens: int) -> None:
+    for shape in (Product("", 151936, 4096), Product("", 4096, 4096), Product("", 768, 4096)):
+        found = plans(shape, tokens, 132)
+        assert 7 <= len(set(found)) == len(found) <= 13
+        for plan in found:
+            if isinstance(plan, Tile):
+                assert shape.outputs // plan.rows * plan.splits >= 66
+
+
+def test_the_table() -> None:
+    figures = [Figure("cuBLAS", 20.0, 0.0), Figure("a", None, 0.5, "wrong"), Figure("b", 10.0, 0.0)]
+    good, bad = Product("o", 1000, 10_000), Product("qkv", 1, 1)
+    text = summary([(good, 1, "cuBLAS", figures), (good, 2, "b", figures), (bad, 1, "a", figures[1:2])], 2)
+    assert text[1].split() == ["o", "1", "20.00us", "1000", "20.00us", "1000", "10.00us", "2000", "2.000", "b,", "table:", "cuBLAS"]  # fmt: skip
+    assert text[2].endswith("b (the table's)")
+    assert text[3].endswith("every plan failed")
+
+
+def test_what_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    for arguments, said in ((["moe", "--model", "qwen3-8b"], "no experts"), (["linear", "--tp", "5"], "--tp")):
+        with pytest.raises(ConfigError, match=said):
+            main(arguments)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="GPU"):
+        main(["linear"])
