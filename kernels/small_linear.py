@@ -55,10 +55,11 @@ class Tile(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """Up to how many rows of x and rows of the weight a plan serves; None: cuBLAS does."""
+    """Up to how many rows of x, and rows and columns of the weight, a plan serves; None: cuBLAS does."""
 
     max_tokens: int
     max_outputs: int
+    max_inputs: int
     plan: Gemv | Tile | None
 
 
@@ -67,17 +68,18 @@ _ANY = 1 << 40
 
 PLANS = (
     # A router: so few outputs that each token gets programs of its own.
-    Entry(16, 512, Gemv(1, 1, 2048, 4, 1)),
-    Entry(1, 8192, Gemv(1, 2, 2048, 4, 1)),
-    Entry(1, _ANY, Gemv(1, 4, 1024, 4, 1)),
-    Entry(16, 1024, Tile(16, 128, 4, 4, 4, False)),
-    Entry(16, 8192, Tile(32, 128, 1, 4, 4, False)),
-    Entry(16, _ANY, Tile(64, 128, 1, 4, 4, False)),
-    Entry(32, 1024, Tile(32, 128, 4, 4, 4, False)),
-    Entry(32, 8192, Tile(32, 128, 1, 4, 4, False)),
-    Entry(32, _ANY, Tile(64, 128, 1, 4, 4, False)),
+    Entry(16, 512, _ANY, Gemv(1, 1, 2048, 4, 1)),
+    Entry(1, 8192, _ANY, Gemv(1, 2, 2048, 4, 1)),
+    Entry(1, _ANY, _ANY, Gemv(1, 4, 1024, 4, 1)),
+    Entry(16, 1024, _ANY, Tile(16, 128, 4, 4, 4, False)),
+    Entry(16, 8192, _ANY, Tile(32, 128, 1, 4, 4, False)),
+    Entry(16, _ANY, _ANY, Tile(64, 128, 1, 4, 4, False)),
+    Entry(32, 1024, _ANY, Tile(32, 128, 4, 4, 4, False)),
+    Entry(32, 8192, _ANY, Tile(32, 128, 1, 4, 4, False)),
+    Entry(32, _ANY, _ANY, Tile(64, 128, 1, 4, 4, False)),
 )
-"""The first entry that is large enough serves; beyond the last, cuBLAS. For bfloat16 and float16, by an H100."""
+"""The first entry that is large enough serves; where none is, cuBLAS. Estimates for an H100 and 2-byte types, which
+`python -m tandem.bench.kernels linear` compares with others."""
 
 
 def plan_for(x: Tensor, weight: Tensor) -> Gemv | Tile | None:
@@ -87,15 +89,17 @@ def plan_for(x: Tensor, weight: Tensor) -> Gemv | Tile | None:
         x: [tokens, inputs].
         weight: [outputs, inputs]; of a gated product, both halves.
     """
+    outputs, inputs = weight.shape
     for entry in PLANS:
-        if len(x) <= entry.max_tokens and len(weight) <= entry.max_outputs:
+        if len(x) <= entry.max_tokens and outputs <= entry.max_outputs and inputs <= entry.max_inputs:
             return entry.plan if _worthwhile(entry.plan, x.dtype) else None
     return None
 
 
 def most_tokens(dtype: torch.dtype) -> int:
     """Up to how many rows of x there is a plan for large weights."""
-    large = [entry for entry in PLANS if entry.max_outputs == _ANY and _worthwhile(entry.plan, dtype)]
+    any_weight = [entry for entry in PLANS if entry.max_outputs == entry.max_inputs == _ANY]
+    large = [entry for entry in any_weight if _worthwhile(entry.plan, dtype)]
     return max((entry.max_tokens for entry in large), default=0)
 
 
