@@ -191,6 +191,7 @@ class Timer:
     ) -> list[Figure]:
         """Figures of all runs, each of which computes call ``i``; call 0 must give ``want`` but for ``limit``."""
         figures, graphs = {}, {}
+        self._pool = torch.cuda.graph_pool_handle()  # one whose graphs are all gone cannot be used again
         for name, run in runs.items():
             try:
                 got = run(0).double()

@@ -17,7 +17,8 @@ from ..kernels import copy_runs
 from ..kernels.compiled import set_num_threads
 from ..kernels.linear import MAX_COMPILED_WEIGHTS
 from ..kernels.moe import MAX_COMPILED_EXPERT
-from ..kernels.oracle import NATIVE, recordable, select
+from ..kernels.oracle import FUSED, NATIVE, recordable, select
+from ..kernels.prefill_attention import prepare
 from ..kv_transfer.layout import KVLayout, layer_groups
 from .batch import Work
 from .engine import Engine
@@ -178,6 +179,11 @@ def warm_up(engine: Engine, max_batched_tokens: int, progress: Progress) -> None
         progress("warm-up (the first compiles kernels)", (done + 1) / len(lengths))
     for sequence in batch:
         engine.pool.release(sequence.drop_blocks())
+    model, local = engine.model, engine.model.local
+    if model.ops.prefill_attention is FUSED.prefill_attention and engine.cache.tensor.dtype == model.dtype:
+        progress("attention plans", 0.0)
+        longest = min(max_batched_tokens, local.max_positions)
+        prepare(local.num_heads, local.num_kv_heads, local.head_dim, model.dtype, model.device, longest)
     engine.runner.capture(lambda done: progress("CUDA graphs", done))
     page = np.zeros(1, np.uint8)
     one = np.zeros(1, np.int64)

@@ -174,8 +174,8 @@ class Engine:
         Returns:
             what `collect` takes, in the same order.
         """
-        # Single tokens first, as the batch wants them.
-        plan = sorted(plan, key=lambda work: work.num_new > 1)
+        # Single tokens first, as the batch wants them; of those, long contexts first, which take longest.
+        plan = sorted(plan, key=lambda work: (work.num_new > 1, -work.sequence.num_computed))
         step = lay_out(plan, self.block_tokens, self._rows, self._penalty_slots)
         results = self.runner.run(step, publish)
         self._num_submitted += 1

@@ -13,7 +13,7 @@ from .on_gpu import kernel_varying, next_power_of_2, num_processors, tl
 _KEY_TILE = 64
 _MIN_SPLIT_TOKENS = 128
 _MAX_SPLITS = 64
-_PROGRAMS_PER_PROCESSOR = 3
+_PROGRAMS_PER_PROCESSOR = 6
 _NEVER = np.float32(-1e30)
 
 
@@ -113,7 +113,8 @@ def fused(
         parts = torch.empty(sequences, heads, splits, head_dim, dtype=torch.float32, device=q.device)
     sums = torch.empty(sequences, heads, splits, dtype=torch.float32, device=q.device)
     dim_block = max(16, next_power_of_2(head_dim))
-    _decode_kernel[(sequences, kv_heads, splits)](
+    # All heads of a sequence before the next one's: where long contexts come first, short ones fill the last gaps.
+    _decode_kernel[(kv_heads, sequences, splits)](
         q, cache[:, layer], block_tables, context_lens, q if sinks is None else sinks, parts, sums, scale, window,
         q.stride(0), q.stride(1), block_tables.stride(0), cache.stride(0), *cache.stride()[2:5], splits,
         sinks is not None, block_tokens, heads // kv_heads, head_dim, dim_block,
@@ -131,8 +132,8 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     BLOCK_TOKENS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
-    sequence = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
+    head = tl.program_id(0)
+    sequence = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
     length = tl.load(context_lens + sequence).to(tl.int32)
     first = 0
@@ -143,7 +144,7 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     begin = first + split * share
     end = tl.minimum(begin + share, length)
     row, dim, key = tl.arange(0, ROWS), tl.arange(0, DIM), tl.arange(0, TILE)
-    heads = tl.num_programs(1) * GROUP
+    heads = tl.num_programs(0) * GROUP
     held = (row < GROUP)[:, None] & (dim < HEAD_DIM)[None, :]
     query = tl.load(
         q + sequence * q_stride + (head * GROUP + row)[:, None] * q_head_stride + dim[None, :], mask=held, other=0.0

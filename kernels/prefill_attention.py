@@ -167,6 +167,25 @@ def fused(
     return out
 
 
+def prepare(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device, longest: int) -> None:
+    """Let the library plan for every length of a context that it may get, on this thread: later that would cost the
+    first prompts of each length tens of milliseconds. Blocks for some seconds.
+
+    Args:
+        heads: of queries.
+        kv_heads: of keys and values.
+        head_dim: of each.
+        dtype: of all.
+        device: a GPU.
+        longest: tokens of the longest step.
+    """
+    qkv = torch.zeros(longest, heads + 2 * kv_heads, head_dim, dtype=dtype, device=device)
+    q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=1)
+    if _library_serves(q, k, v, qkv):
+        for length in range(_DIRECT_STEP, longest + 1, _DIRECT_STEP):
+            _attend_directly(q, k, v, Run(0, 1, length), 1.0)
+
+
 class Run(NamedTuple):
     """Neighbouring whole contexts of equal length: rows ``start`` … ``start + sequences · length`` − 1."""
 
