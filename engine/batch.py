@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from ..kernels.prefill_attention import Span
+from ..kernels.prefill_attention import Spans
 from .draws import Draws, Fill
 from .penalty_counts import PenaltySlots
 from .row_state import RowTable
@@ -30,7 +30,8 @@ class Batch(NamedTuple):
     """[num_single, blocks] int64."""
     context_lens: Tensor
     """[num_single] int64."""
-    spans: list[Span]
+    spans: Spans | None
+    """Further rows: several new tokens of a sequence each."""
     logit_rows: Tensor | None
     """[rows] int64: which rows' logits are wanted; None: all."""
 
@@ -40,16 +41,6 @@ class Work(NamedTuple):
 
     sequence: Sequence
     num_new: int
-
-
-class SpanInput(NamedTuple):
-    """`Span` on the host: its block table is ``num_blocks`` entries of "span_blocks", from ``first_block`` on."""
-
-    start: int
-    stop: int
-    first_block: int
-    num_blocks: int
-    context_len: int
 
 
 class PromptRange(NamedTuple):
@@ -69,7 +60,7 @@ class StepInput(NamedTuple):
     - rows: [num_single], of the state that the device keeps; where it keeps none, block_tables [num_single, blocks] and
       context_lens [num_single] instead
     - table_places, table_blocks: entries of that state's flattened block tables that it does not have yet
-    - span_blocks: the spans' block tables, one after another
+    - span_table [spans, 4], span_blocks: see `Spans`
     - logit_rows: [logits]
     - draw_logits: [draws], which of the logits each is drawn from; not there: each from its own
     - draw_rows: [draws], the row of the state that takes the token
@@ -79,7 +70,6 @@ class StepInput(NamedTuple):
 
     arrays: dict[str, np.ndarray]
     num_single: int
-    spans: list[SpanInput]
     num_draws: int
     greedy: bool
     """Whether every draw takes the likeliest token."""
@@ -93,7 +83,7 @@ class StepInput(NamedTuple):
     @property
     def decodes(self) -> bool:
         """Whether every row is one new token of a sequence, and is drawn from once."""
-        return not self.spans and len(self.arrays["logit_rows"]) == self.num_single == self.num_draws
+        return "span_table" not in self.arrays and len(self.arrays["logit_rows"]) == self.num_single == self.num_draws
 
 
 def lay_out(plan: Several[Work], block_tokens: int, table: RowTable | None, slots: PenaltySlots) -> StepInput:
@@ -110,7 +100,7 @@ def lay_out(plan: Several[Work], block_tokens: int, table: RowTable | None, slot
     kv_slots: list[int] = []
     logit_rows: list[int] = []
     single: list[Sequence] = []
-    spans: list[SpanInput] = []
+    spans: list[tuple[int, int, int, int]] = []
     span_blocks: list[np.ndarray] = []
     num_blocks = 0
     draws = Draws(slots)
@@ -128,7 +118,7 @@ def lay_out(plan: Several[Work], block_tokens: int, table: RowTable | None, slot
             kv_slots.append(sequence.blocks[first // block_tokens] * block_tokens + first % block_tokens)
         else:
             blocks = sequence.block_table[: -(-last // block_tokens)]
-            spans.append(SpanInput(len(tokens), len(tokens) + num_new, num_blocks, len(blocks), last))
+            spans.append((len(tokens), num_new, last, num_blocks))
             span_blocks.append(blocks)
             num_blocks += len(blocks)
             tokens.extend(sequence.tokens[first:last])
@@ -153,6 +143,7 @@ def lay_out(plan: Several[Work], block_tokens: int, table: RowTable | None, slot
         **draws.arrays(len(logit_rows)),
     }
     if spans:
+        arrays["span_table"] = np.array(spans, np.int64)
         arrays["span_blocks"] = np.concatenate(span_blocks)
     if table is None:
         arrays |= _block_tables(single, block_tokens)
@@ -160,7 +151,7 @@ def lay_out(plan: Several[Work], block_tokens: int, table: RowTable | None, slot
         arrays |= table.arrays(single, block_tokens)
         arrays["draw_rows"] = np.array(draws.rows(table.spare), np.int64)
     return StepInput(
-        arrays, len(single), spans, len(draws), draws.greedy, draws.adjusted, draws.fills, draws.logprobs,
+        arrays, len(single), len(draws), draws.greedy, draws.adjusted, draws.fills, draws.logprobs,
         prompt_logprobs,
     )  # fmt: skip
 

@@ -23,7 +23,7 @@ from ..kv_transfer.layout import KVLayout, layer_groups
 from .batch import Work
 from .engine import Engine
 from .graphs import DecodeGraphs
-from .kv_cache import TORCH_DTYPES, KVCache, plan_num_blocks
+from .kv_cache import KV_DTYPES, TORCH_DTYPES, KVCache, plan_num_blocks
 from .memory import DeviceMemory, lacking, profile_steps
 from .models.decoder import Decoder
 from .models.shard import local_kv_heads
@@ -75,7 +75,7 @@ def build_engine(
     spec = read_spec(folder)
     max_model_len = context_length(spec, config.model.max_model_len)
     dtype, kv_dtype = plan_dtypes(config, spec, device.type)
-    ops = select(device, TORCH_DTYPES[dtype], TORCH_DTYPES[kv_dtype], config.model.kernels)
+    ops = select(device, TORCH_DTYPES[dtype], KV_DTYPES[kv_dtype], config.model.kernels)
     # Half the bytes, the same numbers: compiled kernels widen bfloat16 as they read it.
     halved = config.model.dtype == "auto" and spec.dtype == "bfloat16" and ops is NATIVE and _all_compiled(spec)
     matrix_dtype = torch.bfloat16 if halved else None

@@ -142,7 +142,7 @@ class DecodeGraphs:
             num_single=size,
             block_tables=state.block_tables[:size],
             context_lens=state.context_lens[:size],
-            spans=[],
+            spans=None,
             logit_rows=None,
         )
         logits = self._model.forward(batch, self._cache)

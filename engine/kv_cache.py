@@ -12,7 +12,7 @@ from ..kv_transfer.memory import Buffer
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Of weights and activations."""
-_KV_DTYPES = {**TORCH_DTYPES, "fp8_e4m3": torch.float8_e4m3fn}
+KV_DTYPES = {**TORCH_DTYPES, "fp8_e4m3": torch.float8_e4m3fn}
 
 
 class KVCache:
@@ -29,7 +29,7 @@ class KVCache:
         self.num_blocks = num_blocks
         self.generations_buffer = Buffer(num_blocks * 8)
         self.generations: np.ndarray = self.generations_buffer.array.view(np.uint64)
-        dtype, shape = _KV_DTYPES[layout.dtype], layout.shape(num_blocks)
+        dtype, shape = KV_DTYPES[layout.dtype], layout.shape(num_blocks)
         if device.type == "cpu":
             self.blocks = Buffer(num_blocks * layout.block_bytes)
             self.tensor = torch.from_numpy(self.blocks.array).view(dtype).view(shape)

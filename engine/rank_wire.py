@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from .batch import SpanInput, StepInput
+from .batch import StepInput
 from .draws import Fill
 
 _LENGTH = struct.Struct("<Q")
@@ -64,7 +64,6 @@ class Compute(msgspec.Struct, frozen=True, tag=True):
 
     arrays: list[Array]
     num_single: int
-    spans: list[tuple[int, int, int, int, int]]
     num_draws: int
     greedy: bool
     adjusted: bool
@@ -86,9 +85,8 @@ def encode_step(step: StepInput, eager: bool) -> bytes:
         eager: without CUDA graphs.
     """
     arrays = [Array(name, a.dtype.str, a.shape, a.tobytes()) for name, a in step.arrays.items()]
-    spans = [tuple(span) for span in step.spans]
     fills = [tuple(fill) for fill in step.fills]
-    fields: Any = arrays, step.num_single, spans, step.num_draws, step.greedy, step.adjusted, fills, eager
+    fields: Any = arrays, step.num_single, step.num_draws, step.greedy, step.adjusted, fills, eager
     return _encoder.encode(Compute(*fields))
 
 
@@ -101,7 +99,6 @@ def step_of(message: Compute) -> StepInput:
     return StepInput(
         arrays,
         message.num_single,
-        [SpanInput(*span) for span in message.spans],
         message.num_draws,
         message.greedy,
         message.adjusted,

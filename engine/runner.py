@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core.messages import TokenLogprobs
-from ..kernels.prefill_attention import Span
+from ..kernels.prefill_attention import Span, Spans
 from .batch import Batch, StepInput
 from .graphs import DecodeGraphs
 from .models.decoder import Decoder
@@ -152,10 +152,16 @@ class Runner:
             block_tables, context_lens = self.state.block_tables[:single], self.state.context_lens[:single]
         else:
             block_tables, context_lens = tensors["block_tables"], tensors["context_lens"]
-        spans = [
-            Span(start, stop, tensors["span_blocks"][first : first + count], context_len)
-            for start, stop, first, count, context_len in step.spans
-        ]
+        spans = None
+        if "span_table" in tensors:
+            table, blocks = tensors["span_table"], tensors["span_blocks"]
+            rows = step.arrays["span_table"].tolist()
+            ends = [row[3] for row in rows[1:]] + [len(blocks)]
+            each = [
+                Span(start, start + count, blocks[first:end], context)
+                for (start, count, context, first), end in zip(rows, ends, strict=True)
+            ]
+            spans = Spans(each, table, blocks)
         return Batch(
             tokens=tensors["tokens"],
             positions=tensors["positions"],

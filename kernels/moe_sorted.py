@@ -144,15 +144,19 @@ def _route_kernel(  # type: ignore[no-untyped-def]
     value = tl.load(logits + token * experts + at, mask=at < experts, other=float("-inf")).to(tl.float32)
     share = tl.exp(value - tl.max(value, axis=0))
     share = share / tl.sum(share, axis=0)
+    broken = tl.sum(share, axis=0) != tl.sum(share, axis=0)
+    # Where numbers are none, the threads of a program would not agree on the largest.
+    share = tl.where(broken, 1.0, share)
     weight = tl.zeros((SLOTS,), tl.float32)
     expert = tl.zeros((SLOTS,), tl.int32)
     for k in tl.static_range(TOP_K):
-        best = tl.minimum(tl.argmax(share, axis=0), experts - 1)  # in range even where all is NaN
+        best = tl.argmax(share, axis=0)
         weight = tl.where(slot == k, tl.max(share, axis=0), weight)
         expert = tl.where(slot == k, best, expert)
         share = tl.where(at == best, -1.0, share)
     if RENORMALIZE:
         weight = weight / tl.sum(weight, axis=0)
+    weight = tl.where(broken, float("nan"), weight)
     inside = slot < TOP_K
     rank = tl.atomic_add(counts + expert, 1, mask=inside)
     tl.store(weights + token * TOP_K + slot, weight, mask=inside)
@@ -172,15 +176,18 @@ def _route_and_sort_kernel(  # type: ignore[no-untyped-def]
     value = tl.where((at < experts)[None, :], value.to(tl.float32), float("-inf"))
     share = tl.exp(value - tl.max(value, axis=1)[:, None])
     share = share / tl.sum(share, axis=1)[:, None]
+    broken = (tl.sum(share, axis=1) != tl.sum(share, axis=1))[:, None]
+    share = tl.where(broken, 1.0, share)
     weight = tl.zeros((TOKENS, SLOTS), tl.float32)
     expert = tl.full((TOKENS, SLOTS), EXPERTS, tl.int32)
     for k in tl.static_range(TOP_K):
-        best = tl.minimum(tl.argmax(share, axis=1), experts - 1)  # in range even where all is NaN
+        best = tl.argmax(share, axis=1)
         weight = tl.where((slot == k)[None, :], tl.max(share, axis=1)[:, None], weight)
         expert = tl.where((slot == k)[None, :] & there, best[:, None], expert)
         share = tl.where(at[None, :] == best[:, None], -1.0, share)
     if RENORMALIZE:
         weight = weight / tl.sum(weight, axis=1)[:, None]
+    weight = tl.where(broken, float("nan"), weight)
     pair = token[:, None] * TOP_K + slot[None, :]
     tl.store(weights + pair, weight, mask=there & (slot < TOP_K)[None, :])
     # Slots that no pair has stand behind all experts.

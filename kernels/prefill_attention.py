@@ -24,6 +24,9 @@ _NEVER = np.float32(-1e30)
 _DIRECT_STEP = 128
 """Rows that go to the library are a multiple of this: for every length, and number of sequences, cuDNN plans anew, and
 that takes the host tens of milliseconds."""
+_DIRECT_LEAST = 1024
+"""Shorter prompts stay with the kernel, which takes all of them in one launch."""
+_SPANS_AT_ONCE = 64
 _LOG2_E = 1.4426950408889634
 
 
@@ -53,13 +56,34 @@ class Span(NamedTuple):
     """Tokens in the cache, the new ones included."""
 
 
+class Spans(NamedTuple):
+    """All spans of a batch, as the host knows them and as a device does."""
+
+    each: Sequence[Span]
+    """In order; they do not overlap."""
+    table: Tensor
+    """[spans, 4] int64: first row, number of rows, tokens of the context, first entry in ``blocks``."""
+    blocks: Tensor
+    """[entries] int64: the block tables, one after another."""
+
+    @classmethod
+    def of(cls, each: Sequence[Span]) -> Spans:
+        """Spans whose block tables lie anywhere. Waits for the device."""
+        blocks = torch.cat([span.block_table for span in each])
+        rows, first = [], 0
+        for span in each:
+            rows.append([span.start, span.stop - span.start, span.context_len, first])
+            first += len(span.block_table)
+        return cls(each, torch.tensor(rows, device=blocks.device), blocks)
+
+
 def reference(
     q: Tensor,
     k: Tensor | None,
     v: Tensor | None,
     cache: Tensor,
     layer: int,
-    spans: Sequence[Span],
+    spans: Spans,
     scale: float,
     window: int,
     sinks: Tensor | None = None,
@@ -72,7 +96,7 @@ def reference(
         v: like ``k``, values.
         cache: [blocks, layers, 2, kv_heads, block_tokens, head_dim] of any dtype; heads are grouped over kv_heads.
         layer: which layer.
-        spans: rows of ``q``, in order; they do not overlap.
+        spans: rows of ``q``.
         scale: of the scores.
         window: tokens that a token sees, itself included; 0: all.
         sinks: [heads] logits beside those of the tokens, with no value of their own (Xiao et al. 2023,
@@ -84,7 +108,7 @@ def reference(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     heads, head_dim = q.shape[1:]
     kv_heads = cache.shape[3]
-    for start, stop, block_table, context_len in spans:
+    for start, stop, block_table, context_len in spans.each:
         mask = _causal_mask(stop - start, context_len, window, q.device)
         kv = cache[block_table, layer].permute(1, 2, 0, 3, 4).reshape(2, kv_heads, -1, head_dim)[:, :, :context_len]
         kv = kv.to(q.dtype)
@@ -113,7 +137,7 @@ def native(
     v: Tensor | None,
     cache: Tensor,
     layer: int,
-    spans: Sequence[Span],
+    spans: Spans,
     scale: float,
     window: int,
     sinks: Tensor | None = None,
@@ -123,7 +147,7 @@ def native(
     out = np.empty(q.shape, np.float32)
     queries, blocks = q.numpy(), cache.numpy()
     sink_array = np.empty(0, np.float32) if sinks is None else sinks.numpy()
-    for start, stop, block_table, context_len in spans:
+    for start, stop, block_table, context_len in spans.each:
         where = block_table.numpy(), context_len, scale, window, sink_array, out[start:stop]
         items = _num_items(stop - start, cache.shape[3])
         if num_threads() == 1:
@@ -140,7 +164,7 @@ def fused(
     v: Tensor,
     cache: Tensor,
     layer: int,
-    spans: Sequence[Span],
+    spans: Spans,
     scale: float,
     window: int,
     sinks: Tensor | None = None,
@@ -156,14 +180,15 @@ def fused(
     may take its plain implementation, which writes all scores to memory.
     """
     direct = sinks is None and _library_serves(q, k, v, cache)
-    runs, rest = plan(spans, window, _DIRECT_STEP if direct else 0)
-    if not rest and len(runs) == 1 and runs[0].sequences * runs[0].length == len(q):
+    runs, num_taken = plan(spans.each, window, _DIRECT_STEP if direct else 0, _DIRECT_LEAST)
+    rest = [span.stop - span.start - taken for span, taken in zip(spans.each, num_taken, strict=True)]
+    if not any(rest) and len(runs) == 1 and runs[0].sequences * runs[0].length == len(q):
         return _attend_directly(q, k, v, runs[0], scale)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     for run in runs:
         out[run.start : run.start + run.sequences * run.length] = _attend_directly(q, k, v, run, scale)
-    for span, done in rest:
-        _attend_paged(q, cache, layer, span, done, scale, window, sinks, out)
+    if any(rest):
+        _attend_paged(q, cache, layer, spans, rest, direct, scale, window, sinks, out)
     return out
 
 
@@ -194,31 +219,31 @@ class Run(NamedTuple):
     length: int
 
 
-def plan(spans: Sequence[Span], window: int, step: int) -> tuple[list[Run], list[tuple[Span, int]]]:
-    """Which rows the library takes. Pure.
+def plan(spans: Sequence[Span], window: int, step: int, least: int) -> tuple[list[Run], list[int]]:
+    """Which rows the library takes. Pure; the kernel finds out by the same rule which are left.
 
     Args:
         spans: of a batch.
         window: tokens that a token sees; 0: all.
         step: the library takes multiples of this; 0: nothing.
+        least: of spans with as many rows.
 
     Returns:
-        (what the library takes, the spans with rows left, and how many rows of each are taken).
+        (what the library takes, and how many of each span's first rows that are).
     """
     runs: list[Run] = []
-    rest: list[tuple[Span, int]] = []
+    taken: list[int] = []
     for span in spans:
         length = span.stop - span.start
-        fresh = step > 0 and length == span.context_len and (window == 0 or window >= length)
+        fresh = step > 0 and least <= length == span.context_len and (window == 0 or window >= length)
         whole = length - length % step if fresh else 0
         last = runs[-1] if runs else Run(0, 0, 0)
-        if whole == length and last.length == length and last.start + last.sequences * length == span.start:
+        if whole == length == last.length and last.start + last.sequences * length == span.start:
             runs[-1] = last._replace(sequences=last.sequences + 1)
         elif whole:
             runs.append(Run(span.start, 1, whole))
-        if whole < length:
-            rest.append((span, whole))
-    return runs, rest
+        taken.append(whole)
+    return runs, taken
 
 
 def _library_serves(q: Tensor, k: Tensor, v: Tensor, cache: Tensor) -> bool:
@@ -253,40 +278,73 @@ def _attend_paged(
     q: Tensor,
     cache: Tensor,
     layer: int,
-    span: Span,
-    done: int,
+    spans: Spans,
+    rest: Sequence[int],
+    direct: bool,
     scale: float,
     window: int,
     sinks: Tensor | None,
     out: Tensor,
 ) -> None:
-    """Write ``out`` for a span's rows from its ``done``-th on."""
+    """Write ``out`` for the last ``rest`` rows of each span."""
     heads, head_dim = q.shape[1:]
     kv_heads, block_tokens = cache.shape[3], cache.shape[4]
     group = heads // kv_heads
     tile = _TILE_OF_FLOAT32 if q.dtype == torch.float32 else _TILE if head_dim <= 128 else _TILE_OF_LARGE_HEADS
     rows = max(tile.rows, next_power_of_2(group))
-    tokens = span.stop - span.start - done
-    _paged_kernel[(kv_heads, -(-tokens // (rows // group)))](
-        q, cache[:, layer], span.block_table, q if sinks is None else sinks, out, span.start + done, tokens,
-        span.context_len, scale * _LOG2_E, window, q.stride(0), q.stride(1), cache.stride(0), *cache.stride()[2:5],
-        _LOG2_E, sinks is not None, window > 0, block_tokens, group, head_dim, max(16, next_power_of_2(head_dim)),
-        rows, tile.keys, num_warps=tile.warps, num_stages=tile.stages,
+    tile_tokens = rows // group
+    _paged_kernel[(kv_heads, sum(-(-tokens // tile_tokens) for tokens in rest))](
+        q, cache[:, layer], spans.table, spans.blocks, q if sinks is None else sinks, out, len(rest),
+        scale * _LOG2_E, window, q.stride(0), q.stride(1), cache.stride(0), *cache.stride()[2:5],
+        _LOG2_E, sinks is not None, window > 0, _DIRECT_STEP if direct else 0, _DIRECT_LEAST, block_tokens, group,
+        head_dim, max(16, next_power_of_2(head_dim)), rows, tile.keys, _SPANS_AT_ONCE, num_warps=tile.warps,
+        num_stages=tile.stages,
     )  # fmt: skip
 
 
-@kernel_varying("block_table", "start", "tokens", "context")
+@kernel
+def _left(first, tokens, context, window, STEP: tl.constexpr, LEAST: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Of a span: its first row, and number of rows, that `plan` leaves to the kernel."""
+    taken = tokens * 0
+    if STEP > 0:
+        fresh = (tokens >= LEAST) & (tokens == context) & ((window == 0) | (window >= tokens))
+        taken = tl.where(fresh, tokens - tokens % STEP, 0)
+    return first + taken, tokens - taken
+
+
+@kernel_varying("blocks", "num_spans")
 def _paged_kernel(  # type: ignore[no-untyped-def]
-    q, cache, block_table, sinks, out, start, tokens, context, scale, window, q_stride, q_head_stride, block_stride,
+    q, cache, table, blocks, sinks, out, num_spans, scale, window, q_stride, q_head_stride, block_stride,
     kv_stride, head_stride, token_stride, LOG2_E: tl.constexpr, SINKS: tl.constexpr, WINDOW: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
+    STEP: tl.constexpr, LEAST: tl.constexpr, BLOCK_TOKENS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
+    DIM: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SPANS: tl.constexpr,
 ):  # fmt: skip
-    """A key head and a tile of the span's tokens. ``scale`` counts in powers of two."""
+    """A key head and a tile of a span's tokens. ``scale`` counts in powers of two."""
     head = tl.program_id(0)
     tile_tokens: tl.constexpr = ROWS // GROUP
+    # Which span this tile is of: tiles are numbered through all of them.
+    tile = tl.program_id(1)
+    span = 0
+    before = 0
+    passed = 0
+    for base in range(0, num_spans, SPANS):
+        index = base + tl.arange(0, SPANS)
+        there = index < num_spans
+        tokens = tl.load(table + index * 4 + 1, mask=there, other=0).to(tl.int32)
+        context = tl.load(table + index * 4 + 2, mask=there, other=0).to(tl.int32)
+        _, left = _left(tokens, tokens, context, window, STEP, LEAST)
+        tiles = (left + tile_tokens - 1) // tile_tokens
+        ends = passed + tl.cumsum(tiles, axis=0)
+        over = there & (ends <= tile)
+        span += tl.sum(over.to(tl.int32), axis=0)
+        before = tl.maximum(before, tl.max(tl.where(over, ends, 0), axis=0))
+        passed += tl.sum(tiles, axis=0)
+    first_row, tokens = tl.load(table + span * 4).to(tl.int32), tl.load(table + span * 4 + 1).to(tl.int32)
+    context = tl.load(table + span * 4 + 2).to(tl.int32)
+    start, tokens = _left(first_row, tokens, context, window, STEP, LEAST)
+    block_table = blocks + tl.load(table + span * 4 + 3)
     # The last tiles are the longest: they go first.
-    first = (tl.num_programs(1) - 1 - tl.program_id(1)) * tile_tokens
+    first = ((tokens + tile_tokens - 1) // tile_tokens - 1 - (tile - before)) * tile_tokens
     row, dim = tl.arange(0, ROWS), tl.arange(0, DIM)
     token, member = first + row // GROUP, row % GROUP
     row_held = (row < tile_tokens * GROUP) & (token < tokens)

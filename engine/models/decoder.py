@@ -117,7 +117,7 @@ class Layer:
     def _attend(self, q: Tensor, k: Tensor | None, v: Tensor | None, batch: Batch, cache: Tensor, ops: Ops) -> Tensor:
         single = batch.num_single
         tables, lengths = batch.block_tables, batch.context_lens
-        if not batch.spans:
+        if batch.spans is None:
             return ops.decode_attention(q, cache, self.index, tables, lengths, self.scale, self.window)
         out = ops.prefill_attention(q, k, v, cache, self.index, batch.spans, self.scale, self.window)
         if single:
@@ -181,7 +181,7 @@ class Decoder:
         self._decode_layers = self._prepare()
 
     def _run_layers(self, x: Tensor, batch: Batch, cache: Tensor, done: Callable[[int], None]) -> tuple[Tensor, Tensor]:
-        if self._decode_layers and self.ops.decode_layers is not None and not batch.spans:
+        if self._decode_layers and self.ops.decode_layers is not None and batch.spans is None:
             rows = Rows(batch.positions, batch.slots, batch.block_tables, batch.context_lens)
             return self.ops.decode_layers(x, self._decode_layers, rows, cache, self._cos_sin, done)
         residual: Tensor | None = None

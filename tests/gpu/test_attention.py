@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from tandem.kernels import decode_attention, on_gpu, prefill_attention
-from tandem.kernels.prefill_attention import Run, Span, plan
+from tandem.kernels.prefill_attention import Run, Span, Spans, plan
 from torch.nn.attention import SDPBackend
 
 pytestmark = [
@@ -95,13 +95,13 @@ class Paged:
         cache[:, 1] = torch.where(seen[:, None, None, :, None], self.cache[:, 1].float(), torch.nan).to(cache.dtype)
         return cache
 
-    def spans(self, start: int) -> list[Span]:
+    def spans(self, start: int) -> Spans:
         """Of a batch whose first ``start`` rows are others'."""
         spans = []
         for (new, context), table in zip(self.sizes, self.tables, strict=True):
             spans.append(Span(start, start + new, table, context))
             start += new
-        return spans
+        return Spans.of(spans)
 
 
 def projected(rng: torch.Generator, tokens: int, shape: tuple[int, ...], dtype: torch.dtype) -> list[torch.Tensor]:
@@ -172,14 +172,19 @@ def test_prefill_attention(
     ids=str,
 )
 def test_the_library_and_the_kernel_agree(
-    rng: torch.Generator, shape: tuple[int, ...], sizes: list[tuple[int, int]], dtype: torch.dtype
+    rng: torch.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+    shape: tuple[int, ...],
+    sizes: list[tuple[int, int]],
+    dtype: torch.dtype,
 ) -> None:
+    monkeypatch.setattr(prefill_attention, "_DIRECT_LEAST", 128)
     head_dim = shape[2]
     paged = Paged(rng, sizes, shape, dtype)
     first = 8 if len(sizes) > 1 else 0
     spans = paged.spans(first)
-    q, k, v = projected(rng, spans[-1].stop, shape, dtype)
-    for start, stop, table, context in spans:
+    q, k, v = projected(rng, spans.each[-1].stop, shape, dtype)
+    for start, stop, table, context in spans.each:
         paged.write(table, context - (stop - start), torch.stack((k[start:stop], v[start:stop])))
     want = prefill_attention.reference(q, None, None, paged.cache, 1, spans, head_dim**-0.5, 0)
     got = prefill_attention.fused(q, k, v, paged.poisoned(0), 1, spans, head_dim**-0.5, 0)
@@ -190,18 +195,20 @@ def test_the_library_and_the_kernel_agree(
     close(other[first:], want[first:])
 
 
-def test_whole_contexts_do_not_touch_the_cache(rng: torch.Generator) -> None:
+def test_whole_contexts_do_not_touch_the_cache(rng: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefill_attention, "_DIRECT_LEAST", 128)
     shape, dtype = (4, 2, 16, 16), torch.float16
     paged = Paged(rng, [(128, 128), (128, 128), (256, 256)], shape, dtype)
     q, k, v = projected(rng, 512, shape, dtype)
-    for start, stop, table, _ in paged.spans(0):
+    for start, stop, table, _ in paged.spans(0).each:
         paged.write(table, 0, torch.stack((k[start:stop], v[start:stop])))
     want = prefill_attention.reference(q, None, None, paged.cache, 1, paged.spans(0), 0.25, 256)
     poison = torch.full_like(paged.cache, torch.nan)
     close(prefill_attention.fused(q, k, v, poison, 1, paged.spans(0), 0.25, 256), want)
 
 
-def test_keys_that_are_not_aligned_stay_with_the_kernel(rng: torch.Generator) -> None:
+def test_keys_that_are_not_aligned_stay_with_the_kernel(rng: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefill_attention, "_DIRECT_LEAST", 128)
     shape, dtype = (2, 2, 8, 16), torch.float16
     paged = Paged(rng, [(128, 128)], shape, dtype)
     q = random(rng, 128, 2 * 8 + 1, dtype=dtype)[:, 1:].unflatten(1, (2, 8))
@@ -235,16 +242,27 @@ def test_the_plan() -> None:
 
     # Equal neighbours are one call; a remainder, a chunk and a short prompt are not the library's.
     several = spans((8, 8), (8, 8), (4, 4), (9, 9), (8, 12), (3, 3), (8, 8))
-    runs, rest = plan(several, 0, 4)
+    runs, taken = plan(several, 0, 4, 4)
     assert runs == [Run(10, 2, 8), Run(26, 1, 4), Run(30, 1, 8), Run(50, 1, 8)]
-    assert rest == [(several[3], 8), (several[4], 0), (several[5], 0)]
+    assert taken == [8, 8, 4, 8, 0, 0, 8]
+    assert plan(several, 0, 4, 8) == ([Run(10, 2, 8), Run(30, 1, 8), Run(50, 1, 8)], [8, 8, 0, 8, 0, 0, 8])
     # Unequal remainders keep neighbours apart.
-    runs, _ = plan(spans((9, 9), (9, 9)), 0, 4)
-    assert runs == [Run(10, 1, 8), Run(19, 1, 8)]
+    assert plan(spans((9, 9), (9, 9)), 0, 4, 4)[0] == [Run(10, 1, 8), Run(19, 1, 8)]
     # A window that covers a context changes nothing.
-    assert plan(several, 9, 4)[0] == plan(several, 0, 4)[0]
-    assert plan(several, 7, 4)[0] == [Run(26, 1, 4)]
-    assert plan(several, 0, 0) == ([], [(span, 0) for span in several])
+    assert plan(several, 9, 4, 4) == plan(several, 0, 4, 4)
+    assert plan(several, 7, 4, 4)[0] == [Run(26, 1, 4)]
+    assert plan(several, 0, 0, 4) == ([], [0] * 7)
+
+
+def test_more_prompts_than_are_looked_at_at_once(rng: torch.Generator) -> None:
+    """A tile finds its prompt among many, also where the library leaves nothing of some."""
+    shape, dtype = (2, 1, 8, 8), torch.float16
+    sizes = [(1 + 7 * i % 40, 1 + 7 * i % 40 + (i % 3) * 5) for i in range(150)]
+    paged = Paged(rng, sizes, shape, dtype)
+    q, k, _ = projected(rng, sum(new for new, _ in sizes), shape, dtype)
+    nothing = torch.full_like(k, torch.nan)
+    want = prefill_attention.reference(q, None, None, paged.cache, 1, paged.spans(0), 0.3, 0)
+    close(prefill_attention.fused(q, nothing, nothing, paged.poisoned(0), 1, paged.spans(0), 0.3, 0), want)
 
 
 @pytest.mark.skipif(

@@ -22,7 +22,7 @@ from tandem.kernels import (
 )
 from tandem.kernels.compiled import num_threads, set_num_threads
 from tandem.kernels.exponential import exp_inplace
-from tandem.kernels.prefill_attention import Span
+from tandem.kernels.prefill_attention import Span, Spans
 from tandem.kernels.sampling import INVALID, SamplingRows
 
 
@@ -159,8 +159,8 @@ def test_prefill_attention(
     ]
     q = torch.randn(ends[-1], heads, head_dim, generator=rng)
     sinks = 3 * torch.randn(heads, generator=rng) if sink else None
-    want = prefill_attention.reference(q, None, None, cache, 1, spans, head_dim**-0.5, window, sinks)
-    got = prefill_attention.native(q, None, None, cache, 1, spans, head_dim**-0.5, window, sinks)
+    want = prefill_attention.reference(q, None, None, cache, 1, Spans.of(spans), head_dim**-0.5, window, sinks)
+    got = prefill_attention.native(q, None, None, cache, 1, Spans.of(spans), head_dim**-0.5, window, sinks)
     close(got[3:], want[3:])
 
 
@@ -170,7 +170,9 @@ def test_both_attentions_agree(rng: torch.Generator) -> None:
     q, sinks = torch.randn(1, 4, 8, generator=rng), torch.randn(4, generator=rng)
     for window in (0, 20):
         one = decode_attention.native(q, cache, 0, table.unsqueeze(0), torch.tensor([140]), 0.3, window, sinks)
-        several = prefill_attention.native(q, None, None, cache, 0, [Span(0, 1, table, 140)], 0.3, window, sinks)
+        several = prefill_attention.native(
+            q, None, None, cache, 0, Spans.of([Span(0, 1, table, 140)]), 0.3, window, sinks
+        )
         close(several, one)
 
 
@@ -187,8 +189,8 @@ def test_fp8_kv_is_the_nearest_number(rng: torch.Generator) -> None:
         assert ((kept - limited).abs() <= limited.abs() / 16 + 2**-10).all()
     assert held.abs().max() == 448
     arguments = 0.01, 0
-    want = prefill_attention.reference(q, k, v, cache.float(), 0, [Span(0, 20, table, 20)], *arguments)
-    close(prefill_attention.reference(q, k, v, cache, 0, [Span(0, 20, table, 20)], *arguments), want)
+    want = prefill_attention.reference(q, k, v, cache.float(), 0, Spans.of([Span(0, 20, table, 20)]), *arguments)
+    close(prefill_attention.reference(q, k, v, cache, 0, Spans.of([Span(0, 20, table, 20)]), *arguments), want)
     last = decode_attention.reference(q[-1:], cache, 0, table.unsqueeze(0), torch.tensor([20]), *arguments)
     close(last, want[-1:])
 
