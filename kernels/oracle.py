@@ -113,7 +113,7 @@ class Choice(NamedTuple):
 
     backend: str
     serves: str
-    """By what, and where in parts: "up to 32 rows: Triton; more: cuBLAS"."""
+    """By what, and where in parts: "up to 64 rows: Triton; more: cuBLAS"."""
     rejected: tuple[tuple[str, str], ...]
     """Backends that come before, each with the reason why it does not."""
 

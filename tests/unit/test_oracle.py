@@ -103,7 +103,7 @@ def test_what_serves_in_parts() -> None:
     assert choose(mixture, H100)["linear"].serves == f"up to {rows} rows: Triton; more: cuBLAS"
     assert choose(mixture, H100)["moe"].serves.startswith(f"up to {tokens} tokens: Triton, pair by pair")
     assert choose(mixture._replace(num_experts=512), H100)["moe"].serves.startswith("no token")
-    assert choose(FLOAT, H100)["linear"].serves.startswith("up to 1 row:")
+    assert choose(FLOAT, H100)["linear"].serves.startswith("up to 2 rows:")
     assert moe_few.serves(tokens, 128, 8)
     assert not moe_few.serves(tokens + 1, 128, 8)
 
