@@ -26,8 +26,9 @@ from ..core.messages import Child, Generate, Message, Refused, Sampling, Stoppin
 from ..core.metrics import WorkerMetrics
 from ..decode.worker import DecodeWorker
 from ..engine.batch import Work
-from ..engine.build import build_engine, warm_up
+from ..engine.build import warm_up
 from ..engine.engine import Engine
+from ..engine.ranks import build_on_ranks
 from ..engine.sequence import Sequence
 from ..kv_transfer.connector import Connector
 from . import floor
@@ -83,8 +84,11 @@ def records(config: Config, profiles: Path | None = None) -> Iterator[dict[str, 
         machine["device"] = torch.cuda.get_device_name(device)
     yield {"bench": "engine", "config": config.model_dump(mode="json"), "machine": machine}
     bench = EngineBench(config, pool, device)
-    yield bench.started
-    yield from bench.run(ROWS, profiles)
+    try:
+        yield bench.started
+        yield from bench.run(ROWS, profiles)
+    finally:
+        bench.close()
 
 
 class EngineBench:
@@ -101,7 +105,8 @@ class EngineBench:
         self._pool = pool
         self._device = device
         start_s = time.perf_counter()
-        built = build_engine(config, pool.max_running, device, lambda *_: None, pool.max_batched_tokens)
+        threads = pool.threads or psutil.cpu_count() or 1
+        built, self._ranks = build_on_ranks(config, pool, threads, lambda *_: None)
         built_s = time.perf_counter()
         warm_up(built.engine, pool.max_batched_tokens, lambda *_: None)
         self._engine: Engine = built.engine
@@ -119,6 +124,11 @@ class EngineBench:
         }
         if device.type == "cuda":
             self.started["free_mib"] = torch.cuda.mem_get_info(device)[0] >> 20
+
+    def close(self) -> None:
+        """End the other ranks, if there are any."""
+        if self._ranks is not None:
+            self._ranks.close()
 
     def run(self, rows: list[Row], profiles: Path | None) -> Iterator[dict[str, Any]]:
         """Measure; one record a row. Blocks."""

@@ -14,7 +14,6 @@ import threading
 from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
 from prometheus_client import CollectorRegistry
 
 from ..core.clock import SystemClock
@@ -26,9 +25,9 @@ from ..core.messages import Member, Membership, Message, Report, Scrape, Scraped
 from ..core.metrics import WorkerMetrics, render
 from ..core.wire import ClusterKeys, SecureContext
 from ..decode.worker import DecodeWorker
-from ..engine.build import Built, build_engine, use_threads, warm_up
+from ..engine.build import use_threads, warm_up
 from ..engine.engine import Engine
-from ..engine.ranks import Ranks, device_of
+from ..engine.ranks import Ranks, build_on_ranks
 from ..kv_transfer.connector import Connector
 from ..kv_transfer.layout import layer_groups
 from ..kv_transfer.transports import Transport
@@ -178,7 +177,11 @@ class WorkerRuntime:
         assert pool is not None
         self._progress("reading the model")
         threads = pool.threads or os.cpu_count() or 1
-        built = self._build_engine(pool, threads)
+        built, self._ranks = build_on_ranks(
+            self._config, pool, threads, lambda what, done: self._progress(f"{what} {done:.0%}")
+        )
+        if self._ranks is not None:
+            self._ranks.watch(self._rank_lost)
         use_threads(built.engine, threads)
         warm_up(built.engine, pool.max_batched_tokens, lambda what, done: self._progress(f"{what} {done:.0%}"))
         self._engine = built.engine
@@ -222,30 +225,6 @@ class WorkerRuntime:
         self._mesh.start()
         self._progress("ready")
         logger.info("ready at %s", self._mesh.endpoint)
-
-    def _build_engine(self, pool: PrefillPool | DecodePool | ColocatedPool, threads: int) -> Built:
-        kind = "cuda" if pool.gpus_per_replica else "cpu"
-        size = pool.tensor_parallel
-
-        def progress(what: str, done: float) -> None:
-            self._progress(f"{what} {done:.0%}")
-
-        if size == 1:
-            device = torch.device(kind)
-            return build_engine(self._config, pool.max_running, device, progress, pool.max_batched_tokens)
-        ranks = self._ranks = Ranks(self._config, size, kind, pool.max_running, pool.max_batched_tokens, threads)
-        built = build_engine(
-            self._config,
-            pool.max_running,
-            device_of(kind, 0),
-            progress,
-            pool.max_batched_tokens,
-            group=ranks.join(),
-            agree=ranks.agree,
-        )
-        built.engine.runner.ranks = ranks
-        ranks.watch(self._rank_lost)
-        return built
 
     def _end_ranks(self) -> None:
         if self._ranks is not None:

@@ -178,7 +178,7 @@ def warm_up(engine: Engine, max_batched_tokens: int, progress: Progress) -> None
                 other.tokens.append(0)
         progress("warm-up (the first compiles kernels)", (done + 1) / len(lengths))
     for sequence in batch:
-        engine.pool.release(sequence.drop_blocks())
+        engine.discard(sequence)
     model, local = engine.model, engine.model.local
     if model.ops.prefill_attention is FUSED.prefill_attention and engine.cache.tensor.dtype == model.dtype:
         progress("attention plans", 0.0)

@@ -17,11 +17,52 @@ from pathlib import Path
 
 import torch
 
-from ..core.config import Config
+from ..core.config import ColocatedPool, Config, DecodePool, PrefillPool
 from ..core.errors import ConfigError
 from .batch import StepInput
+from .build import Built as BuiltEngine
+from .build import Progress, build_engine
 from .rank_wire import Built, Capture, CopyBlock, Message, Task, encode, encode_step, receive, send
 from .tensor_parallel import TorchGroup
+
+
+def build_on_ranks(
+    config: Config,
+    pool: PrefillPool | DecodePool | ColocatedPool,
+    threads: int,
+    progress: Progress,
+) -> tuple[BuiltEngine, Ranks | None]:
+    """An engine for a pool's worker, and the other ranks if its model is shared. Blocks as `build_engine`.
+
+    Args:
+        config: the cluster's.
+        pool: says on what, on how many, and how much at a time.
+        threads: of the CPU, for each rank.
+        progress: told what happens.
+
+    Raises:
+        ConfigError: as `build_engine`; the other ranks have ended then.
+        WorkerError: a rank did not come.
+    """
+    kind = "cuda" if pool.gpus_per_replica else "cpu"
+    if pool.tensor_parallel == 1:
+        return build_engine(config, pool.max_running, torch.device(kind), progress, pool.max_batched_tokens), None
+    ranks = Ranks(config, pool.tensor_parallel, kind, pool.max_running, pool.max_batched_tokens, threads)
+    try:
+        built = build_engine(
+            config,
+            pool.max_running,
+            device_of(kind, 0),
+            progress,
+            pool.max_batched_tokens,
+            group=ranks.join(),
+            agree=ranks.agree,
+        )
+    except BaseException:
+        ranks.close()
+        raise
+    built.engine.runner.ranks = ranks
+    return built, ranks
 
 
 def device_of(kind: str, rank: int) -> torch.device:

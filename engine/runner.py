@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Several
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,10 +16,12 @@ from .batch import Batch, StepInput
 from .graphs import DecodeGraphs
 from .models.decoder import Decoder
 from .penalty_counts import PenaltyCounts
-from .ranks import Ranks
 from .row_state import RowState
 from .sampler import LogprobsOnTheWay, draw, prompt_logprobs
 from .upload import download, upload
+
+if TYPE_CHECKING:
+    from .ranks import Ranks
 
 _TABLE_ENTRIES: tuple[str, str] = "table_places", "table_blocks"
 

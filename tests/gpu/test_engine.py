@@ -1,19 +1,28 @@
-"""The engine on a GPU: equal to transformers, with CUDA graphs and without, in any batch."""
+"""The engine on a GPU: equal to transformers, with CUDA graphs and without, in any batch; and what it says when memory
+lacks, or numbers do."""
 
 from __future__ import annotations
 
+import json
+import random
 from pathlib import Path
 
 import pytest
 import torch
+from prometheus_client import CollectorRegistry
 from support.checkpoints import FAMILIES, greedy, make_checkpoint
-from tandem.core.config import Config
+from tandem.core.clock import SystemClock
+from tandem.core.config import ColocatedPool, Config
+from tandem.core.errors import ConfigError
 from tandem.core.hashing import root_hash
-from tandem.core.messages import Child, Sampling
+from tandem.core.messages import Abort, Child, Generate, Message, Refused, Sampling, Stopping, Update
+from tandem.core.metrics import WorkerMetrics
+from tandem.decode.worker import DecodeWorker
 from tandem.engine.batch import Work
 from tandem.engine.build import build_engine
 from tandem.engine.engine import Engine
 from tandem.engine.sequence import Sequence
+from tandem.kv_transfer.connector import Connector
 
 pytestmark = [
     pytest.mark.gpu,
@@ -46,7 +55,7 @@ def generate(engine: Engine, prompts: list[list[int]], count: int, chunk: int = 
                 assert outcome.samples[0] is not None
                 outcome.sequence.tokens.append(outcome.samples[0].token)
     for sequence in sequences:
-        engine.pool.release(sequence.drop_blocks())
+        engine.discard(sequence)
     return [sequence.tokens[sequence.num_prompt_tokens :] for sequence in sequences]
 
 
@@ -90,3 +99,107 @@ def test_half_precision_stays_close(dtype: str, kv_dtype: str, chunk: int, tmp_p
     generate(engine, [prompt], 1, chunk)
     error = (seen[-1][-1] - want).norm() / want.norm()
     assert error < 0.1, error
+
+
+def test_what_does_not_fit_says_what_would(tmp_path: Path) -> None:
+    make_checkpoint("qwen3", tmp_path)
+    config = Config.model_validate({"model": {"path": str(tmp_path)}, "kv": {"capacity": "4000GiB"}})
+    with pytest.raises(
+        ConfigError, match=r"out of device memory: of .* GiB, .* weights take .* 1,000 tokens"
+    ) as caught:
+        build_engine(config, 16, torch.device("cuda"), lambda *_: None)
+    assert "the largest steps and their graphs" in caught.value.message
+    assert "kv.capacity" in caught.value.fix
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
+def test_a_sequence_without_numbers_fails_alone(family: str, tmp_path: Path) -> None:
+    make_checkpoint(family, tmp_path)
+    engine = engine_of(tmp_path)
+    good = [[(5 * i + j) % 100 for j in range(20 + i)] for i in range(6)]
+    want = generate(engine, good, 20)
+    engine.model.embedding[130] = float("nan")
+    prompts = [*good[:3], [130] * 9, *good[3:]]
+    sequences = [
+        Sequence(f"r{i}", prompt, len(prompt), [Child(0, i)], Sampling(), root_hash("gpu"))
+        for i, prompt in enumerate(prompts)
+    ]
+    for sequence in sequences:
+        assert engine.reserve(sequence, sequence.num_tokens + 20)
+    running = list(sequences)
+    while running:
+        for outcome in engine.step([Work(s, s.num_tokens - s.num_computed) for s in running]):
+            assert outcome.samples is not None
+            if outcome.samples[0] is None:
+                assert outcome.sequence is sequences[3]
+                engine.discard(outcome.sequence)
+                running.remove(outcome.sequence)
+            else:
+                outcome.sequence.tokens.append(outcome.samples[0].token)
+        running = [s for s in running if s.num_output_tokens < 20]
+    assert sequences[3].num_output_tokens == 0
+    assert [s.tokens[s.num_prompt_tokens :] for s in sequences if s is not sequences[3]] == want
+
+
+def test_ten_thousand_requests_fit_into_the_memory_that_was_planned(tmp_path: Path) -> None:
+    """All of the GPU's memory is taken at the start; requests of every kind, at full load, some of them aborted, end
+    without a lack of memory."""
+    (tmp_path / "config.json").write_text(json.dumps(SMALL))
+    pool = ColocatedPool(max_running=256, max_batched_tokens=4096, gpus_per_replica=1)
+    config = Config.model_validate(
+        {"model": {"path": str(tmp_path), "load": "dummy", "max_model_len": 40000}, "pools": {"colocated": pool}}
+    )
+    built = build_engine(config, 256, torch.device("cuda"), lambda *_: None, 4096)
+    engine, cache = built.engine, built.engine.cache
+    free, total = torch.cuda.mem_get_info()
+    print(f"{engine.pool.num_blocks} blocks; {free / 2**20:.0f} MiB of {total / 2**30:.0f} GiB are free")
+    ended: set[int] = set()
+
+    def send(_: str, message: Message) -> None:
+        if isinstance(message, Refused):
+            raise AssertionError(message.message)
+        if isinstance(message, Update):
+            ended.update(child.ticket for child in message.children if child.finish is not None)
+
+    metrics, clock = WorkerMetrics(CollectorRegistry()), SystemClock()
+    connector = Connector(
+        "colocated-0#1", built.fingerprint, cache.layout, engine.runner.layer_groups, cache.blocks,
+        cache.generations_buffer, {}, "auto", 30, clock, metrics,
+    )  # fmt: skip
+    worker = DecodeWorker(engine, connector, pool, config, built.fingerprint, built.max_model_len, clock, metrics, send)
+    rng = random.Random(1)
+    kinds = [
+        Sampling(),
+        Sampling(temperature=0.8, top_p=0.9),
+        Sampling(temperature=1.0, top_k=40, presence_penalty=0.5, logprobs=5),
+        Sampling(temperature=0.7, logit_bias={5: 1.0}, min_p=0.05),
+    ]
+    aborted = set()
+    for ticket in range(10_000):
+        length = 20_000 if ticket % 500 == 0 else rng.randrange(1, 600)
+        prompt = [rng.randrange(1000) for _ in range(length)]
+        children = [Child(index, rng.randrange(1 << 60)) for index in range(rng.choice((1, 1, 1, 3)))]
+        stopping = Stopping(rng.randrange(1, 40))
+        wanted = 2 if ticket % 50 == 0 and length < 600 else -1
+        request = Generate(ticket, f"r{ticket}", prompt, length, children, rng.choice(kinds), stopping, wanted)
+        worker.handle("gateway-0#1", request)
+        if ticket % 97 == 0:
+            aborted.add(ticket - 3)
+            worker.handle("gateway-0#1", Abort([ticket - 3]) if ticket > 3 else Abort([]))
+        if ticket % 4 == 0:
+            worker.step()
+    while worker.step():
+        pass
+    assert set(range(10_000)) - ended <= aborted
+    assert worker.drained()
+    engine.pool.check()
+    assert engine.pool.num_free == engine.pool.num_blocks
+    least = torch.cuda.mem_get_info()[0]
+    print(f"{least / 2**20:.0f} MiB are free at the end; {metrics.preemptions._value.get():.0f} preemptions")
+
+
+SMALL = {
+    "architectures": ["Qwen3ForCausalLM"], "vocab_size": 151936, "hidden_size": 512, "intermediate_size": 1536,
+    "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64, "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 40960, "rope_theta": 1e6, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
+}  # fmt: skip
