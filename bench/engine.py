@@ -134,7 +134,7 @@ class EngineBench:
         """Measure; one record a row. Blocks."""
         self._generate(2, 64, 8)
         model = self._engine.model
-        ceilings = floor.measure(self._device, model.dtype)
+        ceilings = floor.measure(self._device, model.dtype).of(self._pool.tensor_parallel)
         yield {
             "copy_gb_per_s": round(ceilings.bytes_per_s / 1e9),
             "product_tflop_per_s": round(ceilings.flops / 1e12, 1),

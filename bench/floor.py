@@ -22,6 +22,10 @@ class Ceilings(NamedTuple):
     flops: float
     """Of a product of two matrices of 8192 × 8192."""
 
+    def of(self, count: int) -> Ceilings:
+        """What ``count`` such devices do together."""
+        return Ceilings(count * self.bytes_per_s, count * self.flops)
+
 
 def measure(device: torch.device, dtype: torch.dtype) -> Ceilings:
     """See what a device can do. Blocks for about a second; the CPU gets smaller tasks."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .compiled import compiled, compiled_parallel, num_threads, prange
 from .exponential import exp_inplace
-from .on_gpu import kernel_varying, next_power_of_2, num_processors, tl
+from .on_gpu import follow, follows, kernel_varying, next_power_of_2, num_processors, tl
 
 _KEY_TILE = 64
 _MIN_SPLIT_TOKENS = 128
@@ -118,10 +118,12 @@ def fused(
         q, cache[:, layer], block_tables, context_lens, q if sinks is None else sinks, parts, sums, scale, window,
         q.stride(0), q.stride(1), block_tables.stride(0), cache.stride(0), *cache.stride()[2:5], splits,
         sinks is not None, block_tokens, heads // kv_heads, head_dim, dim_block,
-        max(16, next_power_of_2(heads // kv_heads)), _KEY_TILE, num_warps=4, num_stages=3,
+        max(16, next_power_of_2(heads // kv_heads)), _KEY_TILE, num_warps=4, num_stages=3, **follows(q.device),
     )  # fmt: skip
     if splits > 1:
-        _combine_kernel[(sequences, heads)](parts, sums, out, splits, head_dim, next_power_of_2(splits), dim_block)
+        _combine_kernel[(sequences, heads)](
+            parts, sums, out, splits, head_dim, next_power_of_2(splits), dim_block, **follows(q.device)
+        )
     return out
 
 
@@ -130,8 +132,9 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     q, cache, block_tables, context_lens, sinks, parts, sums, scale, window, q_stride, q_head_stride,
     table_stride, block_stride, kv_stride, head_stride, token_stride, splits, SINKS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
-    TILE: tl.constexpr,
+    TILE: tl.constexpr, FOLLOW: tl.constexpr,
 ):  # fmt: skip
+    follow(FOLLOW)
     head = tl.program_id(0)
     sequence = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
@@ -183,8 +186,9 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
 
 @kernel_varying("splits")
 def _combine_kernel(  # type: ignore[no-untyped-def]
-    parts, sums, out, splits, HEAD_DIM: tl.constexpr, SPLITS: tl.constexpr, DIM: tl.constexpr
+    parts, sums, out, splits, HEAD_DIM: tl.constexpr, SPLITS: tl.constexpr, DIM: tl.constexpr, FOLLOW: tl.constexpr
 ):
+    follow(FOLLOW)
     row = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     split, dim = tl.arange(0, SPLITS), tl.arange(0, DIM)
     there = split < splits

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import linear
-from .on_gpu import kernel, next_power_of_2, tl
+from .on_gpu import follow, follows, kernel, next_power_of_2, tl
 from .small_linear import row_products, silu_pairs, step_depth, weight_rows
 
 
@@ -95,12 +95,12 @@ def fused(
         x, logits, gate_up, activated, chosen, weights, experts, hidden, inner, x.stride(0), gate_up.stride(0),
         next_power_of_2(experts), top_k, renormalize, hidden % depth == 0, plan.rows, plan.groups, depth,
         plan.stages,
-        num_warps=plan.warps,
+        num_warps=plan.warps, **follows(x.device),
     )  # fmt: skip
     depth = step_depth(inner, plan.down_depth)
     _down_kernel[(tokens, -(-hidden // plan.down_columns))](
         activated, down, chosen, weights, out, hidden, inner, down.stride(0), top_k, slots, inner % depth == 0,
-        plan.down_columns, depth, plan.down_stages, num_warps=plan.down_warps,
+        plan.down_columns, depth, plan.down_stages, num_warps=plan.down_warps, **follows(x.device),
     )  # fmt: skip
     return out
 
@@ -135,8 +135,9 @@ def _choose(  # type: ignore[no-untyped-def]
 def _gate_up_kernel(  # type: ignore[no-untyped-def]
     x, logits, gate_up, activated, chosen, weights, experts, hidden, inner, x_stride, expert_stride,
     EXPERTS: tl.constexpr, TOP_K: tl.constexpr, RENORMALIZE: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr,
-    GROUPS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
+    GROUPS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr, FOLLOW: tl.constexpr,
 ):  # fmt: skip
+    follow(FOLLOW)
     pair = tl.program_id(0)
     token = (pair // TOP_K).to(tl.int64)
     expert, weight = _choose(logits + token * experts, pair % TOP_K, experts, EXPERTS, TOP_K, RENORMALIZE)
@@ -156,9 +157,10 @@ def _gate_up_kernel(  # type: ignore[no-untyped-def]
 @kernel
 def _down_kernel(  # type: ignore[no-untyped-def]
     activated, down, chosen, weights, out, hidden, inner, expert_stride, TOP_K: tl.constexpr, SLOTS: tl.constexpr,
-    EVEN: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
+    EVEN: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr, FOLLOW: tl.constexpr,
 ):  # fmt: skip
     """One token and some outputs: each row of the tile is one output of one choice."""
+    follow(FOLLOW)
     token = tl.program_id(0)
     at, depth = tl.arange(0, SLOTS * COLUMNS), tl.arange(0, DEPTH)
     column = tl.program_id(1) * COLUMNS + at % COLUMNS

@@ -35,6 +35,24 @@ def kernel_varying(*arguments: str) -> Callable[[Callable[..., Any]], Any]:
     return lambda function: triton.jit(function, do_not_specialize=list(arguments)) if AVAILABLE else function
 
 
+@kernel
+def follow(FOLLOW: tl.constexpr):  # type: ignore[no-untyped-def]
+    """First of all in a kernel that is launched with `follows`: let the next one's programs come, and wait for all that
+    the kernels before have written. So a program is there, and has computed its addresses, when the last of the kernel
+    before ends (programmatic dependent launch, CUDA C++ Programming Guide 4.5)."""
+    if FOLLOW:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+
+
+@functools.cache
+def follows(device: torch.device) -> dict[str, bool]:
+    """Options to launch a kernel with that begins with `follow`: on Hopper and later its programs need not wait for the
+    end of the kernel before to start."""
+    ready = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    return {"FOLLOW": ready, "launch_pdl": ready}
+
+
 def next_power_of_2(n: int) -> int:
     """The smallest power of two that is at least ``n``: the sizes that Triton's blocks have."""
     return 1 << max(n - 1, 0).bit_length()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .compiled import compiled
-from .on_gpu import kernel, next_power_of_2, tl
+from .on_gpu import follow, follows, kernel, next_power_of_2, tl
 
 
 def reference(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -49,15 +49,17 @@ def fused(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tup
         block = next_power_of_2(hidden)
         _norm_kernel[(tokens,)](
             x, total, weight, out, hidden, x.stride(0), total.stride(0), eps, residual is not None, block,
-            num_warps=max(1, min(8, block // 512)),
+            num_warps=max(1, min(8, block // 512)), **follows(x.device),
         )  # fmt: skip
     return out, total
 
 
 @kernel
 def _norm_kernel(  # type: ignore[no-untyped-def]
-    x, total, weight, out, hidden, x_stride, total_stride, eps, ADD: tl.constexpr, BLOCK: tl.constexpr
-):
+    x, total, weight, out, hidden, x_stride, total_stride, eps, ADD: tl.constexpr, BLOCK: tl.constexpr,
+    FOLLOW: tl.constexpr,
+):  # fmt: skip
+    follow(FOLLOW)
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < hidden

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .compiled import compiled, compiled_parallel, num_threads, prange
-from .on_gpu import kernel, next_power_of_2, tl
+from .on_gpu import follow, follows, kernel, next_power_of_2, tl
 
 _MIN_PARALLEL_ROWS = 64
 _FP8_LIMIT = 448.0
@@ -120,7 +120,7 @@ def fused(
             qkv, norm.query if norm else qkv, norm.key if norm else qkv, cos_sin, positions, slots,
             cache[:, layer], heads, kv_heads, block_tokens, qkv.stride(0), cache.stride(0), *cache.stride()[2:5],
             norm.eps if norm else 0.0, norm is not None, _FP8_LIMIT, rows, head_dim,
-            next_power_of_2(head_dim // 2), num_warps=4,
+            next_power_of_2(head_dim // 2), num_warps=4, **follows(qkv.device),
         )  # fmt: skip
     q, k, v = qkv.unflatten(1, (-1, head_dim)).split([heads, kv_heads, kv_heads], dim=1)
     return q, k, v
@@ -131,8 +131,9 @@ def _rotary_kernel(  # type: ignore[no-untyped-def]
     qkv, q_weight, k_weight, cos_sin, positions, slots, cache,
     heads, kv_heads, block_tokens, qkv_stride, block_stride, kv_stride, head_stride, token_stride,
     eps, NORM: tl.constexpr, FP8_LIMIT: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr,
-    HALF_BLOCK: tl.constexpr,
+    HALF_BLOCK: tl.constexpr, FOLLOW: tl.constexpr,
 ):  # fmt: skip
+    follow(FOLLOW)
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     half: tl.constexpr = HEAD_DIM // 2

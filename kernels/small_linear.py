@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .on_gpu import kernel, kernel_varying, next_power_of_2, shared_memory_bytes, tl
+from .on_gpu import follow, follows, kernel, kernel_varying, next_power_of_2, shared_memory_bytes, tl
 
 
 class Gemv(NamedTuple):
@@ -150,7 +150,7 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, plan: Gemv | Tile, 
     if isinstance(plan, Gemv):
         _gemv_kernel[(blocks, -(-tokens // plan.tokens))](
             x, weight, biased[1], out, tokens, outputs, inputs, x.stride(0), weight.stride(0), biased[0], gated, even,
-            plan.tokens, rows, depth, plan.stages, num_warps=plan.warps,
+            plan.tokens, rows, depth, plan.stages, num_warps=plan.warps, **follows(x.device),
         )  # fmt: skip
         return out
     padded = max(16, next_power_of_2(tokens))
@@ -160,12 +160,12 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, plan: Gemv | Tile, 
     _tile_kernel[(blocks, splits)](
         x, weight, biased[1], target, tokens, outputs, inputs, x.stride(0), weight.stride(0), splits, splits > 1,
         biased[0], gated, even, padded, rows, depth, plan.weight_first, num_warps=plan.warps,
-        num_stages=max(1, min(plan.stages, room)),
+        num_stages=max(1, min(plan.stages, room)), **follows(x.device),
     )  # fmt: skip
     if splits > 1:
         _sum_kernel[(blocks, tokens)](
             target, biased[1], out, tokens, outputs, splits, biased[0], gated, next_power_of_2(splits), rows,
-            num_warps=1,
+            num_warps=1, **follows(x.device),
         )  # fmt: skip
     return out
 
@@ -247,7 +247,9 @@ def _store(  # type: ignore[no-untyped-def]
 def _gemv_kernel(  # type: ignore[no-untyped-def]
     x, weight, bias, out, tokens, outputs, inputs, x_stride, weight_stride, BIAS: tl.constexpr, GATED: tl.constexpr,
     EVEN: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
+    FOLLOW: tl.constexpr,
 ):  # fmt: skip
+    follow(FOLLOW)
     first = tl.program_id(1) * TOKENS
     row = weight + weight_rows(tl.program_id(0), outputs, ROWS, GATED) * weight_stride
     sums = row_products(
@@ -261,8 +263,9 @@ def _gemv_kernel(  # type: ignore[no-untyped-def]
 def _tile_kernel(  # type: ignore[no-untyped-def]
     x, weight, bias, out, tokens, outputs, inputs, x_stride, weight_stride, splits, SPLIT: tl.constexpr,
     BIAS: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
-    DEPTH: tl.constexpr, WEIGHT_FIRST: tl.constexpr,
+    DEPTH: tl.constexpr, WEIGHT_FIRST: tl.constexpr, FOLLOW: tl.constexpr,
 ):  # fmt: skip
+    follow(FOLLOW)
     token, depth = tl.arange(0, TOKENS), tl.arange(0, DEPTH)
     source = x + token.to(tl.int64)[:, None] * x_stride
     row = weight + weight_rows(tl.program_id(0), outputs, ROWS, GATED)[:, None] * weight_stride
@@ -301,9 +304,10 @@ def _tile_kernel(  # type: ignore[no-untyped-def]
 @kernel_varying("tokens")
 def _sum_kernel(  # type: ignore[no-untyped-def]
     parts, bias, out, tokens, outputs, splits, BIAS: tl.constexpr, GATED: tl.constexpr, SPLITS: tl.constexpr,
-    ROWS: tl.constexpr,
+    ROWS: tl.constexpr, FOLLOW: tl.constexpr,
 ):  # fmt: skip
     """One token and block of outputs: the sum over splits."""
+    follow(FOLLOW)
     split, at = tl.arange(0, SPLITS), tl.arange(0, ROWS)
     token = tl.program_id(1) + tl.arange(0, 1)
     width = tl.num_programs(0) * ROWS
