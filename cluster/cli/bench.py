@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import psutil
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 from ...bench.client import Server
 from ...bench.engine import records
@@ -63,6 +64,21 @@ def bench_engine(file: Path | None, overrides: list[str], out: Path, *, profile:
             sys.stdout.write(line + "\n")
             sys.stdout.flush()
             lines.write(line + "\n")
+            if "profile" in record:
+                Console(stderr=True).print(_profile_table(record))
+
+
+def _profile_table(record: dict[str, Any]) -> Table:
+    """Where a row's time goes."""
+    found = record["profile"]
+    title = f"{record['kind']} {record['batch']} × {record['context']}: {found['span_ms']} ms a step"
+    table = Table(title=title, caption=f"idle {found['idle_us']} µs, of which {found['between_us']} µs between steps")
+    for heading in ("kernel", "ms", "share", "calls"):
+        table.add_column(heading, justify="left" if heading == "kernel" else "right", overflow="ellipsis", no_wrap=True)
+    for kernel in found["kernels"]:
+        share = kernel["ms"] / found["span_ms"] if found["span_ms"] else 0.0
+        table.add_row(kernel["name"], f"{kernel['ms']:.4f}", f"{share:.1%}", f"{kernel['calls']:g}")
+    return table
 
 
 def bench_serve(file: Path | None, overrides: list[str], options: Options) -> None:

@@ -518,6 +518,8 @@ def test_logits_that_are_no_numbers_end_that_request_alone(make: Make) -> None:
     assert refused.status == 500
     assert "not a number" in refused.message
     assert pair.outputs[fine].tokens[0] == good
+    # The decode worker computes it again, with no more luck.
+    assert [node.metrics.invalid_logits._value.get() for node in pair.nodes.values()] == [1, 1]
     # What it left in the cache is not found again.
     for node in pair.nodes.values():
         node.engine.model.embedding[bad_token] = 0.0
