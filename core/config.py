@@ -141,7 +141,7 @@ class KVConfig(_Section):
     """Tokens of one KV block."""
     capacity: ByteSize | Literal["auto"] = "auto"
     """Memory for KV blocks of one worker. auto: what max_running sequences of max_model_len can use, at most a
-    quarter of the memory that is free when the worker starts."""
+    quarter of the memory that is free when the worker starts; on a GPU, what the largest steps leave."""
     dtype: Literal["auto", "float32", "bfloat16", "float16", "fp8_e4m3"] = "auto"
     """auto: the model's. fp8_e4m3 halves the memory: 8 bits, 3 of them mantissa, unscaled, ±448 at most; on GPUs."""
     transport: Literal["auto", "shm", "zmq"] = "auto"

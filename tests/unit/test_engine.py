@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from tandem.engine.build import build_engine
 from tandem.engine.engine import Engine
 from tandem.engine.memory import DeviceMemory, lacking
 from tandem.engine.penalty_counts import PenaltySlots
-from tandem.engine.rank_wire import Compute, _decoder, encode_step, step_of
+from tandem.engine.rank_wire import Compute, encode_step, receive, send, step_of
 from tandem.engine.sequence import Sequence
 from tandem.kernels.sampling import SamplingRows, apply_penalties, reference
 
@@ -143,7 +144,13 @@ def test_a_step_is_plain_data() -> None:
     other.add_blocks([1])
     other.num_computed = 1
     step = lay_out([Work(other, 1), Work(sequence, 11)], 4, None, PenaltySlots())
-    message = _decoder.decode(encode_step(step, eager=True))
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        send(ours, encode_step(step, eager=True))
+        message = receive(theirs)
+        ours.close()
+        with pytest.raises(EOFError):
+            receive(theirs)
     assert isinstance(message, Compute)
     assert message.eager
     again = step_of(message)
