@@ -235,6 +235,12 @@ def _serves(op: str, backend: str, needs: Needs, device: Device) -> str:
     known = {
         ("linear", "triton"): f"{rows}: Triton; more: cuBLAS",
         ("gated_linear", "triton"): f"{rows}: Triton, one kernel; more: cuBLAS, then silu_mul",
+        ("prefill_attention", "triton"): (
+            f"prompts of {prefill_attention.DIRECT_LEAST:,} tokens and more, while whole: cuDNN through torch; "
+            "others, and later chunks: Triton"
+            if needs.dtype == needs.kv_dtype != torch.float32
+            else "Triton"
+        ),
         ("moe", "triton"): f"{few}: Triton, pair by pair; more: Triton, sorted by expert",
         ("linear", "numba"): f"weights of up to {linear.MAX_COMPILED_WEIGHTS:,} elements: Numba; larger: oneDNN",
         ("moe", "numba"): f"experts of up to {moe.MAX_COMPILED_EXPERT:,} weights: Numba; larger: oneDNN",

@@ -24,7 +24,7 @@ _NEVER = np.float32(-1e30)
 _DIRECT_STEP = 128
 """Rows that go to the library are a multiple of this: for every length, and number of sequences, cuDNN plans anew, and
 that takes the host tens of milliseconds."""
-_DIRECT_LEAST = 1024
+DIRECT_LEAST = 1024
 """Shorter prompts stay with the kernel, which takes all of them in one launch."""
 
 
@@ -163,7 +163,7 @@ def fused(
     may take its plain implementation, which writes all scores to memory.
     """
     direct = sinks is None and _library_serves(q, k, v, cache)
-    runs, num_taken = plan(spans.each, window, _DIRECT_STEP if direct else 0, _DIRECT_LEAST)
+    runs, num_taken = plan(spans.each, window, _DIRECT_STEP if direct else 0, DIRECT_LEAST)
     rest = [span.stop - span.start - taken for span, taken in zip(spans.each, num_taken, strict=True)]
     if not any(rest) and len(runs) == 1 and runs[0].sequences * runs[0].length == len(q):
         return _attend_directly(q, k, v, runs[0], scale)
@@ -172,7 +172,7 @@ def fused(
         out[run.start : run.start + run.sequences * run.length] = _attend_directly(q, k, v, run, scale)
     if any(rest):
         step = _DIRECT_STEP if direct else 0
-        attend(q, cache, layer, spans.table, spans.blocks, rest, step, _DIRECT_LEAST, scale, window, sinks, out)
+        attend(q, cache, layer, spans.table, spans.blocks, rest, step, DIRECT_LEAST, scale, window, sinks, out)
     return out
 
 

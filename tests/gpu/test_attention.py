@@ -178,7 +178,7 @@ def test_the_library_and_the_kernel_agree(
     sizes: list[tuple[int, int]],
     dtype: torch.dtype,
 ) -> None:
-    monkeypatch.setattr(prefill_attention, "_DIRECT_LEAST", 128)
+    monkeypatch.setattr(prefill_attention, "DIRECT_LEAST", 128)
     head_dim = shape[2]
     paged = Paged(rng, sizes, shape, dtype)
     first = 8 if len(sizes) > 1 else 0
@@ -196,7 +196,7 @@ def test_the_library_and_the_kernel_agree(
 
 
 def test_whole_contexts_do_not_touch_the_cache(rng: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prefill_attention, "_DIRECT_LEAST", 128)
+    monkeypatch.setattr(prefill_attention, "DIRECT_LEAST", 128)
     shape, dtype = (4, 2, 16, 16), torch.float16
     paged = Paged(rng, [(128, 128), (128, 128), (256, 256)], shape, dtype)
     q, k, v = projected(rng, 512, shape, dtype)
@@ -208,7 +208,7 @@ def test_whole_contexts_do_not_touch_the_cache(rng: torch.Generator, monkeypatch
 
 
 def test_keys_that_are_not_aligned_stay_with_the_kernel(rng: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prefill_attention, "_DIRECT_LEAST", 128)
+    monkeypatch.setattr(prefill_attention, "DIRECT_LEAST", 128)
     shape, dtype = (2, 2, 8, 16), torch.float16
     paged = Paged(rng, [(128, 128)], shape, dtype)
     q = random(rng, 128, 2 * 8 + 1, dtype=dtype)[:, 1:].unflatten(1, (2, 8))
