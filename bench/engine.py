@@ -33,7 +33,7 @@ from ..engine.sequence import Sequence
 from ..kv_transfer.connector import Connector
 from . import floor
 from .machine import describe
-from .profile import profile_steps
+from .step_profile import profile_steps
 
 _DECODE_TOKENS = 128
 _PROFILED_STEPS = 20

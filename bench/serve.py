@@ -111,7 +111,7 @@ class TransformersArm:
 
     def __init__(self, config: Config, threads: int) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, str(_TRANSFORMERS), str(model_folder(config)), str(threads)],
+            [sys.executable, "-P", str(_TRANSFORMERS), str(model_folder(config)), str(threads)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

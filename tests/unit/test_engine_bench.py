@@ -1,4 +1,4 @@
-"""Floors, gaps and rows of `tandem bench engine`."""
+"""Floors, gaps and rows of `tandem bench engine`; the baseline of `tandem bench serve`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ import torch
 from support.served import TANDEM
 from tandem.bench.floor import Ceilings, decode_s, measure, prefill_s
 from tandem.bench.kernels import MODELS
-from tandem.bench.profile import _union, profile_steps
+from tandem.bench.serve import Load, TransformersArm
+from tandem.bench.step_profile import _union, profile_steps
+from tandem.bench.summary import Slo
+from tandem.bench.workload import Job
+from tandem.core.config import Config
 from tandem.engine.models.spec import parse_spec
 
 H100 = Ceilings(bytes_per_s=3.02e12, flops=774e12)
@@ -83,3 +87,13 @@ def test_rows_that_do_not_fit_say_so(tmp_path: Path) -> None:
     assert all("the model has 256" in row["skipped"] for row in rows)
     [written] = tmp_path.glob("engine-*.jsonl")
     assert len(written.read_text().splitlines()) == 3 + len(rows)
+
+
+def test_the_transformers_baseline_runs() -> None:
+    arm = TransformersArm(Config(), threads=1)
+    try:
+        jobs = [Job(0.0, [1, 2, 3 + index], 4) for index in range(2)]
+        found = arm.run(Load(jobs, 2, Slo(1.0, 1.0)), lambda *_: None)
+        assert found["output_tokens_per_s"] > 0
+    finally:
+        arm.close()
