@@ -233,5 +233,7 @@ class Pair:
 
     @staticmethod
     def _logprobs(output: Output, part: PromptLogprobs) -> None:
-        assert part.first == len(output.prompt_logprobs) + 1
-        output.prompt_logprobs.extend(part.values)
+        # By position, as the gateway does: a prompt that gave its blocks up is computed, and told of, again.
+        start = part.first - 1
+        assert start <= len(output.prompt_logprobs)
+        output.prompt_logprobs[start : start + len(part.values)] = part.values
