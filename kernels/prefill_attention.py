@@ -23,7 +23,7 @@ _NEVER = np.float32(-1e30)
 
 _DIRECT_STEP = 128
 """Rows that go to the library are a multiple of this: for every length, and number of sequences, cuDNN plans anew, and
-that takes the host tens of milliseconds."""
+keeps the plan for good."""
 DIRECT_LEAST = 1024
 """Shorter prompts stay with the kernel, which takes all of them in one launch."""
 
@@ -177,8 +177,8 @@ def fused(
 
 
 def prepare(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device, longest: int) -> None:
-    """Let the library plan for every length of a context that it may get, on this thread: later that would cost the
-    first prompts of each length tens of milliseconds. Blocks for some seconds.
+    """Let the library plan for every length of a context that it may get, on this thread: later it would do so while
+    the first prompts of each length wait. Blocks for some seconds.
 
     Args:
         heads: of queries.
