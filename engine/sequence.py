@@ -72,6 +72,11 @@ class Sequence:
         """Tokens after the prompt."""
         return len(self.tokens) - self.num_prompt_tokens
 
+    @property
+    def tables(self) -> list[list[int]]:
+        """The blocks of each KV group."""
+        return [self.blocks]
+
     def add_blocks(self, blocks: list[int]) -> None:
         """Append blocks, already referenced for this sequence."""
         start = len(self.blocks)

@@ -6,6 +6,7 @@ of its layers is one run inside it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -65,6 +66,39 @@ class KVLayout(msgspec.Struct, frozen=True):
             block_tokens=self.block_tokens,
             dtype=self.dtype,
         )
+
+
+class KVGroup(NamedTuple):
+    """Layers whose KV of one token range shares a block: a sequence has one block table for each group."""
+
+    layers: tuple[int, ...]
+    """Of the model, in the order in which they lie in a block."""
+    window: int
+    """Tokens that their attention sees; 0: all. Blocks before the window may be given back."""
+
+
+def group_layers(windows: Sequence[int]) -> tuple[KVGroup, ...]:
+    """Split a model's layers into groups that can share one pool of equal blocks. Pure.
+
+    All layers of a group see equally far, and no group has more layers than the kind of layer that is rarest; a group
+    may have fewer, and then leaves a part of its blocks unused.
+
+    Args:
+        windows: for each layer, the tokens that its attention sees; 0: all.
+
+    Returns:
+        groups in the order of their first layers.
+    """
+    kinds: dict[int, list[int]] = {}
+    for layer, window in enumerate(windows):
+        kinds.setdefault(window, []).append(layer)
+    size = min(len(layers) for layers in kinds.values())
+    groups = [
+        KVGroup(tuple(layers[start : start + size]), window)
+        for window, layers in kinds.items()
+        for start in range(0, len(layers), size)
+    ]
+    return tuple(sorted(groups))
 
 
 def plan_copies(

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 from tandem.kernels import copy_runs
-from tandem.kv_transfer.layout import KVLayout, coalesce, layer_groups, plan_copies
+from tandem.kv_transfer.layout import KVLayout, coalesce, group_layers, layer_groups, plan_copies
 from tandem.kv_transfer.transports.base import check_runs
 from tandem.kv_transfer.transports.zmq import split_runs
 
@@ -103,3 +103,14 @@ def test_layer_groups_cover_all_layers(num_layers: int, num_groups: int) -> None
     assert sizes.sum() == num_layers
     assert sizes.max() - sizes.min() <= 1
     assert sizes.min() >= 1
+
+
+@given(st.lists(st.sampled_from([0, 128, 4096]), min_size=1, max_size=40))
+def test_kv_groups_hold_each_layer_once_and_see_equally_far(windows: list[int]) -> None:
+    groups = group_layers(windows)
+    assert sorted(layer for group in groups for layer in group.layers) == list(range(len(windows)))
+    for group in groups:
+        assert list(group.layers) == sorted(group.layers)
+        assert {windows[layer] for layer in group.layers} == {group.window}
+    if len(set(windows)) == 1:
+        assert len(groups) == 1
