@@ -21,7 +21,6 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
-    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -64,21 +63,18 @@ class _Pool(_Section):
     gpus_per_replica: int = Field(default=0, ge=0, le=8)
     """0 runs on the CPU; otherwise one GPU for each of tensor_parallel. In this version for colocated workers alone."""
     tensor_parallel: int = Field(default=1, ge=1, le=8)
-    """Processes of one host that share the model, each with a part of every layer. In this version for colocated
-    workers alone."""
+    """Processes of one host that share the model, each with a part of every layer. Prefill and decode workers may have
+    different numbers of them."""
     threads: int | None = Field(default=None, ge=1, le=1024)
     """Threads that one CPU operation may use. Default: all of the node's."""
 
     _moves_kv: ClassVar[bool] = True
 
-    @field_validator("gpus_per_replica", "tensor_parallel")
+    @field_validator("gpus_per_replica")
     @classmethod
-    def _check_transport(cls, value: int, info: ValidationInfo) -> int:
-        if cls._moves_kv and value > (info.field_name == "tensor_parallel"):
-            raise ValueError(
-                "no transport of this version reads KV from GPU memory or from several ranks; "
-                "colocated workers need none"
-            )
+    def _check_transport(cls, value: int) -> int:
+        if cls._moves_kv and value:
+            raise ValueError("no transport of this version reads KV from GPU memory; colocated workers need none")
         return value
 
     @model_validator(mode="after")

@@ -1,6 +1,7 @@
 """A rank of a tensor-parallel worker that is not the first: does what it is told, until nobody tells it any more.
 
-Run as a process with the number of an inherited socket.
+Run as a process with the numbers of two inherited sockets: one tells the steps, the other which KV to read, by a thread
+of its own while a step computes.
 """
 
 from __future__ import annotations
@@ -8,32 +9,53 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import threading
+from collections.abc import Callable, Mapping
+
+import torch
 
 from ..core.config import Config
 from ..core.errors import TandemError
+from ..core.frames import send_frame
+from ..core.log import logger
+from ..core.wire import SecureContext
+from ..kv_transfer.transports import Region, Transport
+from ..kv_transfer.transports.base import Notify
+from ..kv_transfer.transports.mover import Mover
+from ..kv_transfer.transports.shm import ShmTransport
+from ..kv_transfer.transports.zmq import ZmqTransport
 from .build import build_engine, use_threads
-from .rank_wire import Built, Capture, Compute, CopyBlock, Message, Task, encode, receive, send, step_of
+from .engine import Engine
+from .rank_wire import Built, Capture, Compute, CopyBlock, Message, PeerAccess, Task, encode, receive, step_of
 from .ranks import device_of
 from .runner import Runner
 from .tensor_parallel import TorchGroup
 
 
-def main(connection: socket.socket) -> None:
-    """Be a rank. Returns when the first rank is gone."""
+def main(connection: socket.socket, orders: socket.socket) -> None:
+    """Be a rank. Returns when the first rank is gone.
+
+    Args:
+        connection: what `rank_wire` describes.
+        orders: for a `Mover`.
+    """
     try:
         task = receive(connection)
         if not isinstance(task, Task):
             return
-        runner = _build(connection, task)
-        while runner is not None:
-            _obey(runner, receive(connection))
+        engine = _build(connection, task)
+        if engine is None:
+            return
+        rank = _Rank(engine.runner, None if task.access is None else _move(engine, task.access, orders))
+        while True:
+            rank.obey(receive(connection))
     except (EOFError, ConnectionError):
         return
 
 
-def _build(connection: socket.socket, task: Task) -> Runner | None:
+def _build(connection: socket.socket, task: Task) -> Engine | None:
     def agree(num_blocks: int) -> int:
-        send(connection, encode(Built(num_blocks)))
+        send_frame(connection, encode(Built(num_blocks)))
         answer = receive(connection)
         assert isinstance(answer, Built)
         return answer.num_blocks
@@ -46,26 +68,72 @@ def _build(connection: socket.socket, task: Task) -> Runner | None:
             config, task.max_running, device, lambda *_: None, task.max_batched_tokens, group=group, agree=agree
         )
     except TandemError as error:
-        send(connection, encode(Built(0, str(error))))
+        send_frame(connection, encode(Built(0, str(error))))
         return None
     use_threads(built.engine, task.threads)
-    return built.engine.runner
+    return built.engine
 
 
-def _obey(runner: Runner, message: Message) -> None:
-    match message:
-        case Compute():
-            runner.run(step_of(message), eager=message.eager)
-        case CopyBlock():
-            runner.copy_block(message.source, message.target)
-        case Capture():
-            runner.capture()
-        case _:
-            raise ValueError(f"unexpected message {type(message).__name__}")
+def _move(engine: Engine, access: PeerAccess, orders: socket.socket) -> Mover:
+    """Let a thread move this rank's KV."""
+    context = SecureContext(access.keys)
+
+    def make(notify: Notify, on_bad_frame: Callable[[], None]) -> Mapping[str, Transport]:
+        return {
+            "shm": ShmTransport(notify),
+            "zmq": ZmqTransport(notify, context, access.address, on_bad_frame),
+        }
+
+    mover = Mover(orders, make, [Region("blocks", engine.cache.blocks)])
+
+    def run() -> None:
+        try:
+            mover.run()
+        except BaseException:  # noqa: BLE001 - whatever it was, it is told
+            logger.exception("the thread that moves KV broke; the process ends")
+            os._exit(70)
+
+    threading.Thread(target=run, name="kv", daemon=True).start()
+    return mover
+
+
+class _Rank:
+    def __init__(self, runner: Runner, mover: Mover | None) -> None:
+        self._runner = runner
+        self._mover = mover
+        self._num_copies = 0
+
+    def obey(self, message: Message) -> None:
+        match message:
+            case Compute():
+                self._runner.run(step_of(message), eager=message.eager)
+            case CopyBlock():
+                self._runner.copy_block(message.source, message.target)
+                self._copied()
+            case Capture():
+                self._runner.capture()
+            case _:
+                raise ValueError(f"unexpected message {type(message).__name__}")
+
+    def _copied(self) -> None:
+        """No read may land in a block that is yet to be copied, or to be copied over."""
+        self._num_copies += 1
+        if self._mover is None:
+            return
+        wait: Callable[[], None] = _done
+        if self._runner.model.device.type == "cuda":
+            event = torch.cuda.Event()
+            event.record()
+            wait = event.synchronize
+        self._mover.copied(self._num_copies, wait)
+
+
+def _done() -> None:
+    """What a CPU was told to do, it has done."""
 
 
 if __name__ == "__main__":
-    main(socket.socket(fileno=int(sys.argv[1])))
+    main(*(socket.socket(fileno=int(number)) for number in sys.argv[1:]))
     # Work that waits for a rank that is gone never ends by itself, nor does an orderly exit.
     sys.stdout.flush()
     os._exit(0)

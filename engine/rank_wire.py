@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import socket
-import struct
 from typing import Any
 
 import msgspec
 import numpy as np
 
+from ..core.frames import receive_frame
+from ..core.wire import ClusterKeys
 from .batch import StepInput
 from .draws import Fill
 
-_LENGTH = struct.Struct("<Q")
+MAX_FRAME_BYTES = 1 << 30
+"""No step is as large: its numbers are a few for each token."""
+
+
+class PeerAccess(msgspec.Struct, frozen=True):
+    """What a rank must know for peers to reach its KV."""
+
+    keys: ClusterKeys
+    address: str
+    """Of this host, where peers reach it."""
 
 
 class Task(msgspec.Struct, frozen=True, tag=True):
@@ -27,6 +37,8 @@ class Task(msgspec.Struct, frozen=True, tag=True):
     max_running: int
     max_batched_tokens: int
     threads: int
+    access: PeerAccess | None = None
+    """None: no peer reads KV from here, nor does this rank from anybody."""
 
 
 class Built(msgspec.Struct, frozen=True, tag=True):
@@ -113,33 +125,12 @@ def encode(message: Message) -> bytes:
     return _encoder.encode(message)
 
 
-def send(connection: socket.socket, frame: bytes) -> None:
-    """Write a frame. Blocks while the other side is behind.
-
-    Raises:
-        OSError: the other side is gone.
-    """
-    connection.sendall(_LENGTH.pack(len(frame)))
-    connection.sendall(frame)
-
-
 def receive(connection: socket.socket) -> Message:
     """Read a message. Blocks.
 
     Raises:
         EOFError: the other side is gone.
-        msgspec.ValidationError: not a message.
+        ValueError: the frame is too long.
+        msgspec.DecodeError: not a message.
     """
-    (length,) = _LENGTH.unpack(_exactly(connection, _LENGTH.size))
-    return _decoder.decode(_exactly(connection, length))
-
-
-def _exactly(connection: socket.socket, size: int) -> bytearray:
-    data = bytearray(size)
-    view = memoryview(data)
-    while view:
-        count = connection.recv_into(view)
-        if not count:
-            raise EOFError
-        view = view[count:]
-    return data
+    return _decoder.decode(receive_frame(connection, MAX_FRAME_BYTES))

@@ -12,17 +12,22 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 
 from ..core.config import ColocatedPool, Config, DecodePool, PrefillPool
 from ..core.errors import ConfigError
+from ..core.frames import send_frame
+from ..kv_transfer.transports import Transport
+from ..kv_transfer.transports.base import Notify
+from ..kv_transfer.transports.forwarded import forwarded
+from ..kv_transfer.transports.mover_link import MoverLink
 from .batch import StepInput
 from .build import Built as BuiltEngine
 from .build import Progress, build_engine
-from .rank_wire import Built, Capture, CopyBlock, Message, Task, encode, encode_step, receive, send
+from .rank_wire import Built, Capture, CopyBlock, Message, PeerAccess, Task, encode, encode_step, receive
 from .tensor_parallel import TorchGroup
 
 
@@ -31,6 +36,7 @@ def build_on_ranks(
     pool: PrefillPool | DecodePool | ColocatedPool,
     threads: int,
     progress: Progress,
+    access: PeerAccess | None = None,
 ) -> tuple[BuiltEngine, Ranks | None]:
     """An engine for a pool's worker, and the other ranks if its model is shared. Blocks as `build_engine`.
 
@@ -39,6 +45,7 @@ def build_on_ranks(
         pool: says on what, on how many, and how much at a time.
         threads: of the CPU, for each rank.
         progress: told what happens.
+        access: how peers reach this host, where KV comes and goes.
 
     Raises:
         ConfigError: as `build_engine`; the other ranks have ended then.
@@ -47,7 +54,7 @@ def build_on_ranks(
     kind = "cuda" if pool.gpus_per_replica else "cpu"
     if pool.tensor_parallel == 1:
         return build_engine(config, pool.max_running, torch.device(kind), progress, pool.max_batched_tokens), None
-    ranks = Ranks(config, pool.tensor_parallel, kind, pool.max_running, pool.max_batched_tokens, threads)
+    ranks = Ranks(config, pool.tensor_parallel, kind, pool.max_running, pool.max_batched_tokens, threads, access)
     try:
         built = build_engine(
             config,
@@ -80,10 +87,18 @@ class Ranks:
         max_running: sequences at a time.
         max_batched_tokens: tokens of a step.
         threads: of the CPU, for each rank.
+        access: how peers reach this host, where KV comes and goes.
     """
 
     def __init__(
-        self, config: Config, size: int, device: str, max_running: int, max_batched_tokens: int, threads: int
+        self,
+        config: Config,
+        size: int,
+        device: str,
+        max_running: int,
+        max_batched_tokens: int,
+        threads: int,
+        access: PeerAccess | None = None,
     ) -> None:
         self.size = size
         self._folder = Path(tempfile.mkdtemp(prefix="tandem-ranks-"))
@@ -91,16 +106,24 @@ class Ranks:
         self._device = device
         self._processes: list[subprocess.Popen[bytes]] = []
         self._connections: list[socket.socket] = []
+        self._orders: list[socket.socket] = []
+        self._links: list[MoverLink] = []
+        self._num_copies = 0
         self._closing = False
         document = config.model_dump_json().encode()
         for rank in range(1, size):
             ours, theirs = socket.socketpair()
-            with theirs:
-                command = [sys.executable, "-m", f"{__package__}.follower", str(theirs.fileno())]
-                self._processes.append(subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL))
+            our_orders, their_orders = socket.socketpair()
+            with theirs, their_orders:
+                files = [theirs.fileno(), their_orders.fileno()]
+                command = [sys.executable, "-m", f"{__package__}.follower", *map(str, files)]
+                self._processes.append(subprocess.Popen(command, pass_fds=files, stdin=subprocess.DEVNULL))
             self._connections.append(ours)
-            task = Task(document, rank, size, self._rendezvous, device, max_running, max_batched_tokens, threads)
-            send(ours, encode(task))
+            self._orders.append(our_orders)
+            task = Task(
+                document, rank, size, self._rendezvous, device, max_running, max_batched_tokens, threads, access
+            )
+            send_frame(ours, encode(task))
 
     def join(self) -> TorchGroup:
         """The group of all ranks. Blocks until they are there.
@@ -140,12 +163,28 @@ class Ranks:
         self._tell(encode_step(step, eager))
 
     def copy_block(self, source: int, target: int) -> None:
-        """Let the others copy a block's KV."""
+        """Let the others copy a block's KV. Reads that are submitted from now on wait for it."""
+        self._num_copies += 1
         self._tell(encode(CopyBlock(source, target)))
 
     def capture(self) -> None:
         """Let the others record their CUDA graphs."""
         self._tell(encode(Capture()))
+
+    def transports(self, notify: Notify, on_bad_frame: Callable[[], None]) -> list[Mapping[str, Transport]]:
+        """What moves the others' KV: for each rank, its transports by name. Blocks until all have told. Once.
+
+        Args:
+            notify: as for a transport of this process; called by threads.
+            on_bad_frame: called, by threads, for each frame from the network that another rank refused.
+
+        Raises:
+            WorkerError: a rank ended, or told nothing.
+        """
+        for rank, orders in enumerate(self._orders, 1):
+            whose = f"rank {rank} of {self.size}"
+            self._links.append(MoverLink(orders, whose, notify, lambda: self._num_copies, on_bad_frame))
+        return [forwarded(link) for link in self._links]
 
     def watch(self, lost: Callable[[int], None]) -> None:
         """From now on, call ``lost`` with the number of a rank that has ended, in a thread of its own."""
@@ -159,12 +198,14 @@ class Ranks:
 
     def _tell(self, frame: bytes) -> None:
         for connection in self._connections:
-            send(connection, frame)
+            send_frame(connection, frame)
 
     def close(self) -> None:
         """End the other ranks. Blocks for at most some seconds. Idempotent."""
         self._closing = True
-        for connection in self._connections:
+        for link in self._links:
+            link.close()
+        for connection in (*self._connections, *self._orders):
             connection.close()
         for process in self._processes:
             try:

@@ -51,6 +51,12 @@ def first_kv_head(spec: ModelSpec, rank: int, size: int) -> int:
     return rank * spec.num_kv_heads // size
 
 
+def kv_heads_of(spec: ModelSpec, rank: int, size: int) -> range:
+    """The model's key and value heads whose KV is in a rank's cache."""
+    first = first_kv_head(spec, rank, size)
+    return range(first, first + local_kv_heads(spec, size))
+
+
 def vocabulary_rows(spec: ModelSpec, rank: int, size: int) -> range:
     """The rows of the head that a rank has; the last ranks have fewer where ``size`` does not divide the vocabulary."""
     each = padded_rows(spec, size)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
+from support.moving import MovingProcess
 from tandem.core.errors import TransferError
 from tandem.core.wire import SecureContext, make_cluster_keys
 from tandem.kv_transfer.layout import Runs, coalesce
@@ -30,10 +31,12 @@ PEER = "prefill-0#1"
 class Kit:
     """Makes transports of one kind, and cleans up after them."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, moving: MovingProcess | None = None) -> None:
         self.name = name
+        self.moves = name.removeprefix("forwarded-")
         self._closers: list[Callable[[], None]] = []
         self._context: SecureContext | None = None
+        self._moving = moving
 
     def make(self, notify: Notify = lambda: None) -> Transport:
         transport: Transport
@@ -42,6 +45,9 @@ class Kit:
                 transport = InprocTransport(notify)
             case "shm":
                 transport = ShmTransport(notify)
+            case "forwarded-shm" | "forwarded-zmq":
+                assert self._moving is not None
+                transport = self._moving.make(self.moves, notify)
             case _:
                 if self._context is None:
                     self._context = SecureContext(make_cluster_keys())
@@ -56,9 +62,16 @@ class Kit:
             self._context.close()
 
 
-@pytest.fixture(params=PREFERENCE)
-def kit(request: pytest.FixtureRequest) -> Iterator[Kit]:
-    kit = Kit(request.param)
+@pytest.fixture(scope="module")
+def moving() -> Iterator[MovingProcess]:
+    moving = MovingProcess()
+    yield moving
+    moving.close()
+
+
+@pytest.fixture(params=(*PREFERENCE, "forwarded-shm", "forwarded-zmq"))
+def kit(request: pytest.FixtureRequest, moving: MovingProcess) -> Iterator[Kit]:
+    kit = Kit(request.param, moving)
     yield kit
     kit.close()
 
@@ -167,7 +180,7 @@ def test_unknown_regions_and_peers_are_errors(kit: Kit) -> None:
 
 def test_a_descriptor_of_something_else_is_refused(kit: Kit) -> None:
     reader = kit.make()
-    others = [Kit(name) for name in PREFERENCE if name != kit.name]
+    others = [Kit(name) for name in PREFERENCE if name != kit.moves]
     try:
         for other in others:
             with pytest.raises((TransferError, Exception)) as caught:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from support.checkpoints import make_checkpoint
 from tandem.core.config import Config
+from tandem.core.frames import send_frame
 from tandem.core.hashing import root_hash
 from tandem.core.messages import Child, Sampling
 from tandem.engine.batch import Work, lay_out
@@ -17,7 +18,7 @@ from tandem.engine.build import build_engine
 from tandem.engine.engine import Engine
 from tandem.engine.memory import DeviceMemory, lacking
 from tandem.engine.penalty_counts import PenaltySlots
-from tandem.engine.rank_wire import Compute, encode_step, receive, send, step_of
+from tandem.engine.rank_wire import Compute, encode_step, receive, step_of
 from tandem.engine.sequence import Sequence
 from tandem.kernels.sampling import SamplingRows, apply_penalties, reference
 
@@ -146,7 +147,7 @@ def test_a_step_is_plain_data() -> None:
     step = lay_out([Work(other, 1), Work(sequence, 11)], 4, None, PenaltySlots())
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        send(ours, encode_step(step, eager=True))
+        send_frame(ours, encode_step(step, eager=True))
         message = receive(theirs)
         ours.close()
         with pytest.raises(EOFError):
