@@ -46,9 +46,9 @@ def main(connection: socket.socket, orders: socket.socket) -> None:
         engine = _build(connection, task)
         if engine is None:
             return
-        rank = _Rank(engine.runner, None if task.access is None else _move(engine, task.access, orders))
+        follower = Follower(engine.runner, None if task.access is None else _move(engine, task.access, orders))
         while True:
-            rank.obey(receive(connection))
+            follower.obey(receive(connection))
     except (EOFError, ConnectionError):
         return
 
@@ -97,13 +97,26 @@ def _move(engine: Engine, access: PeerAccess, orders: socket.socket) -> Mover:
     return mover
 
 
-class _Rank:
+class Follower:
+    """Does what the first rank does.
+
+    Args:
+        runner: of this rank's part of the model.
+        mover: of its KV, where any comes or goes.
+    """
+
     def __init__(self, runner: Runner, mover: Mover | None) -> None:
         self._runner = runner
         self._mover = mover
         self._num_copies = 0
 
     def obey(self, message: Message) -> None:
+        """Do one thing. Blocks while the other ranks are behind.
+
+        Raises:
+            ValueError: it is nothing to be done.
+            WorkerError: another rank did not take part.
+        """
         match message:
             case Compute():
                 self._runner.run(step_of(message), eager=message.eager)
