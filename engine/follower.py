@@ -78,10 +78,10 @@ def _move(engine: Engine, access: PeerAccess, orders: socket.socket) -> Mover:
     """Let a thread move this rank's KV."""
     context = SecureContext(access.keys)
 
-    def make(notify: Notify, on_bad_frame: Callable[[], None]) -> Mapping[str, Transport]:
+    def make(notify: Notify, on_bad_frame: Callable[[str], None]) -> Mapping[str, Transport]:
         return {
             "shm": ShmTransport(notify),
-            "zmq": ZmqTransport(notify, context, access.address, on_bad_frame),
+            "zmq": ZmqTransport(notify, context, access.address, lambda: on_bad_frame("zmq")),
         }
 
     mover = Mover(orders, make, [Region("blocks", engine.cache.blocks)])

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 
-from ...core.errors import TransferError
+from ...core.errors import TandemError, TransferError
 from ...core.frames import receive_frame, send_frame
 from .base import Notify, Region, Transport
 from .mover_messages import (
@@ -36,8 +36,9 @@ from .mover_messages import (
 
 _CANCELLED = "cancelled"
 
-Make = Callable[[Notify, Callable[[], None]], Mapping[str, Transport]]
-"""Makes transports by name, given what to call when one has news, and for each frame that one refuses."""
+Make = Callable[[Notify, Callable[[str], None]], Mapping[str, Transport]]
+"""Makes transports by name. Given: what to call when one has news, and with its name for each frame that it refuses.
+Raises TandemError when one that must be there cannot be."""
 
 
 class Mover:
@@ -45,22 +46,21 @@ class Mover:
 
     Args:
         connection: to a `MoverLink`.
-        make: the transports that work here.
+        make: the transports that work here; called by the thread.
         regions: of this process's memory.
     """
 
     def __init__(self, connection: socket.socket, make: Make, regions: Sequence[Region]) -> None:
         self._connection = connection
+        self._make = make
+        self._regions = list(regions)
         self._wake_inner, self._wake_outer = socket.socketpair()
         self._wake_inner.setblocking(False)
         self._wake_outer.setblocking(False)
         self._bad_frames: deque[BadFrame] = deque()
-        self._transports = dict(make(self._wake, self._refused))
-        for transport in self._transports.values():
-            for region in regions:
-                transport.register(region)
+        self._transports: dict[str, Transport] = {}
         # For each transport, its own numbers of reads and those of the orders.
-        self._reads: dict[str, dict[int, int]] = {name: {} for name in self._transports}
+        self._reads: dict[str, dict[int, int]] = {}
         self._held: list[Submit] = []
         self._copied: tuple[int, Callable[[], None]] = (0, lambda: None)
         self._settled = 0
@@ -77,8 +77,8 @@ class Mover:
         self._copied = (count, wait)
         self._wake()
 
-    def _refused(self) -> None:
-        self._bad_frames.append(BadFrame())
+    def _refused(self, transport: str) -> None:
+        self._bad_frames.append(BadFrame(transport))
         self._wake()
 
     def _wake(self) -> None:
@@ -88,9 +88,9 @@ class Mover:
     # ---- the thread -------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Obey until the other side is gone, and close the transports."""
+        """Open the transports, obey until the other side is gone, and close them."""
         try:
-            self._send(Offers([self._offer(transport) for transport in self._transports.values()]))
+            self._open()
             with selectors.DefaultSelector() as selector:
                 selector.register(self._connection, selectors.EVENT_READ)
                 selector.register(self._wake_inner, selectors.EVENT_READ)
@@ -110,6 +110,18 @@ class Mover:
             self._connection.close()
             self._wake_outer.close()
             self._wake_inner.close()
+
+    def _open(self) -> None:
+        try:
+            self._transports.update(self._make(self._wake, self._refused))
+            for transport in self._transports.values():
+                for region in self._regions:
+                    transport.register(region)
+        except TandemError as problem:
+            self._send(Offers([], str(problem)[:MAX_TEXT]))
+            raise EOFError from None
+        self._reads = {name: {} for name in self._transports}
+        self._send(Offers([self._offer(transport) for transport in self._transports.values()]))
 
     def _offer(self, transport: Transport) -> Offer:
         converts, memory = getattr(transport, "converts", False), getattr(transport, "memory", ("host",))

@@ -46,7 +46,7 @@ class MoverLink:
         whose: the other process, for people: "rank 1".
         notify: called when `take_results` has something new.
         num_copies: how many blocks the other process has been told to copy: no read overtakes those.
-        on_bad_frame: called for each frame from the network that the other process refused.
+        on_bad_frame: called with a transport's name for each frame from the network that it refused.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class MoverLink:
         whose: str,
         notify: Notify,
         num_copies: Callable[[], int] = lambda: 0,
-        on_bad_frame: Callable[[], None] = lambda: None,
+        on_bad_frame: Callable[[str], None] = lambda transport: None,
     ) -> None:
         self._connection = connection
         self._whose = whose
@@ -67,7 +67,7 @@ class MoverLink:
         # What both the owner and the reading thread touch.
         self._changed = threading.Condition()
         self._lost = False
-        self._offers: list[Offer] | None = None
+        self._offers: Offers | None = None
         self._running: dict[int, str] = {}
         self._done: list[tuple[str, TransferResult]] = []
         self._asked: set[int] = set()
@@ -84,13 +84,14 @@ class MoverLink:
         """The other process's transports. Blocks until it has told.
 
         Raises:
-            WorkerError: it ended, or told nothing.
+            WorkerError: it cannot, ended, or told nothing.
         """
         with self._changed:
             self._changed.wait_for(lambda: self._lost or self._offers is not None, _OFFER_TIMEOUT_S)
-            if self._offers is None:
-                raise WorkerError(f"{self._whose} offers no transports", fix="see its log")
-            return self._offers
+            if self._offers is None or self._offers.error:
+                why = f": {self._offers.error}" if self._offers else ""
+                raise WorkerError(f"{self._whose} offers no transports{why}", fix="see its log")
+            return self._offers.transports
 
     def next_number(self) -> int:
         """A number that no order has had."""
@@ -206,12 +207,12 @@ class MoverLink:
 
     def _hear(self, news: News) -> None:
         if isinstance(news, BadFrame):
-            self._on_bad_frame()
+            self._on_bad_frame(news.transport)
             return
         with self._changed:
             match news:
                 case Offers():
-                    self._offers = news.transports
+                    self._offers = news
                     self._open = {offer.name for offer in news.transports}
                 case PeerAdded():
                     if news.number in self._asked:

@@ -81,9 +81,10 @@ class Offer(msgspec.Struct, frozen=True):
 
 
 class Offers(msgspec.Struct, frozen=True, tag=True):
-    """What there is, told first."""
+    """What there is, told first, or why there is nothing."""
 
     transports: Annotated[list[Offer], Meta(max_length=64)]
+    error: Text = ""
 
 
 class PeerAdded(msgspec.Struct, frozen=True, tag=True):
@@ -107,7 +108,9 @@ class Closed(msgspec.Struct, frozen=True, tag=True):
 
 
 class BadFrame(msgspec.Struct, frozen=True, tag=True):
-    """A frame from the network was refused."""
+    """A transport refused a frame from the network."""
+
+    transport: Name
 
 
 Order = AddPeer | RemovePeer | Submit | Cancel | Close

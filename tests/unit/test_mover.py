@@ -18,7 +18,7 @@ from tandem.kv_transfer.transports import Read, Region
 from tandem.kv_transfer.transports import mover_link as mover_link_module
 from tandem.kv_transfer.transports.forwarded import forwarded
 from tandem.kv_transfer.transports.mover_link import MoverLink
-from tandem.kv_transfer.transports.mover_messages import Ended, Offer, Offers, PeerAdded, encode
+from tandem.kv_transfer.transports.mover_messages import BadFrame, Ended, Offer, Offers, PeerAdded, encode
 
 PEER = "prefill-0#1"
 SIZE = 4096
@@ -97,9 +97,10 @@ class Silent:
     def __init__(self) -> None:
         ours, self.theirs = socket.socketpair()
         self.news = threading.Event()
-        self.link = MoverLink(ours, "rank 1 of 2", self.news.set)
+        self.refused: list[str] = []
+        self.link = MoverLink(ours, "rank 1 of 2", self.news.set, on_bad_frame=self.refused.append)
 
-    def say(self, *news: Offers | PeerAdded | Ended) -> None:
+    def say(self, *news: Offers | PeerAdded | Ended | BadFrame) -> None:
         for message in news:
             send_frame(self.theirs, encode(message))
 
@@ -130,6 +131,18 @@ def test_nobody_waits_for_ever(silent: Silent) -> None:
     for _ in range(64):
         transport.submit(Read(PEER, "blocks", "blocks", Runs(*[np.zeros(1 << 14, np.int64)] * 3)))
     transport.close()
+
+
+def test_who_offers_nothing_says_why(silent: Silent) -> None:
+    silent.say(Offers([], "zmq: the address is another host's"))
+    with pytest.raises(WorkerError, match="rank 1 of 2 offers no transports: zmq: the address"):
+        forwarded(silent.link)
+
+
+def test_refused_frames_are_counted_by_the_first_rank(silent: Silent) -> None:
+    silent.say(BadFrame("zmq"), BadFrame("zmq"), Offers([]))
+    silent.link.offers()
+    assert silent.refused == ["zmq", "zmq"]
 
 
 def test_news_of_nothing_harm_nothing(silent: Silent) -> None:
