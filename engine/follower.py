@@ -88,6 +88,8 @@ def _move(engine: Engine, access: PeerAccess, orders: socket.socket) -> Mover:
 
     def run() -> None:
         try:
+            if engine.model.device.type == "cuda":
+                torch.cuda.set_device(engine.model.device)
             mover.run()
         except BaseException:  # noqa: BLE001 - whatever it was, it is told
             logger.exception("the thread that moves KV broke; the process ends")

@@ -93,6 +93,13 @@ def test_gpus_are_for_colocated_workers() -> None:
     assert colocated.gpus_per_replica == 1
 
 
+def test_prefill_and_decode_may_differ_in_ranks() -> None:
+    pools = load_config(None, ["pools.prefill={tensor_parallel: 2}", "pools.decode={tensor_parallel: 4}"]).pools
+    assert pools.prefill is not None
+    assert pools.decode is not None
+    assert (pools.prefill.tensor_parallel, pools.decode.tensor_parallel) == (2, 4)
+
+
 def test_overrides(tmp_path: Path) -> None:
     path = write(tmp_path, "kv: {block_tokens: 8}\n")
     config = load_config(path, ["kv.block_tokens=32", "gateway.api_keys=[a, b]", "pools.decode.max_running=3"])
