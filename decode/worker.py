@@ -6,7 +6,6 @@ Owned by one thread. `handle` and `step` return quickly but for the engine's own
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 from ..core.clock import Clock
 from ..core.config import Config, DecodePool
@@ -29,8 +28,7 @@ from ..core.messages import (
     Usage,
 )
 from ..core.metrics import WorkerMetrics
-from ..engine.batch import Work
-from ..engine.engine import Engine, Outcome, Step, device_is_lost
+from ..engine.engine import Engine, Outcome, device_is_lost
 from ..engine.limits import check_prompt
 from ..engine.sequence import Sequence
 from ..kv_transfer.connector import Connector
@@ -38,22 +36,13 @@ from .cost import CostModel
 from .emitter import Emitter
 from .loader import LoadClosed, LoadDone, Loader, LoadEvent, LoadFailed, PromptDone, PromptStarted, ReadStarted
 from .scheduler import DecodeScheduler
+from .step_loop import Landed, StepLoop
 from .stream import Stream, StreamState
 
 Send = Callable[[PeerId, Message], None]
 _log = RateLimited()
 
 _MAX_LOAD_ATTEMPTS = 2
-
-
-class _Flight(NamedTuple):
-    """A step that was started, and whose outcome is still to come."""
-
-    step: Step
-    streams: dict[int, Stream]
-    """By the id of their sequence."""
-    prompt_tokens: int
-    started_s: float
 
 
 class DecodeWorker:
@@ -93,6 +82,7 @@ class DecodeWorker:
         self._send = send
         self._cost = CostModel(config.routing.local_prefill, pool.max_batched_tokens)
         self._scheduler = DecodeScheduler(engine, pool.max_running, pool.max_batched_tokens, clock)
+        self._steps = StepLoop(engine, self._scheduler, clock, self._preempted, self._landed, self._step_failed)
         self._loader = Loader(connector, config.kv.handoff_timeout_s, clock, metrics, send, self._cost.handed_off)
         self._emitter = Emitter(clock, send)
         self._streams: dict[tuple[PeerId, int], list[Stream]] = {}
@@ -101,8 +91,6 @@ class DecodeWorker:
         self._prompt_tokens = 0
         self._received_bytes = 0
         self._refused_peers: set[PeerId] = set()
-        self._flight: _Flight | None = None
-        self._landed_s = 0.0
 
     # ---- messages ---------------------------------------------------------------------------------------------------
 
@@ -148,7 +136,7 @@ class DecodeWorker:
         self._apply(self._loader.poll())
         for stream in self._scheduler.admit():
             self._start(stream)
-        computed = self._turn()
+        computed = self._steps.turn()
         self._emitter.flush()
         return computed
 
@@ -348,67 +336,28 @@ class DecodeWorker:
 
     # ---- tokens -----------------------------------------------------------------------------------------------------
 
-    def _turn(self) -> bool:
-        previous = self._flight
-        plan = self._scheduler.plan(in_flight=previous is not None)
-        if plan is None:
-            assert previous is not None
-            self._land(previous)
-            previous, plan = None, self._scheduler.plan()
-        assert plan is not None, "nothing is in flight"
-        for stream in plan.preempted:
-            self._metrics.preemptions.inc()
-            self._stage(stream, "decode.preempted")
-            stream.log.info("preempted at %d tokens", stream.sequence.num_tokens)
-        flight = self._start_step(plan.works) if plan.works else None
-        if previous is not None:
-            self._land(previous)
-        self._flight = flight
-        if flight is not None and not self._engine.overlaps:
-            self._land(flight)
-        return previous is not None or bool(plan.works)
+    def _preempted(self, stream: Stream) -> None:
+        self._metrics.preemptions.inc()
+        self._stage(stream, "decode.preempted")
+        stream.log.info("preempted at %d tokens", stream.sequence.num_tokens)
 
-    def _start_step(self, works: list[Work]) -> _Flight | None:
-        streams = {id(stream.sequence): stream for stream in self._scheduler.computing()}
-        started_s = self._clock.monotonic_s()
-        prompt_tokens = sum(w.num_new for w in works if streams[id(w.sequence)].state is StreamState.PREFILLING)
-        planned = {id(work.sequence): streams[id(work.sequence)] for work in works}
-        try:
-            step = self._engine.submit(works)
-        except RuntimeError as error:
-            self._step_failed(planned, error)
-            return None
-        return _Flight(step, planned, prompt_tokens, started_s)
-
-    def _land(self, flight: _Flight) -> None:
-        """Wait for a step, and give its tokens out."""
-        self._flight = None
-        try:
-            outcomes = self._engine.collect(flight.step)
-        except RuntimeError as error:
-            self._step_failed(flight.streams, error)
-            return
-        now_s = self._clock.monotonic_s()
-        # A step that was queued behind another began when that one ended.
-        seconds = now_s - max(flight.started_s, self._landed_s)
-        self._landed_s = now_s
-        kind = "mixed" if flight.prompt_tokens else "decode"
-        self._metrics.step_s.labels(kind).observe(seconds)
+    def _landed(self, landed: Landed) -> None:
+        kind = "mixed" if landed.prompt_tokens else "decode"
+        self._metrics.step_s.labels(kind).observe(landed.seconds)
         self._metrics.forward_s.labels(kind).observe(self._engine.forward_s)
-        if flight.prompt_tokens:
-            self._cost.computed_locally(flight.prompt_tokens, seconds)
-            self._prompt_tokens += flight.prompt_tokens
-            self._metrics.prompt_tokens.inc(flight.prompt_tokens)
-        for outcome in outcomes:
-            stream = flight.streams[id(outcome.sequence)]
+        if landed.prompt_tokens:
+            self._cost.computed_locally(landed.prompt_tokens, landed.seconds)
+            self._prompt_tokens += landed.prompt_tokens
+            self._metrics.prompt_tokens.inc(landed.prompt_tokens)
+        for stream, outcome in landed.outcomes:
             if stream.state in (StreamState.RUNNING, StreamState.PREFILLING):  # else it ended while the step ran
                 self._advance(stream, outcome)
 
-    def _step_failed(self, streams: dict[int, Stream], error: RuntimeError) -> None:
+    def _step_failed(self, streams: list[Stream], error: RuntimeError) -> None:
         """The worker goes on without the streams of the step, unless the device is broken: then only a new process
         helps."""
         logger.error("a decode step failed", exc_info=error)
-        for stream in streams.values():
+        for stream in streams:
             if stream.state is not StreamState.ENDED:
                 self._refuse(stream, 500, f"the step failed: {error}")
         if device_is_lost(error):
