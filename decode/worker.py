@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from ..core.clock import Clock
 from ..core.config import Config, DecodePool
-from ..core.errors import RequestError, TransferError
+from ..core.errors import CapacityError, RequestError, TransferError
 from ..core.hashing import root_hash
 from ..core.ids import PeerId
 from ..core.log import RateLimited, logger
@@ -32,6 +32,7 @@ from ..engine.engine import Engine, Outcome, device_is_lost
 from ..engine.limits import check_prompt
 from ..engine.sequence import Sequence
 from ..kv_transfer.connector import Connector
+from ..kv_transfer.hidden_states import HiddenStateWriter, record
 from .cost import CostModel
 from .emitter import Emitter
 from .loader import LoadClosed, LoadDone, Loader, LoadEvent, LoadFailed, PromptDone, PromptStarted, ReadStarted
@@ -58,6 +59,7 @@ class DecodeWorker:
         clock: tells the time.
         metrics: counts.
         send: delivers a message to a peer; never blocks.
+        hidden_states: writes those of prompts; None: nobody may ask.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class DecodeWorker:
         clock: Clock,
         metrics: WorkerMetrics,
         send: Send,
+        hidden_states: HiddenStateWriter | None = None,
     ) -> None:
         self._engine = engine
         self._connector = connector
@@ -80,6 +83,7 @@ class DecodeWorker:
         self._clock = clock
         self._metrics = metrics
         self._send = send
+        self._hidden_states = hidden_states
         self._cost = CostModel(config.routing.local_prefill, pool.max_batched_tokens)
         self._scheduler = DecodeScheduler(engine, pool.max_running, pool.max_batched_tokens, clock)
         self._steps = StepLoop(engine, self._scheduler, clock, self._preempted, self._landed, self._step_failed)
@@ -183,6 +187,7 @@ class DecodeWorker:
             message.sampling,
             root_hash(self._fingerprint, message.salt),
             message.prompt_logprobs,
+            bool(message.hidden_states),
         )
         stream = self._new_stream(gateway, message, sequence)
         self._streams[key] = [stream]
@@ -207,12 +212,24 @@ class DecodeWorker:
         scheduler = self._scheduler
         ahead = scheduler.num_prefilling_tokens, scheduler.num_loading_tokens
         if not peer or self._cost.local_is_sooner(remaining, *ahead, scheduler.num_running):
-            self._scheduler.prefill(stream)
-            self._stage(stream, "decode.prefill", f"{remaining} tokens here")
+            self._prefill(stream, f"{remaining} tokens here")
         else:
             self._load(stream, peer)
 
+    def _prefill(self, stream: Stream, detail: str, why: str = "") -> None:
+        if stream.sequence.hidden_states and stream.recording is None:
+            try:
+                stream.recording = record(self._hidden_states, stream.request)
+            except (RequestError, CapacityError) as error:
+                self._refuse(stream, error.status, error.message, retryable=error.retryable)
+                return
+        self._scheduler.prefill(stream, why)
+        self._stage(stream, "decode.prefill", detail)
+
     def _load(self, stream: Stream, peer: PeerId) -> None:
+        if stream.recording is not None:  # whoever computes the whole prompt records it
+            stream.recording.close()
+            stream.recording = None
         stream.load_attempts += 1
         stream.load_peer = peer
         self._scheduler.load(stream)
@@ -244,6 +261,8 @@ class DecodeWorker:
 
     def _close(self, stream: Stream) -> None:
         """End a stream in whatever state; blocks that reads still write into are freed when they have stopped."""
+        if stream.recording is not None:
+            stream.recording.close()
         streams = self._streams.get(stream.key, [])
         if stream in streams:
             streams.remove(stream)
@@ -289,6 +308,7 @@ class DecodeWorker:
             return
         self._emitter.prompt_logprobs(stream.gateway, stream.request.ticket, 1, message.prompt_logprobs)
         stream.sequence.prompt_logprobs = -1
+        stream.sequence.hidden_states = False
         self._first_tokens(stream, message.samples)
 
     def _load_failed(self, stream: Stream, event: LoadFailed) -> None:
@@ -304,15 +324,16 @@ class DecodeWorker:
             return
         sequence = stream.sequence
         arrived = sequence.num_computed + event.num_blocks * self._engine.block_tokens
-        sequence.num_computed = min(arrived, sequence.num_tokens - 1)
+        # Hidden states are wanted of every token: the one that computes the last has computed the first.
+        sequence.num_computed = 0 if sequence.hidden_states else min(arrived, sequence.num_tokens - 1)
         self._engine.commit(sequence)
         peer = self._prefill_peer(stream, avoid=stream.load_peer)
         if stream.first_tokens is None and peer and stream.load_attempts < _MAX_LOAD_ATTEMPTS:
             sequence.num_computed -= sequence.num_computed % self._engine.block_tokens
             self._load(stream, peer)
             return
-        self._scheduler.prefill(stream, event.reason.value)
-        self._stage(stream, "decode.prefill", f"{sequence.num_tokens - sequence.num_computed} tokens here")
+        remaining = sequence.num_tokens - sequence.num_computed
+        self._prefill(stream, f"{remaining} tokens here", event.reason.value)
 
     def _follow(self, membership: Membership) -> None:
         alive = {member.peer: member for member in membership.members}
@@ -383,6 +404,8 @@ class DecodeWorker:
         sequence = stream.sequence
         self._emitter.prompt_logprobs(stream.gateway, stream.request.ticket, outcome.first + 1, outcome.prompt_logprobs)
         self._engine.commit(sequence)
+        if stream.recording is not None and outcome.hidden_states is not None:
+            stream.recording.append(outcome.first, outcome.hidden_states)
         if outcome.samples is None:
             return
         samples: list[SampledToken] = [sample for sample in outcome.samples if sample is not None]
@@ -391,6 +414,7 @@ class DecodeWorker:
             return
         stream.prefill_s += self._clock.monotonic_s() - stream.started_s
         sequence.prompt_logprobs = -1
+        sequence.hidden_states = False
         # After a failed load the first tokens are known, and these are the same.
         if stream.first_tokens is None:
             self._first_tokens(stream, samples)
