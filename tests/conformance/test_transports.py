@@ -20,6 +20,7 @@ from tandem.kv_transfer.memory import Buffer, map_shared
 from tandem.kv_transfer.transports import PREFERENCE, Read, Region, TransferResult, Transport
 from tandem.kv_transfer.transports.base import Notify
 from tandem.kv_transfer.transports.inproc import InprocTransport
+from tandem.kv_transfer.transports.nixl import NixlTransport
 from tandem.kv_transfer.transports.shm import ShmTransport
 from tandem.kv_transfer.transports.zmq import FRAME_BYTES, IN_FLIGHT_BYTES, ZmqTransport
 
@@ -42,6 +43,8 @@ class Kit:
                 transport = InprocTransport(notify)
             case "shm":
                 transport = ShmTransport(notify)
+            case "nixl":
+                transport = NixlTransport(notify)
             case _:
                 if self._context is None:
                     self._context = SecureContext(make_cluster_keys())
@@ -239,6 +242,7 @@ import sys, numpy as np
 from tandem.core.wire import ClusterKeys, SecureContext
 from tandem.kv_transfer.memory import Buffer
 from tandem.kv_transfer.transports import Region
+from tandem.kv_transfer.transports.nixl import NixlTransport
 from tandem.kv_transfer.transports.shm import ShmTransport
 from tandem.kv_transfer.transports.zmq import ZmqTransport
 import msgspec
