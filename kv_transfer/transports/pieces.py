@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 
 from ...core.ids import PeerId
+from ...kernels import copy_runs
 from ..layout import Runs
-from .base import Notify, Read, TransferResult
+from .base import Notify, Read, Region, TransferResult, check_runs
 
 MAX_RUNS = 1 << 16
 """Of one piece."""
+
+_NOTHING = np.empty(0, np.uint8)
 
 
 class Piece:
@@ -161,3 +164,49 @@ def split_runs(runs: Runs, piece_bytes: int) -> Iterator[Runs]:
         for start in range(first, last, MAX_RUNS):
             part = slice(start, min(start + MAX_RUNS, last))
             yield Runs(*(column[part] for column in cut))
+
+
+def pack(
+    regions: Mapping[str, Region], name: str, offsets: np.ndarray, sizes: np.ndarray, piece_bytes: int
+) -> tuple[str, np.ndarray]:
+    """Join the ranges that a peer asks for. Safe for any values; one range is given where it lies, without a copy.
+
+    Args:
+        regions: this process's, in host memory.
+        name: of a region.
+        offsets: [n] int64.
+        sizes: [m] int64.
+        piece_bytes: most bytes that may be asked for at once.
+
+    Returns:
+        why not, or "", and [bytes] uint8.
+    """
+    region = regions.get(name)
+    if region is None:
+        return f"no region {name[:80]!r}", _NOTHING
+    if len(offsets) != len(sizes) or not 0 < len(sizes) <= MAX_RUNS or int(sizes.max()) > piece_bytes:
+        return "malformed ranges", _NOTHING
+    source = region.buffer.array
+    target_offsets = np.cumsum(sizes) - sizes
+    error = check_runs(Runs(offsets, target_offsets, sizes), len(source), piece_bytes)
+    if error:
+        return error, _NOTHING
+    if len(sizes) == 1:
+        return "", source[offsets[0] : offsets[0] + sizes[0]]
+    payload = np.empty(int(sizes.sum()), np.uint8)
+    copy_runs.native(source, payload, offsets, target_offsets, sizes)
+    return "", payload
+
+
+def octets(values: np.ndarray) -> bytes:
+    """[n] int64, as a message carries it."""
+    return values.astype("<i8").tobytes()
+
+
+def integers(data: bytes) -> np.ndarray:
+    """What `octets` made: [n] int64.
+
+    Raises:
+        ValueError: the length is none of whole integers.
+    """
+    return np.frombuffer(data, "<i8").astype(np.int64)

@@ -22,15 +22,13 @@ from ...core.log import RateLimited
 from ...core.messages import decode_with
 from ...core.wire import SecureContext
 from ...kernels import copy_runs
-from ..layout import Runs
 from .base import Notify, Read, Region, TransferResult, check_runs
-from .pieces import MAX_RUNS, Piece, Pieces
+from .pieces import Piece, Pieces, integers, octets, pack
 
 FRAME_BYTES = 2 << 20
 IN_FLIGHT_FRAMES = 8
 IN_FLIGHT_BYTES = FRAME_BYTES * IN_FLIGHT_FRAMES
 
-_NOTHING = np.empty(0, np.uint8)
 _log = RateLimited()
 
 
@@ -187,7 +185,7 @@ class ZmqTransport:
             number += 1
             asked[number] = piece
             offsets, sizes = piece.runs.source_offsets, piece.runs.sizes
-            dealer.send(msgspec.msgpack.encode(_Ask(number, piece.read.source, _pack(offsets), _pack(sizes))))
+            dealer.send(msgspec.msgpack.encode(_Ask(number, piece.read.source, octets(offsets), octets(sizes))))
         return number
 
     def _serve(self) -> None:
@@ -195,33 +193,16 @@ class ZmqTransport:
         try:
             sender, body = parts
             ask = decode_with(_asks, body)
-            offsets, sizes = _unpack(ask.offsets), _unpack(ask.sizes)
+            offsets, sizes = integers(ask.offsets), integers(ask.sizes)
         except (ValueError, msgspec.DecodeError) as problem:
             self._on_bad_frame()
             _log.warning("kv-zmq", "refused a read request that is not one: %s", problem)
             return
-        error, payload = self._pack_payload(ask.region, offsets, sizes)
+        error, payload = pack(self._regions, ask.region, offsets, sizes, FRAME_BYTES)
         head = msgspec.msgpack.encode(_Answer(ask.number, error))
         # If the reader has gone, there is nobody to tell.
         with contextlib.suppress(zmq.ZMQError):
             self._server.send_multipart([sender, head, payload.data], copy=False, flags=zmq.DONTWAIT)
-
-    def _pack_payload(self, name: str, offsets: np.ndarray, sizes: np.ndarray) -> tuple[str, np.ndarray]:
-        region = self._regions.get(name)
-        if region is None:
-            return f"no region {name[:80]!r}", _NOTHING
-        if len(offsets) != len(sizes) or not 0 < len(sizes) <= MAX_RUNS or int(sizes.max(initial=0)) > FRAME_BYTES:
-            return "malformed ranges", _NOTHING
-        source = region.buffer.array
-        target_offsets = np.cumsum(sizes) - sizes
-        error = check_runs(Runs(offsets, target_offsets, sizes), len(source), FRAME_BYTES)
-        if error:
-            return error, _NOTHING
-        if len(sizes) == 1:
-            return "", source[offsets[0] : offsets[0] + sizes[0]]
-        payload = np.empty(int(sizes.sum()), np.uint8)
-        copy_runs.native(source, payload, offsets, target_offsets, sizes)
-        return "", payload
 
     def _land(self, peer: PeerId, dealer: zmq.Socket[bytes], asked: dict[int, Piece]) -> None:
         while True:
@@ -247,11 +228,3 @@ class ZmqTransport:
                 target = region.buffer.array
                 copy_runs.native(received, target, np.cumsum(sizes) - sizes, piece.runs.target_offsets, sizes)
             self._pieces.finish(piece, error)
-
-
-def _pack(values: np.ndarray) -> bytes:
-    return values.astype("<i8").tobytes()
-
-
-def _unpack(data: bytes) -> np.ndarray:
-    return np.frombuffer(data, "<i8").astype(np.int64)

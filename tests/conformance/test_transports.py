@@ -22,6 +22,7 @@ from tandem.kv_transfer.transports.base import Notify
 from tandem.kv_transfer.transports.inproc import InprocTransport
 from tandem.kv_transfer.transports.nixl import NixlTransport
 from tandem.kv_transfer.transports.shm import ShmTransport
+from tandem.kv_transfer.transports.ucx import UcxTransport
 from tandem.kv_transfer.transports.zmq import FRAME_BYTES, IN_FLIGHT_BYTES, ZmqTransport
 
 SIZE = 1 << 16
@@ -48,7 +49,8 @@ class Kit:
             case _:
                 if self._context is None:
                     self._context = SecureContext(make_cluster_keys())
-                transport = ZmqTransport(notify, self._context, "127.0.0.1")
+                kind = ZmqTransport if self.name == "zmq" else UcxTransport
+                transport = kind(notify, self._context, "127.0.0.1")
         self._closers.append(transport.close)
         return transport
 
@@ -244,6 +246,7 @@ from tandem.kv_transfer.memory import Buffer
 from tandem.kv_transfer.transports import Region
 from tandem.kv_transfer.transports.nixl import NixlTransport
 from tandem.kv_transfer.transports.shm import ShmTransport
+from tandem.kv_transfer.transports.ucx import UcxTransport
 from tandem.kv_transfer.transports.zmq import ZmqTransport
 import msgspec
 context = SecureContext(msgspec.msgpack.decode(bytes.fromhex(sys.argv[2]), type=ClusterKeys))
