@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
 from ...core.ids import PeerId
 from ...kernels import copy_runs
 from ..layout import Runs
-from .base import Notify, Read, Region, TransferResult, check_runs
+from .base import Notify, Read, Region, TransferResult, bytes_of, check_runs
 
 MAX_RUNS = 1 << 16
 """Of one piece."""
@@ -167,12 +167,12 @@ def split_runs(runs: Runs, piece_bytes: int) -> Iterator[Runs]:
 
 
 def pack(
-    regions: Mapping[str, Region], name: str, offsets: np.ndarray, sizes: np.ndarray, piece_bytes: int
+    regions: dict[str, Region], name: str, offsets: np.ndarray, sizes: np.ndarray, piece_bytes: int
 ) -> tuple[str, np.ndarray]:
     """Join the ranges that a peer asks for. Safe for any values; one range is given where it lies, without a copy.
 
     Args:
-        regions: this process's, in host memory.
+        regions: this process's.
         name: of a region.
         offsets: [n] int64.
         sizes: [m] int64.
@@ -181,12 +181,11 @@ def pack(
     Returns:
         why not, or "", and [bytes] uint8.
     """
-    region = regions.get(name)
-    if region is None:
+    source = bytes_of(regions, name)
+    if source is None:
         return f"no region {name[:80]!r}", _NOTHING
     if len(offsets) != len(sizes) or not 0 < len(sizes) <= MAX_RUNS or int(sizes.max()) > piece_bytes:
         return "malformed ranges", _NOTHING
-    source = region.buffer.array
     target_offsets = np.cumsum(sizes) - sizes
     error = check_runs(Runs(offsets, target_offsets, sizes), len(source), piece_bytes)
     if error:

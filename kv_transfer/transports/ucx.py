@@ -32,7 +32,7 @@ from ...core.log import RateLimited
 from ...core.messages import Count, Name, Text, decode_with
 from ...core.wire import SecureContext
 from ...kernels import copy_runs
-from .base import Notify, Read, Region, TransferResult, check_runs
+from .base import Notify, Read, Region, TransferResult, bytes_of, check_runs
 from .pieces import MAX_RUNS, Piece, Pieces, integers, octets, pack
 
 FRAME_BYTES = 2 << 20
@@ -198,13 +198,13 @@ class UcxTransport:
         self._wake()
 
     def submit(self, read: Read) -> int:
-        target = self._regions.get(read.target)
+        target = bytes_of(self._regions, read.target)
         with self._lock:
             error = "" if read.peer in self._descriptors else f"{read.peer} is gone"
         if target is None:
             error = f"there is no local region {read.target}"
         elif not error:
-            error = check_runs(read.runs, 1 << 62, len(target.buffer.array))
+            error = check_runs(read.runs, 1 << 62, len(target))
         number = self._pieces.open(read, error)
         if not error:
             self._wake()
@@ -279,17 +279,17 @@ class UcxTransport:
 
     def _land(self, piece: Piece, probe: Any) -> None:
         sizes, targets = piece.runs.sizes, piece.runs.target_offsets
-        region = self._regions.get(piece.read.target)
+        target = bytes_of(self._regions, piece.read.target)
         error = ""
         if probe.length != int(sizes.sum()):
             error = f"{probe.length} bytes arrived, expected {int(sizes.sum())}"
-        if error or region is None or self._pieces.cancelled(piece):
+        if error or target is None or self._pieces.cancelled(piece):
             self._discard(probe)
             self._pieces.finish(piece, error)
             return
         staged = None
         if len(sizes) == 1:
-            landing = region.buffer.array[targets[0] : targets[0] + sizes[0]]
+            landing = target[targets[0] : targets[0] + sizes[0]]
         else:
             landing = staged = np.empty(probe.length, np.uint8)
         request = self._worker.tag_recv_with_handle(self._array(landing), probe)
@@ -310,10 +310,10 @@ class UcxTransport:
             moved = True
             self._landing.remove(landing)
             error = self._error(landing.request)
-            region = self._regions.get(landing.piece.read.target)
-            if not error and landing.staged is not None and region is not None:
+            target = bytes_of(self._regions, landing.piece.read.target)
+            if not error and landing.staged is not None and target is not None:
                 _, targets, sizes = landing.piece.runs
-                copy_runs.native(landing.staged, region.buffer.array, np.cumsum(sizes) - sizes, targets, sizes)
+                copy_runs.native(landing.staged, target, np.cumsum(sizes) - sizes, targets, sizes)
             self._pieces.finish(landing.piece, error)
         for sent in [sent for sent in self._leaving if sent[0].completed]:
             moved = True
@@ -442,13 +442,24 @@ def load_ucx() -> tuple[Any, Any]:
 
 
 def net_devices(address: str) -> str:
-    """What UCX calls the interface that has this address, and every RDMA port: only they may be used.
+    """What UCX calls the interface that has this address, and every RDMA port that is up: only they may be used.
 
     Raises:
         ConfigError: no interface of this host has the address.
     """
     for name, addresses in psutil.net_if_addrs().items():
         if any(found.address.partition("%")[0] == address for found in addresses):
-            ports = sorted(Path("/sys/class/infiniband").glob("*/ports/*"))
-            return ",".join([name, *(f"{port.parent.parent.name}:{port.name}" for port in ports)])
+            return ",".join([name, *rdma_ports()])
     raise ConfigError(f"ucx: no interface of this host has the address {address}")
+
+
+def rdma_ports() -> list[str]:
+    """The RDMA ports of this host that are up, as UCX calls them: "mlx5_0:1"."""
+    ports = []
+    for port in sorted(Path("/sys/class/infiniband").glob("*/ports/*")):
+        try:
+            if "ACTIVE" in (port / "state").read_text():
+                ports.append(f"{port.parent.parent.name}:{port.name}")
+        except OSError:
+            continue
+    return ports

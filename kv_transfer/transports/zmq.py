@@ -22,7 +22,7 @@ from ...core.log import RateLimited
 from ...core.messages import decode_with
 from ...core.wire import SecureContext
 from ...kernels import copy_runs
-from .base import Notify, Read, Region, TransferResult, check_runs
+from .base import Notify, Read, Region, TransferResult, bytes_of, check_runs
 from .pieces import Piece, Pieces, integers, octets, pack
 
 FRAME_BYTES = 2 << 20
@@ -106,13 +106,13 @@ class ZmqTransport:
         self._wake(b"peers")
 
     def submit(self, read: Read) -> int:
+        target = bytes_of(self._regions, read.target)
         with self._lock:
-            target = self._regions.get(read.target)
             error = "" if read.peer in self._endpoints else f"{read.peer} is gone"
         if target is None:
             error = f"there is no local region {read.target}"
         elif not error:
-            error = check_runs(read.runs, 1 << 62, len(target.buffer.array))
+            error = check_runs(read.runs, 1 << 62, len(target))
         number = self._pieces.open(read, error)
         if not error:
             self._wake(b"reads")
@@ -223,8 +223,7 @@ class ZmqTransport:
             error = answer.error
             if not error and len(received) != int(sizes.sum()):
                 error = f"{len(received)} bytes arrived, expected {int(sizes.sum())}"
-            region = self._regions.get(piece.read.target)
-            if not error and region is not None:
-                target = region.buffer.array
+            target = bytes_of(self._regions, piece.read.target)
+            if not error and target is not None:
                 copy_runs.native(received, target, np.cumsum(sizes) - sizes, piece.runs.target_offsets, sizes)
             self._pieces.finish(piece, error)
