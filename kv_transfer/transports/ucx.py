@@ -246,8 +246,9 @@ class UcxTransport:
             waiting = self._landing or self._leaving or any(owner.asked for owner in self._owners.values())
             if (self._wake_fd, select.POLLIN) in poller.poll(1e3 * _IDLE_S if waiting else None):
                 os.eventfd_read(self._wake_fd)
-        for side in (*self._owners.values(), *self._readers.values()):
-            side.endpoint.close_blocking()
+        ends: list[_Owner | _Reader] = [*self._owners.values(), *self._readers.values()]
+        for end in ends:
+            end.endpoint.close_blocking()
         # The worker's end is the end of every request: nothing is written after it.
         self._worker.cancel_inflight_requests()
         self._owners.clear()
