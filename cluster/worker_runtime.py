@@ -32,8 +32,7 @@ from ..kv_transfer.connector import Connector
 from ..kv_transfer.hidden_states import open_writer
 from ..kv_transfer.layout import layer_groups
 from ..kv_transfer.transports import Transport
-from ..kv_transfer.transports.shm import ShmTransport
-from ..kv_transfer.transports.zmq import ZmqTransport
+from ..kv_transfer.transports.offer import offer
 from ..prefill.worker import PrefillWorker
 from .mesh import Mesh
 
@@ -243,9 +242,13 @@ class WorkerRuntime:
         cache, kv = engine.cache, self._config.kv
         transports: dict[str, Transport] = {}
         if self._role != "colocated":
-            transports["shm"] = ShmTransport(self._nudge)
-            bad_frame = self._metrics.bad_frames.labels("kv-zmq").inc
-            transports["zmq"] = ZmqTransport(self._nudge, self._context, self._address, bad_frame)
+            bad_frame = self._metrics.bad_frames.labels("kv").inc
+            transports, missing = offer(self._nudge, self._context, self._address, "host", kv.transport, bad_frame)
+            if kv.transport in missing:
+                raise ConfigError(f"kv.transport: {kv.transport}: {missing[kv.transport]}")
+            if kv.transport == "auto":
+                for name, why in missing.items():
+                    logger.info("no KV by %s: %s", name, why)
         return Connector(
             self.peer,
             fingerprint,

@@ -15,15 +15,14 @@ from collections.abc import Callable, Mapping
 import torch
 
 from ..core.config import Config
-from ..core.errors import TandemError
+from ..core.errors import ConfigError, TandemError
 from ..core.frames import send_frame
 from ..core.log import logger
 from ..core.wire import SecureContext
 from ..kv_transfer.transports import Region, Transport
 from ..kv_transfer.transports.base import Notify
 from ..kv_transfer.transports.mover import Mover
-from ..kv_transfer.transports.shm import ShmTransport
-from ..kv_transfer.transports.zmq import ZmqTransport
+from ..kv_transfer.transports.offer import offer
 from .build import build_engine, use_threads
 from .engine import Engine
 from .rank_wire import Built, Capture, Compute, CopyBlock, Message, PeerAccess, Task, encode, receive, step_of
@@ -78,11 +77,11 @@ def _move(engine: Engine, access: PeerAccess, orders: socket.socket) -> Mover:
     """Let a thread move this rank's KV."""
     context = SecureContext(access.keys)
 
-    def make(notify: Notify, on_bad_frame: Callable[[str], None]) -> Mapping[str, Transport]:
-        return {
-            "shm": ShmTransport(notify),
-            "zmq": ZmqTransport(notify, context, access.address, lambda: on_bad_frame("zmq")),
-        }
+    def make(notify: Notify, on_bad_frame: Callable[[], None]) -> Mapping[str, Transport]:
+        transports, missing = offer(notify, context, access.address, "host", access.transport, on_bad_frame)
+        if access.transport in missing:
+            raise ConfigError(f"kv.transport: {access.transport}: {missing[access.transport]}")
+        return transports
 
     mover = Mover(orders, make, [Region("blocks", engine.cache.blocks)])
 

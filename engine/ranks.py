@@ -171,12 +171,12 @@ class Ranks:
         """Let the others record their CUDA graphs."""
         self._tell(encode(Capture()))
 
-    def transports(self, notify: Notify, on_bad_frame: Callable[[str], None]) -> list[Mapping[str, Transport]]:
+    def transports(self, notify: Notify, on_bad_frame: Callable[[], None]) -> list[Mapping[str, Transport]]:
         """What moves the others' KV: for each rank, its transports by name. Blocks until all have told. Once.
 
         Args:
             notify: as for a transport of this process; called by threads.
-            on_bad_frame: called, by threads, with a transport's name for each frame from the network that it refused.
+            on_bad_frame: called, by threads, for each frame from the network that another rank refused.
 
         Raises:
             WorkerError: a rank cannot, ended, or told nothing.

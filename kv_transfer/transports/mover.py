@@ -36,9 +36,9 @@ from .mover_messages import (
 
 _CANCELLED = "cancelled"
 
-Make = Callable[[Notify, Callable[[str], None]], Mapping[str, Transport]]
-"""Makes transports by name. Given: what to call when one has news, and with its name for each frame that it refuses.
-Raises TandemError when one that must be there cannot be."""
+Make = Callable[[Notify, Callable[[], None]], Mapping[str, Transport]]
+"""Makes transports by name, given what to call when one has news, and for each frame that one refuses. Raises
+TandemError when one that must be there cannot be."""
 
 
 class Mover:
@@ -77,8 +77,8 @@ class Mover:
         self._copied = (count, wait)
         self._wake()
 
-    def _refused(self, transport: str) -> None:
-        self._bad_frames.append(BadFrame(transport))
+    def _refused(self) -> None:
+        self._bad_frames.append(BadFrame())
         self._wake()
 
     def _wake(self) -> None:
@@ -124,8 +124,7 @@ class Mover:
         self._send(Offers([self._offer(transport) for transport in self._transports.values()]))
 
     def _offer(self, transport: Transport) -> Offer:
-        converts, memory = getattr(transport, "converts", False), getattr(transport, "memory", ("host",))
-        return Offer(transport.name, transport.descriptor(), converts, sorted(memory))
+        return Offer(transport.name, transport.descriptor(), transport.converts, sorted(transport.memory))
 
     def _obey(self, order: Order) -> None:
         transport = self._transports.get(order.transport)

@@ -46,7 +46,7 @@ class MoverLink:
         whose: the other process, for people: "rank 1".
         notify: called when `take_results` has something new.
         num_copies: how many blocks the other process has been told to copy: no read overtakes those.
-        on_bad_frame: called with a transport's name for each frame from the network that it refused.
+        on_bad_frame: called for each frame from the network that the other process refused.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class MoverLink:
         whose: str,
         notify: Notify,
         num_copies: Callable[[], int] = lambda: 0,
-        on_bad_frame: Callable[[str], None] = lambda transport: None,
+        on_bad_frame: Callable[[], None] = lambda: None,
     ) -> None:
         self._connection = connection
         self._whose = whose
@@ -207,7 +207,7 @@ class MoverLink:
 
     def _hear(self, news: News) -> None:
         if isinstance(news, BadFrame):
-            self._on_bad_frame(news.transport)
+            self._on_bad_frame()
             return
         with self._changed:
             match news:

@@ -110,8 +110,6 @@ class Closed(msgspec.Struct, frozen=True, tag=True):
 class BadFrame(msgspec.Struct, frozen=True, tag=True):
     """A transport refused a frame from the network."""
 
-    transport: Name
-
 
 Order = AddPeer | RemovePeer | Submit | Cancel | Close
 News = Offers | PeerAdded | Ended | Closed | BadFrame

@@ -148,10 +148,10 @@ def main(control: socket.socket) -> None:
             for (region, size), descriptor in zip(sizes.items(), files[1:], strict=True)
         ]
 
-        def make(notify: Notify, on_bad_frame: Callable[[str], None], name: str = name) -> dict[str, Transport]:
+        def make(notify: Notify, on_bad_frame: Callable[[], None], name: str = name) -> dict[str, Transport]:
             if name == "shm":
                 return {name: ShmTransport(notify)}
-            return {name: ZmqTransport(notify, context, "127.0.0.1", lambda: on_bad_frame(name))}
+            return {name: ZmqTransport(notify, context, "127.0.0.1", on_bad_frame)}
 
         mover = Mover(socket.socket(fileno=files[0]), make, regions)
         threading.Thread(target=mover.run, daemon=True).start()

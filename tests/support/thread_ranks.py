@@ -123,7 +123,7 @@ def build_on_threads(config: Config, max_running: int, size: int, overlap: bool 
     return builts[0], ranks
 
 
-def _make(notify: Notify, on_bad_frame: Callable[[str], None]) -> Mapping[str, Transport]:
+def _make(notify: Notify, on_bad_frame: Callable[[], None]) -> Mapping[str, Transport]:
     return {"inproc": InprocTransport(notify)}
 
 

@@ -97,8 +97,8 @@ class Silent:
     def __init__(self) -> None:
         ours, self.theirs = socket.socketpair()
         self.news = threading.Event()
-        self.refused: list[str] = []
-        self.link = MoverLink(ours, "rank 1 of 2", self.news.set, on_bad_frame=self.refused.append)
+        self.refused: list[None] = []
+        self.link = MoverLink(ours, "rank 1 of 2", self.news.set, on_bad_frame=lambda: self.refused.append(None))
 
     def say(self, *news: Offers | PeerAdded | Ended | BadFrame) -> None:
         for message in news:
@@ -140,9 +140,9 @@ def test_who_offers_nothing_says_why(silent: Silent) -> None:
 
 
 def test_refused_frames_are_counted_by_the_first_rank(silent: Silent) -> None:
-    silent.say(BadFrame("zmq"), BadFrame("zmq"), Offers([]))
+    silent.say(BadFrame(), BadFrame(), Offers([]))
     silent.link.offers()
-    assert silent.refused == ["zmq", "zmq"]
+    assert len(silent.refused) == 2
 
 
 def test_news_of_nothing_harm_nothing(silent: Silent) -> None:
