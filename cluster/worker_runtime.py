@@ -29,7 +29,8 @@ from ..engine.build import use_threads, warm_up
 from ..engine.engine import Engine
 from ..engine.ranks import Ranks, build_on_ranks
 from ..kv_transfer.connector import Connector
-from ..kv_transfer.layout import layer_groups
+from ..kv_transfer.ends import host_end
+from ..kv_transfer.layout import layer_groups, one_group
 from ..kv_transfer.transports import Transport
 from ..kv_transfer.transports.shm import ShmTransport
 from ..kv_transfer.transports.zmq import ZmqTransport
@@ -241,18 +242,20 @@ class WorkerRuntime:
             transports["shm"] = ShmTransport(self._nudge)
             bad_frame = self._metrics.bad_frames.labels("kv-zmq").inc
             transports["zmq"] = ZmqTransport(self._nudge, self._context, self._address, bad_frame)
+        layout = cache.layout
+        end = host_end(range(layout.num_kv_heads), transports, cache.blocks, cache.generations_buffer)
         return Connector(
             self.peer,
             fingerprint,
-            cache.layout,
-            layer_groups(cache.layout.num_layers, kv.layer_groups),
-            cache.blocks,
-            cache.generations_buffer,
-            transports,
+            layout,
+            one_group(layout.num_layers),
+            layer_groups(layout.num_layers, kv.layer_groups),
+            [end],
             kv.transport,
             kv.lease_s,
             self._clock,
             self._metrics,
+            kv.checksums,
         )
 
     def _run(self) -> None:

@@ -86,6 +86,8 @@ class ZmqTransport:
     """
 
     name = "zmq"
+    converts = False
+    memory = frozenset({"host"})
 
     def __init__(
         self, notify: Notify, context: SecureContext, address: str, on_bad_frame: Callable[[], None] | None = None

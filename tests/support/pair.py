@@ -31,6 +31,8 @@ from tandem.core.metrics import WorkerMetrics
 from tandem.decode.worker import DecodeWorker
 from tandem.engine.build import Built, build_engine
 from tandem.kv_transfer.connector import Connector
+from tandem.kv_transfer.ends import host_end
+from tandem.kv_transfer.layout import one_group
 from tandem.kv_transfer.transports.inproc import InprocTransport
 from tandem.prefill.worker import PrefillWorker
 
@@ -70,9 +72,13 @@ class Node:
         self.engine = built.engine
         self.transport = InprocTransport(lambda: None)
         cache = self.engine.cache
+        layout = cache.layout
+        end = host_end(
+            range(layout.num_kv_heads), {"inproc": self.transport}, cache.blocks, cache.generations_buffer
+        )  # fmt: skip
         self.connector = Connector(
-            peer, built.fingerprint, cache.layout, self.engine.runner.layer_groups, cache.blocks, cache.generations_buffer,
-            {"inproc": self.transport}, "auto", config.kv.lease_s, pair.clock, self.metrics,
+            peer, built.fingerprint, layout, one_group(layout.num_layers), self.engine.runner.layer_groups, [end],
+            "auto", config.kv.lease_s, pair.clock, self.metrics, config.kv.checksums,
         )  # fmt: skip
 
         def send(to: str, message: Message) -> None:
