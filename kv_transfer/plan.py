@@ -52,7 +52,7 @@ def plan_copies(source: Side, target: Side, heads: range, places: range, tokens:
         if len(heads) and not side.first_head <= heads.start <= heads.stop <= last_head:
             raise ValueError(f"heads {heads} are not all among {side.first_head} … {last_head - 1}")
     if not (len(heads) and len(places) and len(tokens)):
-        return coalesce(*[np.empty(0, np.int64)] * 3)
+        return merge([])
     ours, theirs = source.layout.block_tokens, target.layout.block_tokens
     starts = _cuts(tokens, ours, theirs)
     lengths = np.diff(starts, append=tokens.stop)
@@ -79,8 +79,9 @@ def merge(parts: Sequence[Runs], scale: tuple[int, int] = (1, 1)) -> Runs:
     """
     if len(parts) == 1:
         return parts[0]
-    columns = [np.concatenate(column) for column in zip(*parts, strict=True)] or [np.empty(0, np.int64)] * 3
-    return coalesce(columns[0], columns[1], columns[2], scale)
+    nothing = np.empty(0, np.int64)
+    source, target, sizes = (np.concatenate([nothing, *(part[column] for part in parts)]) for column in range(3))
+    return coalesce(source, target, sizes, scale)
 
 
 def cover_heads(wanted: range, offered: Sequence[range], first: int = 0) -> list[tuple[int, range]]:
