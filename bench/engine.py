@@ -31,6 +31,8 @@ from ..engine.engine import Engine
 from ..engine.ranks import build_on_ranks
 from ..engine.sequence import Sequence
 from ..kv_transfer.connector import Connector
+from ..kv_transfer.ends import End
+from ..kv_transfer.layout import one_group
 from . import floor
 from .machine import describe
 from .step_profile import profile_steps
@@ -248,9 +250,10 @@ class EngineBench:
 
         kv, cache = self._config.kv, self._engine.cache
         metrics, clock = WorkerMetrics(CollectorRegistry()), SystemClock()
+        layout = cache.layout
         connector = Connector(
-            "colocated-0#1", self._fingerprint, cache.layout, self._engine.runner.layer_groups, cache.blocks,
-            cache.generations_buffer, {}, kv.transport, kv.lease_s, clock, metrics,
+            "colocated-0#1", self._fingerprint, layout, one_group(layout.num_layers), self._engine.runner.layer_groups,
+            [End(range(layout.num_kv_heads), {})], kv.transport, kv.lease_s, clock, metrics,
         )  # fmt: skip
         worker = DecodeWorker(
             self._engine, connector, self._pool, self._config, self._fingerprint, self._max_model_len, clock, metrics,

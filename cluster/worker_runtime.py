@@ -27,12 +27,13 @@ from ..core.wire import ClusterKeys, SecureContext
 from ..decode.worker import DecodeWorker
 from ..engine.build import use_threads, warm_up
 from ..engine.engine import Engine
+from ..engine.models.shard import kv_heads_of
+from ..engine.rank_wire import PeerAccess
 from ..engine.ranks import Ranks, build_on_ranks
 from ..kv_transfer.connector import Connector
+from ..kv_transfer.ends import End, host_end, open_transports
 from ..kv_transfer.hidden_states import open_writer
-from ..kv_transfer.layout import layer_groups
-from ..kv_transfer.transports import Transport
-from ..kv_transfer.transports.offer import offer
+from ..kv_transfer.layout import layer_groups, one_group
 from ..prefill.worker import PrefillWorker
 from .mesh import Mesh
 
@@ -177,8 +178,11 @@ class WorkerRuntime:
         assert pool is not None
         self._progress("reading the model")
         threads = pool.threads or os.cpu_count() or 1
+        access = None
+        if self._role != "colocated":
+            access = PeerAccess(self._keys, self._address)
         built, self._ranks = build_on_ranks(
-            self._config, pool, threads, lambda what, done: self._progress(f"{what} {done:.0%}")
+            self._config, pool, threads, lambda what, done: self._progress(f"{what} {done:.0%}"), access
         )
         if self._ranks is not None:
             self._ranks.watch(self._rank_lost)
@@ -239,29 +243,34 @@ class WorkerRuntime:
         os._exit(70)
 
     def _connect(self, engine: Engine, fingerprint: str) -> Connector:
-        cache, kv = engine.cache, self._config.kv
-        transports: dict[str, Transport] = {}
-        if self._role != "colocated":
-            bad_frame = self._metrics.bad_frames.labels("kv").inc
-            transports, missing = offer(self._nudge, self._context, self._address, "host", kv.transport, bad_frame)
-            if kv.transport in missing:
-                raise ConfigError(f"kv.transport: {kv.transport}: {missing[kv.transport]}")
-            if kv.transport == "auto":
-                for name, why in missing.items():
-                    logger.info("no KV by %s: %s", name, why)
+        layout, kv = engine.cache.layout, self._config.kv
         return Connector(
             self.peer,
             fingerprint,
-            cache.layout,
-            layer_groups(cache.layout.num_layers, kv.layer_groups),
-            cache.blocks,
-            cache.generations_buffer,
-            transports,
+            layout,
+            one_group(layout.num_layers),
+            layer_groups(layout.num_layers, kv.layer_groups),
+            self._ends(engine),
             kv.transport,
             kv.lease_s,
             self._clock,
             self._metrics,
+            kv.checksums,
         )
+
+    def _ends(self, engine: Engine) -> list[End]:
+        """Every rank's side of the byte plane, this one's first."""
+        cache, spec, num_ranks = engine.cache, engine.model.spec, engine.model.group.size
+        heads = [kv_heads_of(spec, rank, num_ranks) for rank in range(num_ranks)]
+        if self._role == "colocated":
+            return [host_end(heads[0], {}, cache.blocks, cache.generations_buffer)]
+        choice, bad_frame = self._config.kv.transport, self._metrics.bad_frames.labels("kv").inc
+        transports = open_transports(self._nudge, self._context, self._address, cache.blocks.kind, choice, bad_frame)
+        ends = [host_end(heads[0], transports, cache.blocks, cache.generations_buffer)]
+        if self._ranks is not None:
+            others = self._ranks.transports(self._nudge, bad_frame)
+            ends += [End(*other) for other in zip(heads[1:], others, strict=True)]
+        return ends
 
     def _run(self) -> None:
         while not (self._stopping.is_set() and self._may_end()):

@@ -151,6 +151,8 @@ class KVConfig(_Section):
     """How long decode waits for a prefill to move on before it computes the prompt itself."""
     on_load_failure: Literal["recompute", "fail"] = "recompute"
     """When KV does not arrive: compute the missing part again, or fail the request."""
+    checksums: bool = False
+    """Sum all KV before and after it travels, and treat a difference as KV that did not arrive. On CPUs."""
     prefix_cache: bool = True
     """Reuse the blocks of equal prefixes."""
 

@@ -19,7 +19,7 @@ from typing import Annotated, Final, TypeVar
 import msgspec
 from msgspec import Meta, Struct
 
-PROTOCOL_VERSION: Final = 1
+PROTOCOL_VERSION: Final = 2
 """Peers of one protocol version interoperate, whatever their package versions."""
 
 MAX_MESSAGE_BYTES: Final = 64 << 20
@@ -28,6 +28,7 @@ MAX_MESSAGE_BYTES: Final = 64 << 20
 MAX_TOKENS: Final = 1 << 22
 MAX_CHILDREN: Final = 128
 MAX_LOGPROBS: Final = 20
+MAX_RANKS: Final = 1024
 
 Name = Annotated[str, Meta(max_length=256)]
 Text = Annotated[str, Meta(max_length=4096)]
@@ -57,6 +58,8 @@ class FailureReason(enum.StrEnum):
     """The lease ran out before the read was done."""
     GENERATION = "generation"
     """The block had been reused when its bytes landed."""
+    CHECKSUM = "checksum"
+    """What landed is not what the prefill worker computed."""
     TRANSPORT = "transport"
     """The bytes could not be moved."""
     PEER_LOST = "peer_lost"
@@ -204,35 +207,54 @@ class Refused(Struct, tag=True, frozen=True):
     retryable: bool = False
 
 
-class RegionSpec(Struct, array_like=True, frozen=True):
-    """A named range of a worker's memory that peers may read."""
+class KVGroupSpec(Struct, array_like=True, frozen=True):
+    """Layers that share blocks: see `kv_transfer.layout.KVGroup`."""
 
-    name: Name
-    num_bytes: Count
+    layers: Annotated[list[Count], Meta(max_length=4096)]
+    window: Count
+    """Tokens that they see; 0: all."""
 
 
-class GroupSpec(Struct, frozen=True):
-    """How one KV group's blocks lie in memory: see `kv_transfer.layout.KVLayout`."""
+class CacheSpec(Struct, frozen=True):
+    """How a worker's KV blocks lie in memory: see `kv_transfer.layout.KVLayout`."""
 
-    num_layers: Count
     num_kv_heads: Count
+    """Of the whole model; a rank holds some of them."""
     head_dim: Count
-    block_tokens: Count
+    block_tokens: Annotated[int, Meta(ge=1, le=MAX_TOKENS)]
     dtype: Name
+    num_layers: Count
+    """Places in a block."""
+    groups: Annotated[list[KVGroupSpec], Meta(max_length=1024)]
+
+
+class RankSpec(Struct, frozen=True):
+    """One rank of a worker: what it holds of each block, and how it can be read."""
+
+    first_head: Count
+    num_heads: Count
+    transports: Annotated[dict[Name, Annotated[bytes, Meta(max_length=1 << 16)]], Meta(max_length=16)]
+    """Name → opaque descriptor, of those that the rank can use."""
+    memory: Name = "host"
+    """Where its blocks are: "host" or "cuda"."""
 
 
 class Hello(Struct, tag=True, frozen=True):
-    """First message between a decode and a prefill worker; `HelloReply` mirrors it."""
+    """First message between a decode and a prefill worker; `HelloReply` mirrors it.
+
+    The first three fields are the same in all versions of the protocol: whatever else a peer tells, it can be refused
+    with a reason.
+    """
 
     protocol: int
     peer: Name
     fingerprint: Name
     """Of the model's configuration and weights."""
-    groups: Annotated[list[GroupSpec], Meta(max_length=64)]
-    layer_groups: Annotated[list[Count], Meta(max_length=1024)]
+    cache: CacheSpec = CacheSpec(0, 0, 1, "", 0, [])
+    layer_groups: Annotated[list[Count], Meta(max_length=1024)] = []
     """First layer of each group of layers that is handed over as one."""
-    transports: Annotated[dict[Name, Annotated[bytes, Meta(max_length=1 << 16)]], Meta(max_length=16)]
-    """Name → opaque descriptor, of those that the sender can use."""
+    ranks: Annotated[list[RankSpec], Meta(max_length=MAX_RANKS)] = []
+    """The first one has the blocks' generations too."""
     lease_s: Seconds = 30.0
 
 
@@ -253,21 +275,34 @@ class Prefill(Struct, tag=True, frozen=True):
     tokens: Annotated[TokenIds, Meta(min_length=1)]
     num_prompt_tokens: Annotated[int, Meta(ge=1, le=MAX_TOKENS)]
     skip_tokens: Count
-    """The reader has the KV of this prefix: whole blocks."""
+    """The reader has the KV of this prefix."""
     children: Annotated[list[Child], Meta(min_length=1, max_length=MAX_CHILDREN)]
     sampling: Sampling
     prompt_logprobs: Annotated[int, Meta(ge=-1, le=MAX_LOGPROBS)] = -1
     salt: Name = ""
     hidden_states: FileName = ""
     """The file for the prompt's hidden states."""
+    sum_tokens: Annotated[int, Meta(ge=0, le=1 << 40)] = 0
+    """Send a checksum for each so many tokens of the prompt (see `kv_transfer.checksums`); 0: send none."""
+    sum_dtype: Name = ""
+    """Of the KV in this dtype, the reader's."""
+
+
+class Table(Struct, array_like=True, frozen=True):
+    """A sequence's blocks in one KV group, in the sender's block size."""
+
+    first_token: Count
+    """Of the first block: a multiple of the sender's `block_tokens`."""
+    blocks: Annotated[list[Count], Meta(max_length=MAX_TOKENS)]
+    generations: Annotated[list[Count], Meta(max_length=MAX_TOKENS)]
 
 
 class Accepted(Struct, tag=True, frozen=True):
     """Prefill → decode: the blocks that will hold the prompt from `skip_tokens` on, under a lease from now."""
 
     number: Count
-    blocks: Annotated[list[Count], Meta(max_length=MAX_TOKENS)]
-    generations: Annotated[list[Count], Meta(max_length=MAX_TOKENS)]
+    tables: Annotated[list[Table], Meta(max_length=1024)]
+    """One for each KV group; of a group with a window, only what the next token sees."""
     cached_tokens: Count
 
 
@@ -277,6 +312,10 @@ class BlocksReady(Struct, tag=True, frozen=True):
     number: Count
     layer_group: Annotated[int, Meta(ge=0, lt=1024)]
     num_tokens: Count
+    first_sum: Count = 0
+    """Number of the first checksum: it is for tokens from ``first_sum * sum_tokens`` on."""
+    sums: Annotated[bytes, Meta(max_length=8 * MAX_TOKENS)] = b""
+    """Those that can be told since the last watermark: 64 bits each, little-endian."""
 
 
 class SampledToken(Struct, array_like=True, frozen=True):

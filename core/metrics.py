@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from prometheus_client import Metric
 
 _LATENCY_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+_BYTES = tuple(4.0**power for power in range(5, 18))
+_RUNS = tuple(4.0**power for power in range(11))
+_GB_PER_S = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 20, 30, 50, 100, 200, 400)
 _STEP_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2)
 
 
@@ -47,7 +50,16 @@ class WorkerMetrics:
             "tandem_kv_load_failures", "KV that was not delivered or failed its check", ["reason"], registry=r
         )
         self.transfer_bytes = Counter("tandem_transfer_bytes", "KV bytes read", ["transport", "peer"], registry=r)
-        self.transfer_runs = Counter("tandem_transfer_runs", "Contiguous runs read", ["transport", "peer"], registry=r)
+        self.transfer_size_bytes = Histogram(
+            "tandem_transfer_size_bytes", "KV bytes of one read", ["transport", "peer"], buckets=_BYTES, registry=r
+        )
+        self.transfer_runs = Histogram(
+            "tandem_transfer_runs",
+            "Contiguous runs of one read, a descriptor each",
+            ["transport", "peer"],
+            buckets=_RUNS,
+            registry=r,
+        )
         self.transfer_s = Histogram(
             "tandem_transfer_seconds",
             "One read, from submission to landing",
@@ -58,7 +70,35 @@ class WorkerMetrics:
         self.hidden_state_files = Counter(
             "tandem_hidden_state_files", "Files of hidden states by what became of them", ["outcome"], registry=r
         )
+        self.transfer_gb_per_s = Histogram(
+            "tandem_transfer_gigabytes_per_second",
+            "Rate of one read, from submission to landing",
+            ["transport", "peer"],
+            buckets=_GB_PER_S,
+            registry=r,
+        )
+        self.transfer_hidden_s = Histogram(
+            "tandem_transfer_hidden_seconds",
+            "Time of a handoff with reads on their way while its prompt was being computed",
+            buckets=_LATENCY_S,
+            registry=r,
+        )
+        self.transfer_unhidden_s = Histogram(
+            "tandem_transfer_unhidden_seconds",
+            "Time of a handoff from its prompt's end to its last byte",
+            buckets=_LATENCY_S,
+            registry=r,
+        )
         self.bad_frames = Counter("tandem_bad_frames", "Frames refused", ["socket"], registry=r)
+
+    def transferred(self, transport: str, peer: str, num_bytes: int, num_runs: int, seconds: float) -> None:
+        """A read of KV has landed."""
+        self.transfer_bytes.labels(transport, peer).inc(num_bytes)
+        self.transfer_size_bytes.labels(transport, peer).observe(num_bytes)
+        self.transfer_runs.labels(transport, peer).observe(num_runs)
+        self.transfer_s.labels(transport, peer).observe(seconds)
+        if seconds > 0:
+            self.transfer_gb_per_s.labels(transport, peer).observe(num_bytes / seconds / 1e9)
 
 
 class GatewayMetrics:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
+
 from ..core.clock import Clock
 from ..core.errors import IllegalTransition
 from ..core.ids import PeerId
@@ -24,6 +26,7 @@ from ..core.metrics import WorkerMetrics
 from ..kv_transfer import handoff as steps
 from ..kv_transfer.connector import Connector
 from ..kv_transfer.handoff import Handoff, Pull
+from ..kv_transfer.peers import Terms
 from .stream import Stream
 
 _log = RateLimited()
@@ -56,11 +59,11 @@ class LoadDone(NamedTuple):
 
 
 class LoadFailed(NamedTuple):
-    """The KV did not come; ``num_blocks`` of the blocks after the skipped ones did."""
+    """The KV did not come, but that of the first ``num_tokens`` tokens is here."""
 
     stream: Stream
     reason: FailureReason
-    num_blocks: int
+    num_tokens: int
     message: str
     status: int
 
@@ -75,13 +78,21 @@ LoadEvent = PromptStarted | ReadStarted | PromptDone | LoadDone | LoadFailed | L
 
 
 class _Load:
-    def __init__(self, stream: Stream, handoff: Handoff, skip_blocks: int, started_s: float) -> None:
+    def __init__(self, stream: Stream, handoff: Handoff, terms: Terms, skip_tokens: int, started_s: float) -> None:
         self.stream = stream
         self.handoff = handoff
-        self.skip_blocks = skip_blocks
+        self.terms = terms
+        self.skip_tokens = skip_tokens
+        self.num_tokens = stream.sequence.num_tokens
         self.started_s = started_s
+        self.sums: dict[int, dict[int, np.uint64]] = {}
+        """Layer group → unit of tokens → the checksum that it must have."""
         self.pulls: dict[int, Pull] = {}
         self.reading = False
+        self.hidden_s = 0.0
+        """Time with reads on their way while the prompt was being computed."""
+        self.reading_s = 0.0
+        """Since when there have been reads on their way."""
         self.message = ""
         self.status = 503
         self.prefilled_s = 0.0
@@ -132,25 +143,27 @@ class Loader:
         return any(load.stream is stream for load in self._loads.values())
 
     def start(self, stream: Stream, peer: PeerId) -> None:
-        """Ask ``peer`` for a stream's prompt, and start to fetch its KV into the stream's blocks.
+        """Ask a connected peer for a stream's prompt, and start to fetch its KV into the stream's blocks.
 
-        The stream has blocks for all its tokens; what it has computed is whole blocks and is not asked for.
+        The stream has blocks for all its tokens; what it has computed is not asked for.
         """
         self._number += 1
         sequence, request = stream.sequence, stream.request
-        layout = self._connector.layout
-        skip = sequence.num_computed
+        terms = self._connector.terms(peer)
+        skip, num_tokens = sequence.num_computed, sequence.num_tokens
         handoff = Handoff(
             self._number,
             peer,
             skip,
-            sequence.num_tokens,
-            layout.block_tokens,
-            len(self._connector.layer_groups),
+            num_tokens,
+            self._connector.first_tokens(skip, num_tokens),
+            terms.block_tokens,
+            terms.unit_tokens,
+            terms.num_layer_groups,
             self._clock,
         )
         now_s = self._clock.monotonic_s()
-        self._loads[self._number] = _Load(stream, handoff, skip // layout.block_tokens, now_s)
+        self._loads[self._number] = _Load(stream, handoff, terms, skip, now_s)
         if self._renew_s is None:
             self._renew_s = now_s + self._connector.shortest_lease_s() / 3
         self._send(
@@ -166,6 +179,8 @@ class Loader:
                 prompt_logprobs=sequence.prompt_logprobs,
                 salt=request.salt,
                 hidden_states=request.hidden_states if sequence.hidden_states else "",
+                sum_tokens=terms.sum_tokens,
+                sum_dtype=self._connector.layout.dtype if terms.sum_tokens else "",
             ),
         )
 
@@ -188,8 +203,9 @@ class Loader:
         match message:
             case Accepted():
                 events.append(PromptStarted(load.stream, message.cached_tokens))
-                return events + self._run(load, handoff.accepted(message.blocks, message.generations))
+                return events + self._run(load, handoff.accepted(message.tables))
             case BlocksReady():
+                self._keep_sums(load, message)
                 instructions = handoff.ready(message.layer_group, message.num_tokens)
                 if instructions and not load.reading:
                     load.reading = True
@@ -201,6 +217,8 @@ class Loader:
                 load.prefilled_s = self._clock.monotonic_s()
                 load.queue_s, load.prefill_s = message.queue_s, message.prefill_s
                 load.s_per_token = message.s_per_token
+                if load.pulls:
+                    load.hidden_s += load.prefilled_s - load.reading_s
                 return [PromptDone(load.stream, message), *self._run(load, handoff.prompt_done())]
             case PrefillFailed():
                 load.message, load.status = message.message, message.status
@@ -217,6 +235,8 @@ class Loader:
                 continue
             load.num_bytes += result.num_bytes
             pull = load.pulls.pop(result.number)
+            if not load.pulls and not load.prefilled_s:
+                load.hidden_s += self._clock.monotonic_s() - load.reading_s
             events += self._run(load, load.handoff.pull_ended(pull, result.failure, result.num_good))
         return events
 
@@ -273,25 +293,46 @@ class Loader:
                     self._send(load.handoff.peer, Release([load.handoff.number]))
                 case steps.Loaded():
                     events.append(self._done(load))
-                case steps.Failed(reason, num_blocks):
+                case steps.Failed(reason, num_tokens):
                     self._end(load, "failed")
                     self._metrics.load_failures.labels(reason.value).inc()
                     logger.info("handoff failed: %s: %s", reason.value, "; ".join(load.handoff.history))
-                    events.append(LoadFailed(load.stream, reason, num_blocks, load.message, load.status))
+                    events.append(LoadFailed(load.stream, reason, num_tokens, load.message, load.status))
                 case steps.Closed():
                     self._end(load, "aborted")
                     events.append(LoadClosed(load.stream))
         return events
 
     def _pull(self, load: _Load, pull: Pull) -> None:
-        local = load.stream.sequence.blocks[load.skip_blocks + pull.start : load.skip_blocks + pull.stop]
-        part = slice(pull.start, pull.stop)
-        handoff = load.handoff
+        if not load.pulls:
+            load.reading_s = self._clock.monotonic_s()
         number = self._connector.pull(
-            handoff.peer, pull.layer_group, local, handoff.blocks[part], handoff.generations[part]
+            load.handoff.peer,
+            pull.layer_group,
+            range(pull.start, pull.stop),
+            load.stream.sequence.tables,
+            load.handoff.tables,
+            load.skip_tokens,
+            load.num_tokens,
+            self._sums_of(load, pull),
         )
         load.pulls[number] = pull
         self._of_pull[number] = load
+
+    @staticmethod
+    def _keep_sums(load: _Load, message: BlocksReady) -> None:
+        if load.terms.sum_tokens and message.layer_group < load.terms.num_layer_groups:
+            values = np.frombuffer(message.sums[: len(message.sums) // 8 * 8], "<u8").astype(np.uint64)
+            load.sums.setdefault(message.layer_group, {}).update(enumerate(values, message.first_sum))
+
+    @staticmethod
+    def _sums_of(load: _Load, pull: Pull) -> np.ndarray | None:
+        """The checksums of what is pulled, or None: there are none, or some did not come."""
+        unit, known = load.terms.sum_tokens, load.sums.get(pull.layer_group, {})
+        if not unit:
+            return None
+        wanted = [known.pop(index, None) for index in range(pull.start // unit, -(-pull.stop // unit))]
+        return None if None in wanted else np.array(wanted, np.uint64)
 
     def _cancel(self, load: _Load) -> list[LoadEvent]:
         draining = self._connector.cancel(load.pulls)
@@ -309,6 +350,8 @@ class Loader:
         stream.prefill_s += load.prefill_s
         stream.transfer_s += now_s - load.prefilled_s
         stream.transferred_bytes += load.num_bytes
+        self._metrics.transfer_hidden_s.observe(load.hidden_s)
+        self._metrics.transfer_unhidden_s.observe(now_s - load.prefilled_s)
         self._on_handoff(now_s - load.started_s - load.queue_s - load.prefill_s, load.s_per_token)
         self._end(load, "loaded")
         return LoadDone(stream)

@@ -314,7 +314,7 @@ class DecodeWorker:
     def _load_failed(self, stream: Stream, event: LoadFailed) -> None:
         self._stage(stream, "transfer.failed", event.reason.value)
         stream.log.warning(
-            "KV did not arrive (%s): %s; %d blocks did", event.reason.value, event.message, event.num_blocks
+            "KV did not arrive (%s): %s; that of %d tokens is here", event.reason.value, event.message, event.num_tokens
         )
         if event.reason is FailureReason.PREFILL and event.status < 500:
             self._refuse(stream, event.status, event.message)
@@ -323,9 +323,8 @@ class DecodeWorker:
             self._refuse(stream, 503, f"the prompt's KV did not arrive: {event.reason.value}", retryable=True)
             return
         sequence = stream.sequence
-        arrived = sequence.num_computed + event.num_blocks * self._engine.block_tokens
         # Hidden states are wanted of every token: the one that computes the last has computed the first.
-        sequence.num_computed = 0 if sequence.hidden_states else min(arrived, sequence.num_tokens - 1)
+        sequence.num_computed = 0 if sequence.hidden_states else min(event.num_tokens, sequence.num_tokens - 1)
         self._engine.commit(sequence)
         peer = self._prefill_peer(stream, avoid=stream.load_peer)
         if stream.first_tokens is None and peer and stream.load_attempts < _MAX_LOAD_ATTEMPTS:

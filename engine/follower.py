@@ -15,14 +15,14 @@ from collections.abc import Callable, Mapping
 import torch
 
 from ..core.config import Config
-from ..core.errors import ConfigError, TandemError
+from ..core.errors import TandemError
 from ..core.frames import send_frame
 from ..core.log import logger
 from ..core.wire import SecureContext
+from ..kv_transfer.ends import BLOCKS, open_transports
 from ..kv_transfer.transports import Region, Transport
 from ..kv_transfer.transports.base import Notify
 from ..kv_transfer.transports.mover import Mover
-from ..kv_transfer.transports.offer import offer
 from .build import build_engine, use_threads
 from .engine import Engine
 from .rank_wire import Built, Capture, Compute, CopyBlock, Message, PeerAccess, Task, encode, receive, step_of
@@ -45,7 +45,7 @@ def main(connection: socket.socket, orders: socket.socket) -> None:
         engine = _build(connection, task)
         if engine is None:
             return
-        follower = Follower(engine.runner, None if task.access is None else _move(engine, task.access, orders))
+        follower = Follower(engine.runner, None if task.access is None else _move(engine, task, task.access, orders))
         while True:
             follower.obey(receive(connection))
     except (EOFError, ConnectionError):
@@ -73,17 +73,16 @@ def _build(connection: socket.socket, task: Task) -> Engine | None:
     return built.engine
 
 
-def _move(engine: Engine, access: PeerAccess, orders: socket.socket) -> Mover:
+def _move(engine: Engine, task: Task, access: PeerAccess, orders: socket.socket) -> Mover:
     """Let a thread move this rank's KV."""
     context = SecureContext(access.keys)
 
-    def make(notify: Notify, on_bad_frame: Callable[[], None]) -> Mapping[str, Transport]:
-        transports, missing = offer(notify, context, access.address, "host", access.transport, on_bad_frame)
-        if access.transport in missing:
-            raise ConfigError(f"kv.transport: {access.transport}: {missing[access.transport]}")
-        return transports
+    cache, choice = engine.cache, Config.model_validate_json(task.config).kv.transport
 
-    mover = Mover(orders, make, [Region("blocks", engine.cache.blocks)])
+    def make(notify: Notify, on_bad_frame: Callable[[], None]) -> Mapping[str, Transport]:
+        return open_transports(notify, context, access.address, cache.blocks.kind, choice, on_bad_frame)
+
+    mover = Mover(orders, make, [Region(BLOCKS, cache.blocks)])
 
     def run() -> None:
         try:

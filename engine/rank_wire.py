@@ -23,8 +23,6 @@ class PeerAccess(msgspec.Struct, frozen=True):
     keys: ClusterKeys
     address: str
     """Of this host, where peers reach it."""
-    transport: str
-    """``kv.transport``."""
 
 
 class Task(msgspec.Struct, frozen=True, tag=True):

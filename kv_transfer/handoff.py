@@ -11,6 +11,9 @@
 The reader owns the destination blocks throughout. They are given to somebody else (a recomputation, the free list)
 only when no read can write into them any more; that is what DRAINING waits for. Every way out ends with `Release`,
 exactly one.
+
+All is counted in tokens: the two ends' blocks may be of different sizes. A read covers the same tokens in all KV
+groups, but for those that a group with a window never needs.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ import numpy as np
 from ..core.clock import Clock
 from ..core.errors import IllegalTransition
 from ..core.ids import PeerId
-from ..core.messages import FailureReason
+from ..core.messages import FailureReason, Table
 
 
 class HandoffState(enum.Enum):
@@ -39,8 +42,7 @@ class HandoffState(enum.Enum):
 
 
 class Pull(NamedTuple):
-    """Read these blocks of one layer group, and verify them: positions ``start`` … ``stop`` − 1 of the handoff's
-    blocks."""
+    """Read these tokens' KV of one layer group, and verify it: positions ``start`` … ``stop`` − 1 of the prompt."""
 
     layer_group: int
     start: int
@@ -56,14 +58,15 @@ class Release(NamedTuple):
 
 
 class Loaded(NamedTuple):
-    """Every block is here and verified."""
+    """The KV of every token is here and verified."""
 
 
 class Failed(NamedTuple):
-    """The handoff is over; the first ``num_blocks`` blocks are here and verified."""
+    """The handoff is over; the KV of the prompt's first ``num_tokens`` tokens, the skipped ones included, is here and
+    verified."""
 
     reason: FailureReason
-    num_blocks: int
+    num_tokens: int
 
 
 class Closed(NamedTuple):
@@ -79,9 +82,12 @@ class Handoff:
     Args:
         number: with our peer id, the transfer id.
         peer: the prefill peer.
-        skip_tokens: tokens of the prefix that we have already; a whole number of blocks.
-        num_tokens: tokens of the prompt.
-        block_tokens: tokens a block.
+        skip_tokens: tokens of the prefix that we have already.
+        num_tokens: tokens of the prompt, more than that.
+        first_tokens: of each KV group, the first token that we need: ``skip_tokens``, or later where the group's window
+            never looks back so far.
+        source_block_tokens: the peer's tokens a block.
+        unit_tokens: what is read ends at multiples of this, or with the prompt.
         num_layer_groups: how many layer groups the peer publishes.
         clock: for the progress time-out.
     """
@@ -92,24 +98,26 @@ class Handoff:
         peer: PeerId,
         skip_tokens: int,
         num_tokens: int,
-        block_tokens: int,
+        first_tokens: Sequence[int],
+        source_block_tokens: int,
+        unit_tokens: int,
         num_layer_groups: int,
         clock: Clock,
     ) -> None:
         self.number = number
         self.peer = peer
         self.state = HandoffState.REQUESTED
-        self.num_blocks = -(-num_tokens // block_tokens) - skip_tokens // block_tokens
-        self.blocks: list[int] = []
-        """The peer's block numbers, from the first block that we lack."""
-        self.generations: list[int] = []
+        self.tables: list[Table] = []
+        """The peer's blocks, for each KV group."""
+        self.first_tokens = list(first_tokens)
         self.history: list[str] = []
         self._skip_tokens = skip_tokens
         self._num_tokens = num_tokens
-        self._block_tokens = block_tokens
+        self._source_block_tokens = source_block_tokens
+        self._unit_tokens = unit_tokens
         self._clock = clock
-        self._asked = np.zeros(num_layer_groups, np.int64)
-        self._verified = np.zeros((num_layer_groups, self.num_blocks), bool)
+        self._asked = [skip_tokens] * num_layer_groups
+        self._verified = np.zeros((num_layer_groups, num_tokens - skip_tokens), bool)
         self._outstanding: set[Pull] = set()
         self._prompt_done = False
         self._failure: FailureReason | None = None
@@ -126,7 +134,7 @@ class Handoff:
         """Whether nothing more can happen."""
         return self.state in (HandoffState.LOADED, HandoffState.FAILED, HandoffState.CLOSED)
 
-    def accepted(self, blocks: Sequence[int], generations: Sequence[int]) -> list[Instruction]:
+    def accepted(self, tables: Sequence[Table]) -> list[Instruction]:
         """The peer tells where the KV will be.
 
         Raises:
@@ -135,10 +143,10 @@ class Handoff:
         if self.state is HandoffState.DRAINING or self.finished:
             return []
         self._require(HandoffState.REQUESTED, "accepted")
-        if len(blocks) != self.num_blocks or len(generations) != self.num_blocks:
+        if len(tables) != len(self.first_tokens) or not all(map(self._covers, tables, self.first_tokens)):
             return self.fail(FailureReason.REFUSED)
-        self.blocks, self.generations = list(blocks), list(generations)
-        self._move(HandoffState.PULLING, f"accepted with {len(blocks)} blocks")
+        self.tables = list(tables)
+        self._move(HandoffState.PULLING, f"accepted with {sum(len(table.blocks) for table in tables)} blocks")
         return self._advance()
 
     def ready(self, layer_group: int, num_tokens: int) -> list[Instruction]:
@@ -149,11 +157,9 @@ class Handoff:
         if layer_group >= len(self._asked) or num_tokens > self._num_tokens:
             return self.fail(FailureReason.REFUSED)
         self._progress_s = self._clock.monotonic_s()
-        # A block is read once, when it is full, or when it is the prompt's last.
-        whole = (
-            -(-num_tokens // self._block_tokens) if num_tokens == self._num_tokens else num_tokens // self._block_tokens
-        )
-        start, stop = int(self._asked[layer_group]), whole - self._skip_tokens // self._block_tokens
+        start, stop = self._asked[layer_group], num_tokens
+        if num_tokens < self._num_tokens:
+            stop -= stop % self._unit_tokens
         if stop <= start:
             return []
         pull = Pull(layer_group, start, stop)
@@ -176,8 +182,8 @@ class Handoff:
 
         Args:
             pull: the instruction that started it.
-            failure: None when its blocks arrived and were verified.
-            num_good: of a failed read, how many of its first blocks are verified all the same.
+            failure: None when its KV arrived and was verified.
+            num_good: of a failed read, how many of its first tokens are verified all the same.
 
         Raises:
             IllegalTransition: no such read is outstanding.
@@ -186,7 +192,7 @@ class Handoff:
             raise IllegalTransition(f"{pull} is not outstanding", history=tuple(self.history))
         self._outstanding.discard(pull)
         good = pull.stop if failure is None else pull.start + num_good
-        self._verified[pull.layer_group, pull.start : good] = True
+        self._verified[pull.layer_group, pull.start - self._skip_tokens : good - self._skip_tokens] = True
         if failure is not None and self.state is HandoffState.PULLING:
             return self.fail(failure)
         return self._advance()
@@ -220,10 +226,25 @@ class Handoff:
                 self._move(HandoffState.CLOSED, "closed")
                 return [Release(), Closed()]
             self._move(HandoffState.FAILED, "drained")
-            complete = self._verified.all(axis=0)
-            valid = self.num_blocks if complete.all() else int(complete.argmin())
-            return [Release(), Failed(self._failure, valid)]
+            return [Release(), Failed(self._failure, self._valid_tokens())]
         return []
+
+    def _valid_tokens(self) -> int:
+        """Tokens of the prefix that every KV group can vouch for."""
+        complete = self._verified.all(axis=0)
+        if complete.all():
+            return self._num_tokens
+        # What a group left out for its window's sake is out of sight of the whole prompt's next token, not of a part's.
+        if max(self.first_tokens) > self._skip_tokens:
+            return self._skip_tokens
+        return self._skip_tokens + int(complete.argmin())
+
+    def _covers(self, table: Table, first_token: int) -> bool:
+        """Whether a table names a block for every token from ``first_token`` on."""
+        size = self._source_block_tokens
+        blocks = -(-self._num_tokens // size) - table.first_token // size
+        aligned = table.first_token % size == 0 and table.first_token <= first_token
+        return aligned and len(table.blocks) == len(table.generations) == blocks
 
     def _require(self, state: HandoffState, event: str) -> None:
         if self.state is not state:

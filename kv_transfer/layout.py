@@ -1,18 +1,17 @@
-"""Where the bytes of a KV block lie, and which ranges to copy to move blocks between two caches.
+"""Where the bytes of a KV block lie, and lists of byte ranges.
 
-Block-major across layers, ``[block, layer, K|V, kv_head, token, head_dim]``: a block is one contiguous run, and a range
-of its layers is one run inside it.
+Block-major across layers, ``[block, place, K|V, kv_head, token, head_dim]``: a block is one contiguous run, and a range
+of its layers is one run inside it. A layer's place is its index in its KV group.
 """
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import msgspec
 import numpy as np
-
-from ..core.messages import GroupSpec
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "fp8_e4m3": 1}
 
@@ -23,6 +22,7 @@ class Runs(NamedTuple):
     source_offsets: np.ndarray
     target_offsets: np.ndarray
     sizes: np.ndarray
+    """At the source; at the target too, unless elements are converted on the way."""
 
     @property
     def num_bytes(self) -> int:
@@ -30,9 +30,10 @@ class Runs(NamedTuple):
 
 
 class KVLayout(msgspec.Struct, frozen=True):
-    """The layout of one KV group's blocks."""
+    """The layout of a rank's blocks."""
 
     num_layers: int
+    """Places in a block: the layers of the largest KV group."""
     num_kv_heads: int
     head_dim: int
     block_tokens: int
@@ -57,16 +58,6 @@ class KVLayout(msgspec.Struct, frozen=True):
         """Of a cache of ``num_blocks``, in elements."""
         return (num_blocks, self.num_layers, 2, self.num_kv_heads, self.block_tokens, self.head_dim)
 
-    def spec(self) -> GroupSpec:
-        """What a handshake tells of this layout."""
-        return GroupSpec(
-            num_layers=self.num_layers,
-            num_kv_heads=self.num_kv_heads,
-            head_dim=self.head_dim,
-            block_tokens=self.block_tokens,
-            dtype=self.dtype,
-        )
-
 
 class KVGroup(NamedTuple):
     """Layers whose KV of one token range shares a block: a sequence has one block table for each group."""
@@ -75,6 +66,14 @@ class KVGroup(NamedTuple):
     """Of the model, in the order in which they lie in a block."""
     window: int
     """Tokens that their attention sees; 0: all. Blocks before the window may be given back."""
+
+    def places(self, layers: range) -> range:
+        """The places of those of the group's layers that are among some consecutive ones of the model."""
+        return range(bisect.bisect_left(self.layers, layers.start), bisect.bisect_left(self.layers, layers.stop))
+
+    def first_needed(self, num_tokens: int) -> int:
+        """The first token whose KV the token after ``num_tokens`` sees."""
+        return max(0, num_tokens - self.window + 1) if self.window else 0
 
 
 def group_layers(windows: Sequence[int]) -> tuple[KVGroup, ...]:
@@ -101,44 +100,33 @@ def group_layers(windows: Sequence[int]) -> tuple[KVGroup, ...]:
     return tuple(sorted(groups))
 
 
-def plan_copies(
-    layout: KVLayout, first_layer: int, num_layers: int, source_blocks: np.ndarray, target_blocks: np.ndarray
+def one_group(num_layers: int) -> tuple[KVGroup, ...]:
+    """The groups of a model whose layers all see everything."""
+    return group_layers([0] * num_layers)
+
+
+def coalesce(
+    source_offsets: np.ndarray, target_offsets: np.ndarray, sizes: np.ndarray, scale: tuple[int, int] = (1, 1)
 ) -> Runs:
-    """Ranges that copy a range of layers of some blocks between two caches of the same layout. Pure.
-
-    Neighbouring ranges are joined where they touch on both sides.
-
-    Args:
-        layout: of both caches.
-        first_layer: first layer to copy.
-        num_layers: layers to copy.
-        source_blocks: [n] int64, block numbers at the source.
-        target_blocks: [n] int64, all different.
-    """
-    offset = first_layer * layout.layer_bytes
-    return coalesce(
-        source_blocks * layout.block_bytes + offset,
-        target_blocks * layout.block_bytes + offset,
-        np.full(len(source_blocks), num_layers * layout.layer_bytes, np.int64),
-    )
-
-
-def coalesce(source_offsets: np.ndarray, target_offsets: np.ndarray, sizes: np.ndarray) -> Runs:
     """Sort ranges by target, and join those that continue each other at both ends. Pure.
 
     Args:
         source_offsets: [n] int64.
         target_offsets: [n] int64; the ranges at the target do not overlap.
-        sizes: [n] int64, > 0.
+        sizes: [n] int64, > 0, at the source.
+        scale: bytes of an element at source and target: ``size`` bytes become ``size * scale[1] // scale[0]``.
     """
     if len(sizes) == 0:
         empty = np.empty(0, np.int64)
         return Runs(empty, empty, empty)
-    order = np.argsort(target_offsets, kind="stable")
-    source, target, size = source_offsets[order], target_offsets[order], sizes[order]
+    source, target, size = source_offsets, target_offsets, sizes
+    if (target[1:] <= target[:-1]).any():
+        order = np.argsort(target, kind="stable")
+        source, target, size = source[order], target[order], size[order]
+    written = size if scale[0] == scale[1] else size // scale[0] * scale[1]
     fresh = np.empty(len(size), bool)
     fresh[0] = True
-    fresh[1:] = (source[1:] != source[:-1] + size[:-1]) | (target[1:] != target[:-1] + size[:-1])
+    fresh[1:] = (source[1:] != source[:-1] + size[:-1]) | (target[1:] != target[:-1] + written[:-1])
     starts = np.flatnonzero(fresh)
     return Runs(source[starts], target[starts], np.add.reduceat(size, starts))
 

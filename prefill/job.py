@@ -33,12 +33,33 @@ _ALLOWED = {
 
 
 class Job:
-    """One transfer's prompt. ``skip_tokens``: the reader has these; ``arrived_s``: on the monotonic clock."""
+    """One transfer's prompt.
 
-    def __init__(self, transfer: TransferId, sequence: Sequence, skip_tokens: int, arrived_s: float) -> None:
+    Args:
+        transfer: its id.
+        sequence: tokens and blocks.
+        skip_tokens: the reader has these.
+        arrived_s: on the monotonic clock.
+        sum_tokens: tokens that the reader wants a checksum for each; 0: none.
+        sum_dtype: the reader's.
+    """
+
+    def __init__(
+        self,
+        transfer: TransferId,
+        sequence: Sequence,
+        skip_tokens: int,
+        arrived_s: float,
+        sum_tokens: int = 0,
+        sum_dtype: str = "",
+    ) -> None:
         self.transfer = transfer
         self.sequence = sequence
         self.skip_tokens = skip_tokens
+        self.sum_tokens = sum_tokens
+        self.sum_dtype = sum_dtype
+        self.num_summed: dict[int, int] = {}
+        """Layer group → tokens whose checksums were told, the skipped ones included."""
         self.arrived_s = arrived_s
         self.started_s = arrived_s
         self.state = JobState.QUEUED

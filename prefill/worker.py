@@ -27,6 +27,7 @@ from ..core.messages import (
     Renew,
     Report,
     SampledToken,
+    Table,
 )
 from ..core.metrics import WorkerMetrics
 from ..engine.engine import Engine, Outcome, device_is_lost
@@ -34,6 +35,7 @@ from ..engine.limits import check_prompt
 from ..engine.sequence import Sequence
 from ..kv_transfer.connector import Connector
 from ..kv_transfer.hidden_states import HiddenStateWriter, record
+from ..kv_transfer.layout import DTYPE_BYTES
 from ..kv_transfer.lease import LeaseTable
 from .job import Job, JobState
 from .scheduler import PrefillScheduler
@@ -190,12 +192,10 @@ class PrefillWorker:
             capacity = self._engine.pool.num_blocks * self._engine.block_tokens
             vocab_size = self._engine.model.spec.vocab_size
             check_prompt(message.tokens, vocab_size, min(self._max_model_len, capacity))
-            block_tokens = self._engine.block_tokens
-            if message.skip_tokens % block_tokens or message.skip_tokens >= len(message.tokens):
-                raise RequestError(
-                    f"skip_tokens {message.skip_tokens} is not a whole number of {block_tokens}-token blocks "
-                    f"below {len(message.tokens)} tokens"
-                )
+            if message.skip_tokens >= len(message.tokens):
+                raise RequestError(f"skip_tokens {message.skip_tokens} leaves none of {len(message.tokens)} tokens")
+            if message.sum_tokens and message.sum_dtype not in DTYPE_BYTES:
+                raise RequestError(f"sum_dtype {message.sum_dtype!r} is none of {', '.join(DTYPE_BYTES)}")
             recording = record(self._hidden_states, message)
         except (RequestError, CapacityError) as error:
             self._send(sender, PrefillFailed(message.number, FailureReason.PREFILL, error.message[:4000], error.status))
@@ -212,24 +212,44 @@ class PrefillWorker:
         )
         self._leases.grant(transfer)
         self._metrics.lease_events.labels("granted").inc()
-        job = Job(transfer, sequence, message.skip_tokens, self._clock.monotonic_s())
+        arrived_s = self._clock.monotonic_s()
+        job = Job(transfer, sequence, message.skip_tokens, arrived_s, message.sum_tokens, message.sum_dtype)
         job.recording = recording
         self._scheduler.add(job)
         log.debug("queued: %d tokens, %d of them not needed", len(message.tokens), message.skip_tokens)
 
     def _accept(self, job: Job) -> None:
         sequence = job.sequence
-        blocks = sequence.blocks[job.skip_tokens // self._engine.block_tokens :]
+        size = self._engine.block_tokens
+        tables = []
+        for group, table in zip(self._connector.groups, sequence.tables, strict=True):
+            first = max(job.skip_tokens, group.first_needed(sequence.num_tokens)) // size
+            blocks = table[first:]
+            tables.append(Table(first * size, blocks, self._engine.pool.generations_of(blocks)))
         self._metrics.cached_tokens.inc(sequence.num_computed)
-        generations = self._engine.pool.generations_of(blocks)
-        self._send(job.transfer.reader, Accepted(job.transfer.number, blocks, generations, sequence.num_computed))
+        self._send(job.transfer.reader, Accepted(job.transfer.number, tables, sequence.num_computed))
         if sequence.num_computed > job.skip_tokens:
             for layer_group in range(len(self._connector.layer_groups)):
                 self._publish(job, layer_group, sequence.num_computed)
 
     def _publish(self, job: Job, layer_group: int, num_tokens: int) -> None:
         self._leases.publish(job.transfer)
-        self._send(job.transfer.reader, BlocksReady(job.transfer.number, layer_group, num_tokens))
+        first_sum, sums = self._sums(job, layer_group, num_tokens) if job.sum_tokens else (0, b"")
+        self._send(job.transfer.reader, BlocksReady(job.transfer.number, layer_group, num_tokens, first_sum, sums))
+
+    def _sums(self, job: Job, layer_group: int, num_tokens: int) -> tuple[int, bytes]:
+        """The checksums that a watermark completes, and the number of the first."""
+        unit, sequence = job.sum_tokens, job.sequence
+        start, stop = job.num_summed.get(layer_group, job.skip_tokens), num_tokens
+        if num_tokens < sequence.num_tokens:
+            stop -= stop % unit
+        if stop <= start:
+            return 0, b""
+        job.num_summed[layer_group] = stop
+        sums = self._connector.sums(
+            layer_group, range(start, stop), job.skip_tokens, sequence.num_tokens, sequence.tables, unit, job.sum_dtype
+        )
+        return start // unit, sums.astype("<u8").tobytes()
 
     def _finish(self, job: Job, outcome: Outcome, s_per_token: float) -> None:
         self._prompt_tokens += outcome.num_new

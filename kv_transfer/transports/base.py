@@ -33,6 +33,16 @@ class Read(NamedTuple):
     source: str
     target: str
     runs: Runs
+    source_dtype: str = ""
+    """Both empty or equal: bytes are copied as they are."""
+    target_dtype: str = ""
+    """Else elements are converted on the way: the runs' sizes are the source's, the target's are
+    ``sizes * bytes(target_dtype) // bytes(source_dtype)``."""
+
+    @property
+    def converts(self) -> bool:
+        """Whether elements change their dtype."""
+        return self.source_dtype != self.target_dtype
 
 
 class TransferResult(NamedTuple):
@@ -46,6 +56,10 @@ class Transport(Protocol):
     """Moves bytes between registered regions; knows nothing of requests or blocks."""
 
     name: str
+    converts: bool
+    """Whether `submit` takes reads whose dtypes differ."""
+    memory: frozenset[str]
+    """Kinds of region that it can move: "host", "cuda"."""
 
     def register(self, region: Region) -> None:
         """Make a region readable by peers and writable by reads. Before `descriptor`."""

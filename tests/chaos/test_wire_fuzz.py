@@ -140,13 +140,15 @@ def seeds() -> list[bytes]:
     """Valid frames of every kind, to mutate."""
     sampling, stopping = wire.Sampling(temperature=1.0), wire.Stopping(5, [1])
     child = [wire.Child(0, 1)]
-    group = wire.GroupSpec(num_layers=3, num_kv_heads=2, head_dim=16, block_tokens=16, dtype="float32")
+    cache = wire.CacheSpec(2, 16, 16, "float32", 3, [wire.KVGroupSpec([0, 1, 2], 0)])
     hello = wire.Hello(
-        protocol=1, peer="x#1", fingerprint="f", groups=[group], layer_groups=[0], transports={"zmq": b"tcp"}
-    )
+        protocol=2, peer="x#1", fingerprint="f", cache=cache, layer_groups=[0],
+        ranks=[wire.RankSpec(0, 2, {"zmq": b"tcp"})],
+    )  # fmt: skip
+    table = wire.Table(0, [1], [1])
     known = [
         wire.Generate(9, "r", [1, 2, 3], 3, child, sampling, stopping), wire.Abort([1, 2]), hello,
-        wire.HelloReply(hello), wire.Prefill(1, "r", [1, 2], 2, 0, child, sampling), wire.Accepted(1, [1], [1], 0),
+        wire.HelloReply(hello), wire.Prefill(1, "r", [1, 2], 2, 0, child, sampling), wire.Accepted(1, [table], 0),
         wire.BlocksReady(1, 0, 16), wire.Prefilled(1, [wire.SampledToken(1)], 0.0, 0.0, 0.0), wire.Release([1]),
         wire.Renew([1]), wire.PrefillFailed(1, wire.FailureReason.EXPIRED, "x"), wire.Subscribe(), wire.Scrape(1),
         wire.Report(0, 0, 0, 0, 0), wire.Membership(1, [wire.Member("prefill-0#1", "prefill", "n",

@@ -71,6 +71,9 @@ class MovingProcess:
 class MovedTransport:
     """See `Transport`: this process's memory, registered by the child."""
 
+    converts = False
+    memory = frozenset({"host"})
+
     def __init__(self, moving: MovingProcess, name: str, notify: Notify) -> None:
         self.name = name
         self.after = 0

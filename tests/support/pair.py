@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable
 
@@ -30,10 +31,15 @@ from tandem.core.messages import (
 from tandem.core.metrics import WorkerMetrics
 from tandem.decode.worker import DecodeWorker
 from tandem.engine.build import Built, build_engine
+from tandem.engine.models.shard import kv_heads_of
 from tandem.kv_transfer.connector import Connector
+from tandem.kv_transfer.ends import End, host_end
 from tandem.kv_transfer.hidden_states import open_writer
+from tandem.kv_transfer.layout import one_group
 from tandem.kv_transfer.transports.inproc import InprocTransport
 from tandem.prefill.worker import PrefillWorker
+
+from .thread_ranks import ThreadRanks, build_on_threads
 
 GATEWAY = "gateway-0#1"
 
@@ -65,16 +71,23 @@ class Node:
                 pool = config.pools.decode or DecodePool()
             case _:
                 pool = config.pools.colocated or ColocatedPool()
-        built: Built = build_engine(
-            config, pool.max_running, torch.device("cpu"), lambda *_: None, overlap=pair.overlap
-        )
+        built: Built
+        self.ranks: ThreadRanks | None = None
+        if pool.tensor_parallel > 1:
+            built, self.ranks = build_on_threads(config, pool.max_running, pool.tensor_parallel, pair.overlap)
+        else:
+            built = build_engine(config, pool.max_running, torch.device("cpu"), lambda *_: None, overlap=pair.overlap)
         self.engine = built.engine
         self.transport = InprocTransport(lambda: None)
-        cache, model = self.engine.cache, self.engine.model
+        cache, model, layout = self.engine.cache, self.engine.model, self.engine.cache.layout
         self.writer = open_writer(config.hidden_states, model.spec.hidden, model.dtype, self.metrics)
+        heads = [kv_heads_of(model.spec, rank, pool.tensor_parallel) for rank in range(pool.tensor_parallel)]
+        ends = [host_end(heads[0], {"inproc": self.transport}, cache.blocks, cache.generations_buffer)]
+        if self.ranks is not None:
+            ends += [End(*others) for others in zip(heads[1:], self.ranks.transports, strict=True)]
         self.connector = Connector(
-            peer, built.fingerprint, cache.layout, self.engine.runner.layer_groups, cache.blocks, cache.generations_buffer,
-            {"inproc": self.transport}, "auto", config.kv.lease_s, pair.clock, self.metrics,
+            peer, built.fingerprint, layout, one_group(layout.num_layers), self.engine.runner.layer_groups, ends,
+            "auto", config.kv.lease_s, pair.clock, self.metrics, config.kv.checksums,
         )  # fmt: skip
 
         def send(to: str, message: Message) -> None:
@@ -96,6 +109,11 @@ class Node:
         """All blocks are free, and the pool is consistent."""
         self.engine.pool.check()
         assert self.engine.pool.num_free == self.engine.pool.num_blocks
+
+    def close(self) -> None:
+        self.transport.close()
+        if self.ranks is not None:
+            self.ranks.close()
 
 
 class Pair:
@@ -132,7 +150,7 @@ class Pair:
     def remove(self, peer: str) -> None:
         """A worker dies: its memory and its messages are gone."""
         node = self.nodes.pop(peer)
-        node.transport.close()
+        node.close()
         self._wire = deque(item for item in self._wire if peer not in item[:2])
         for other in self.nodes.values():
             other.worker.peer_lost(peer)
@@ -196,6 +214,8 @@ class Pair:
         for node in list(self.nodes.values()):
             node.worker.tick()
             busy |= node.worker.step()
+        if self.decode.connector.num_pulls and not busy and self.decode.ranks is not None:
+            time.sleep(1e-4)  # its other ranks read in threads
         return busy or bool(self._wire) or bool(self.decode.connector.num_pulls)
 
     def run(self, max_turns: int = 100_000) -> None:
@@ -213,7 +233,7 @@ class Pair:
 
     def close(self) -> None:
         for node in self.nodes.values():
-            node.transport.close()
+            node.close()
 
     def _receive(self, message: Message) -> None:
         match message:

@@ -14,6 +14,7 @@ from tandem.engine.batch import StepInput
 from tandem.engine.build import Built, build_engine
 from tandem.engine.follower import Follower
 from tandem.engine.rank_wire import Capture, CopyBlock, encode, encode_step, receive
+from tandem.kv_transfer.ends import BLOCKS, converting
 from tandem.kv_transfer.transports import Region, Transport
 from tandem.kv_transfer.transports.base import Notify
 from tandem.kv_transfer.transports.forwarded import forwarded
@@ -75,7 +76,7 @@ class ThreadRanks:
         self.news = threading.Event()
         for number, built in enumerate(builts, 1):
             orders, their_orders = socket.socketpair()
-            mover = Mover(their_orders, _make, [Region("blocks", built.engine.cache.blocks)])
+            mover = Mover(their_orders, _make, [Region(BLOCKS, built.engine.cache.blocks)])
             ours, theirs = socket.socketpair()
             self._connections.append(ours)
             self._start(mover.run)
@@ -124,7 +125,7 @@ def build_on_threads(config: Config, max_running: int, size: int, overlap: bool 
 
 
 def _make(notify: Notify, on_bad_frame: Callable[[], None]) -> Mapping[str, Transport]:
-    return {"inproc": InprocTransport(notify)}
+    return converting({"inproc": InprocTransport(notify)})
 
 
 def _follow(connection: socket.socket, follower: Follower) -> None:

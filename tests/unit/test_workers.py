@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from support.checkpoints import make_checkpoint
-from support.pair import GATEWAY, Pair
+from support.pair import GATEWAY, Node, Pair
 from tandem.core.config import Config
 from tandem.core.messages import (
     Accepted,
@@ -27,10 +28,13 @@ from tandem.core.messages import (
     Release,
     Sampling,
     Stopping,
+    Table,
 )
 from tandem.decode.cost import CostModel
 from tandem.decode.stream import StreamState
+from tandem.decode.worker import DecodeWorker
 from tandem.engine.engine import Engine
+from tandem.prefill.worker import PrefillWorker
 
 PROMPT = list(range(1, 51))
 
@@ -418,32 +422,109 @@ def test_a_peer_that_breaks_the_protocol_harms_itself_alone(
     ticket = pair.submit(prompt_of(12), max_tokens=20)
     pair.turn()
     pair.decode.worker.handle("prefill-0#1", BlocksReady(1, 0, 8))
-    pair.decode.worker.handle("prefill-0#1", Accepted(1, [1], [1], 0))
+    pair.decode.worker.handle("prefill-0#1", Accepted(1, [Table(0, [1], [1])], 0))
     pair.decode.worker.handle("prefill-7#1", PrefillFailed(1, FailureReason.EXPIRED, "not mine"))
     pair.run()
     assert pair.outputs[ticket].tokens[0] == golden[tuple(prompt_of(12))]
 
 
 def test_mismatched_workers_never_exchange_kv(make: Make, folder: Path, tmp_path: Path) -> None:
-    """Each difference is refused in the handshake, named with both values; requests are served without."""
+    """A difference that cannot be made up for is refused in the handshake, named with both values; requests are served
+    without."""
     make_checkpoint("qwen3_moe", tmp_path, seed=1)
     base = {"model": {"path": str(folder), "max_model_len": 256}, "kv": {"block_tokens": 8, "capacity": "4MiB"}}
-    for section, key, value, words in (
-        ("kv", "block_tokens", 16, ("block_tokens", "16", "8")),
-        ("kv", "layer_groups", 3, ("layer_groups", "[0, 1, 2]", "[0, 1]")),
-        ("model", "path", str(tmp_path), ("model", "prefill-1#1", "decode-0#1")),
-    ):
-        pair = make()
-        pair.config = Config.model_validate(base | {section: base[section] | {key: value}})
-        pair.add("prefill-1#1", "prefill")
-        pair.announce()
-        pair.run()
-        refusal = pair.decode.connector.refusal("prefill-1#1")
-        assert all(word in refusal for word in words), refusal
-        assert pair.decode.worker.report().peers == ["prefill-0#1"]
-        ticket = pair.submit(PROMPT, prefill="prefill-1#1")
-        pair.run()
-        assert len(pair.outputs[ticket].tokens[0]) == 8
+    pair = make()
+    pair.config = Config.model_validate(base | {"model": {"path": str(tmp_path), "max_model_len": 256}})
+    pair.add("prefill-1#1", "prefill")
+    pair.announce()
+    pair.run()
+    refusal = pair.decode.connector.refusal("prefill-1#1")
+    assert all(word in refusal for word in ("model", "prefill-1#1", "decode-0#1")), refusal
+    assert pair.decode.worker.report().peers == ["prefill-0#1"]
+    ticket = pair.submit(PROMPT, prefill="prefill-1#1")
+    pair.run()
+    assert len(pair.outputs[ticket].tokens[0]) == 8
+
+
+# ---- unequal ends ---------------------------------------------------------------------------------------------------
+
+
+def unequal(make: Make, prefill: dict[str, object], **decode: object) -> Pair:
+    """A pair whose prefill worker has other ``kv`` keys than its decode worker; a dtype is for both models, too."""
+    if "dtype" in decode:
+        config = make(pools={"colocated": {}}).config
+        pair = make(kv=decode, model=config.model.model_dump() | {"dtype": "bfloat16"})
+    else:
+        pair = make(kv=decode)
+    pair.remove("prefill-0#1")
+    kv = {"block_tokens": 8, "capacity": "4MiB"} | decode
+    pools = {"prefill": {"max_batched_tokens": 16}, "decode": {}}
+    pair.config = Config.model_validate({"model": pair.config.model.model_dump(), "kv": kv | prefill, "pools": pools})
+    pair.prefill = pair.add("prefill-0#2", "prefill")
+    pair.announce()
+    for _ in range(3):
+        pair.pump()
+    assert pair.decode.connector.connected("prefill-0#2"), pair.decode.connector.refusal("prefill-0#2")
+    return pair
+
+
+@pytest.mark.parametrize("checksums", [False, True], ids=["", "checksums"])
+@pytest.mark.parametrize(
+    "prefill",
+    [
+        {"block_tokens": 2}, {"block_tokens": 16}, {"block_tokens": 64}, {"block_tokens": 12}, {"block_tokens": 5},
+        {"layer_groups": 3}, {"layer_groups": 1}, {"layer_groups": 3, "block_tokens": 24}, {"prefix_cache": False},
+    ],
+    ids=lambda kv: "-".join(f"{name}-{value}" for name, value in kv.items()),
+)  # fmt: skip
+def test_other_blocks_and_layer_groups_give_the_same_tokens(
+    make: Make, golden: dict[tuple[int, ...], list[int]], prefill: dict[str, object], checksums: bool
+) -> None:
+    pair = unequal(make, prefill, checksums=checksums)
+    prompts = [prompt_of(i) for i in (3, 12, 20, 39)]
+    assert pair.generate(prompts, max_tokens=20) == [golden[tuple(prompt)] for prompt in prompts]
+    # What decode has of a prompt may end inside one of prefill's blocks.
+    longer = [*prompt_of(12), *golden[tuple(prompt_of(12))]]
+    before = pair.decode.metrics.transfer_bytes.labels("inproc", "prefill-0")._value.get()
+    ticket = pair.submit([*longer, 5, 6], max_tokens=4)
+    pair.run()
+    alone = make(pools={"colocated": {}})
+    assert [pair.outputs[ticket].tokens[0]] == alone.generate([[*longer, 5, 6]], max_tokens=4)
+    moved = pair.decode.metrics.transfer_bytes.labels("inproc", "prefill-0")._value.get() - before
+    assert 0 < moved <= 2 * pair.decode.engine.cache.layout.block_bytes
+    assert all(not o.stages.count("transfer.failed") for o in pair.outputs.values())
+
+
+@pytest.mark.parametrize("checksums", [False, True], ids=["", "checksums"])
+@pytest.mark.parametrize("block_tokens", [8, 24])
+@pytest.mark.parametrize("dtypes", [("float32", "bfloat16"), ("float32", "float16"), ("bfloat16", "float32")])
+def test_kv_of_another_dtype_is_converted(
+    make: Make, dtypes: tuple[str, str], block_tokens: int, checksums: bool
+) -> None:
+    """Decode's cache holds what prefill's does, rounded to its own dtype."""
+    pair = unequal(make, {"dtype": dtypes[0], "block_tokens": block_tokens}, dtype=dtypes[1], checksums=checksums)
+    prompt = prompt_of(12)
+    found: dict[str, torch.Tensor] = {}
+
+    def keep(node: Node, blocks: list[int]) -> None:
+        """[layer, K|V, head, token, dim] of the prompt."""
+        gathered = node.engine.cache.tensor[blocks].permute(1, 2, 3, 0, 4, 5).flatten(3, 4)
+        found[node.peer] = gathered[:, :, :, : len(prompt)].clone()
+
+    prefill, decode = pair.prefill.worker, pair.decode.worker
+    assert isinstance(prefill, PrefillWorker)
+    assert isinstance(decode, DecodeWorker)
+    hold, begin = prefill._scheduler.hold, decode._begin
+    prefill._scheduler.hold = lambda job: keep(pair.prefill, job.sequence.blocks) or hold(job)  # type: ignore[func-returns-value,method-assign]
+    decode._begin = lambda stream: keep(pair.decode, stream.sequence.blocks) or begin(stream)  # type: ignore[func-returns-value,method-assign]
+    ticket = pair.submit(prompt, max_tokens=20)
+    pair.run()
+    landed, sent = found[pair.decode.peer], found[pair.prefill.peer]
+    assert landed.dtype != sent.dtype
+    assert landed.abs().sum() > 0
+    assert torch.equal(landed, sent.to(landed.dtype))
+    assert len(pair.outputs[ticket].tokens[0]) == 20
+    assert "transfer.failed" not in pair.outputs[ticket].stages
 
 
 # ---- bad requests ---------------------------------------------------------------------------------------------------
@@ -486,11 +567,15 @@ def test_prefill_checks_for_itself(make: Make) -> None:
     pair = make()
     answers: list[Message] = []
     pair.prefill.worker._send = lambda to, message: answers.append(message)
-    for tokens, skip in (([131], 0), ([1] * 300, 0), (PROMPT, 3), (PROMPT, 56)):
+    for tokens, skip, sums in (
+        ([131], 0, (0, "")), ([1] * 300, 0, (0, "")), (PROMPT, 50, (0, "")), (PROMPT, 56, (0, "")),
+        (PROMPT, 0, (8, "int7")),
+    ):  # fmt: skip
         pair.prefill.worker.handle(
-            "decode-0#1", Prefill(len(answers), "r", tokens, len(tokens), skip, [Child(0, 0)], Sampling())
+            "decode-0#1",
+            Prefill(len(answers), "r", tokens, len(tokens), skip, [Child(0, 0)], Sampling(), -1, "", *sums),
         )
-    assert [type(answer) for answer in answers] == [PrefillFailed] * 4
+    assert [type(answer) for answer in answers] == [PrefillFailed] * 5
     assert pair.prefill.worker.drained()
 
 

@@ -1,0 +1,78 @@
+"""A rank's side of the byte plane: what it holds, and the transports that move it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from ..core.errors import ConfigError
+from ..core.log import logger
+from ..core.wire import SecureContext
+from .memory import Buffer
+from .transports import Region, Transport
+from .transports.base import Notify
+from .transports.landing import Landing
+from .transports.offer import offer
+
+BLOCKS = "blocks"
+GENERATIONS = "generations"
+
+
+class End(NamedTuple):
+    """One local rank's side of the byte plane."""
+
+    heads: range
+    """KV heads of the model whose KV this rank's cache holds."""
+    transports: Mapping[str, Transport]
+    """By name, those that work here; their regions are registered already."""
+    memory: str = "host"
+    """Kind of the region that holds the blocks: "host" or "cuda"."""
+    blocks: Buffer | None = None
+    """The cache's memory, where it can be summed: on the host, in this process."""
+
+
+def host_end(heads: range, transports: Mapping[str, Transport], blocks: Buffer, generations: Buffer | None) -> End:
+    """A rank whose cache lies in this process's host memory: registers its regions with its transports.
+
+    Args:
+        heads: see `End`.
+        transports: by name; those that only copy are made to convert.
+        blocks: the cache's memory.
+        generations: [blocks] uint64, bumped before a block is written anew; of the first rank, else None.
+    """
+    able = converting(transports)
+    for transport in able.values():
+        transport.register(Region(BLOCKS, blocks))
+        if generations is not None:
+            transport.register(Region(GENERATIONS, generations))
+    return End(heads, able, "host", blocks)
+
+
+def open_transports(
+    notify: Notify, context: SecureContext, address: str, memory: str, choice: str, on_bad_frame: Callable[[], None]
+) -> dict[str, Transport]:
+    """The transports that work here, by name; they convert, and have no regions yet. Blocks while they start.
+
+    Args:
+        notify: each transport's.
+        context: makes sockets.
+        address: of this node, where peers reach it.
+        memory: kind of the region that holds the blocks.
+        choice: ``kv.transport``.
+        on_bad_frame: called, from any thread, for each frame that is refused.
+
+    Raises:
+        ConfigError: ``choice`` does not work here; says why.
+    """
+    transports, missing = offer(notify, context, address, memory, choice, on_bad_frame)
+    if choice in missing:
+        raise ConfigError(f"kv.transport: {choice}: {missing[choice]}")
+    if choice == "auto":
+        for name, why in missing.items():
+            logger.info("no KV by %s: %s", name, why)
+    return converting(transports)
+
+
+def converting(transports: Mapping[str, Transport]) -> dict[str, Transport]:
+    """The same transports, of which those that only copy are made to convert; they have no regions yet."""
+    return {name: transport if transport.converts else Landing(transport) for name, transport in transports.items()}
