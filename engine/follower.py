@@ -7,15 +7,17 @@ of its own while a step computes.
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import sys
 import threading
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import torch
 
 from ..core.config import Config
-from ..core.errors import TandemError
+from ..core.errors import TandemError, WorkerError
 from ..core.frames import send_frame
 from ..core.log import logger
 from ..core.wire import SecureContext
@@ -40,8 +42,11 @@ def main(connection: socket.socket, orders: socket.socket) -> None:
     """
     try:
         task = receive(connection)
-        if not isinstance(task, Task):
-            return
+    except (EOFError, ConnectionError):
+        return
+    if not isinstance(task, Task):
+        return
+    try:
         engine = _build(connection, task)
         if engine is None:
             return
@@ -50,6 +55,11 @@ def main(connection: socket.socket, orders: socket.socket) -> None:
             follower.obey(receive(connection))
     except (EOFError, ConnectionError):
         return
+    except WorkerError as error:
+        logger.error("rank %d of %d ends: %s", task.rank, task.size, error)
+    finally:
+        # The first rank does it, unless it was killed.
+        shutil.rmtree(Path(task.rendezvous.removeprefix("file://")).parent, ignore_errors=True)
 
 
 def _build(connection: socket.socket, task: Task) -> Engine | None:

@@ -194,6 +194,7 @@ class Ranks:
     def _wait(self, rank: int, process: subprocess.Popen[bytes], lost: Callable[[int], None]) -> None:
         process.wait()
         if not self._closing:
+            shutil.rmtree(self._folder, ignore_errors=True)  # whoever is told may end at once
             lost(rank)
 
     def _tell(self, frame: bytes) -> None:
