@@ -71,7 +71,8 @@ class ThreadRanks:
         self._connections: list[socket.socket] = []
         self._threads: list[threading.Thread] = []
         self._links: list[MoverLink] = []
-        self._caches = [built.engine.cache for built in builts]
+        self.caches = [built.engine.cache for built in builts]
+        self.movers: list[Mover] = []
         self.transports: list[Mapping[str, Transport]] = []
         self.news = threading.Event()
         for number, built in enumerate(builts, 1):
@@ -79,6 +80,7 @@ class ThreadRanks:
             mover = Mover(their_orders, _make, [Region(BLOCKS, built.engine.cache.blocks)])
             ours, theirs = socket.socketpair()
             self._connections.append(ours)
+            self.movers.append(mover)
             self._start(mover.run)
             self._start(lambda theirs=theirs, follower=Follower(built.engine.runner, mover): _follow(theirs, follower))
             self._links.append(MoverLink(orders, f"rank {number}", self.news.set, lambda: self.num_copies))

@@ -7,11 +7,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from support.checkpoints import make_checkpoint
-from support.pair import Pair
+from support.pair import Node, Pair
 from support.sharded import FAMILIES
 from tandem.core.config import Config
-from tandem.core.messages import Sampling
+from tandem.core.messages import PrefillFailed, Sampling
+from tandem.decode.worker import DecodeWorker
+from tandem.engine.models.shard import kv_heads_of
+from tandem.prefill.worker import PrefillWorker
 
 RANKS = [(1, 2), (2, 1), (2, 2), (2, 4), (4, 2)]
 FAMILY = ["llama", "qwen2", "qwen3"]
@@ -35,7 +39,7 @@ class Make:
         self._folder = folder
         self._pairs: list[Pair] = []
 
-    def __call__(self, family: str, ranks: tuple[int, int] | None, overlap: bool = False) -> Pair:
+    def __call__(self, family: str, ranks: tuple[int, int] | None, overlap: bool = False, **prefill_kv: object) -> Pair:
         pools: dict[str, object] = {"colocated": {}}
         if ranks:
             prefill, decode = ranks
@@ -43,13 +47,15 @@ class Make:
                 "prefill": {"tensor_parallel": prefill, "max_batched_tokens": 24},
                 "decode": {"tensor_parallel": decode, "max_running": 4},
             }
-        config = {
+        config: dict[str, object] = {
             "model": {"path": str(self._folder / family), "max_model_len": 256},
             "kv": {"block_tokens": 8, "capacity": "1MiB"},
             "routing": {"local_prefill": "never"},
             "pools": pools,
         }
-        self._pairs.append(Pair(Config.model_validate(config), overlap))
+        kv = {"block_tokens": 8, "capacity": "1MiB"} | prefill_kv
+        prefill_config = Config.model_validate(config | {"kv": kv})
+        self._pairs.append(Pair(Config.model_validate(config), overlap, prefill_config))
         return self._pairs[-1]
 
     def check(self) -> None:
@@ -73,8 +79,81 @@ def test_the_same_tokens_whatever_the_ranks(ranks: tuple[int, int], family: str,
     pair = make(family, ranks)
     assert pair.generate(PROMPTS, max_tokens=12) == make(family, None).generate(PROMPTS, max_tokens=12)
     assert not pair.decode.metrics.load_failures.collect()[0].samples
-    # Every rank reads its own heads: where several hold the same, more bytes travel than one worker has.
-    assert pair.prefill.worker.drained()
+
+
+@pytest.mark.parametrize("ranks", [(2, 4), (4, 2)])
+def test_blocks_may_differ_too(ranks: tuple[int, int], make: Make) -> None:
+    pair = make("llama", ranks, block_tokens=12, layer_groups=3)
+    assert pair.generate(PROMPTS, max_tokens=12) == make("llama", None).generate(PROMPTS, max_tokens=12)
+    assert not pair.decode.metrics.load_failures.collect()[0].samples
+
+
+def kv_of(node: Node, blocks: list[int], num_tokens: int) -> torch.Tensor:
+    """[layer, K|V, head, token, dim] of the whole model, put together from a worker's ranks."""
+    engine = node.engine
+    spec, size = engine.model.spec, engine.model.group.size
+    caches = [engine.cache, *(node.ranks.caches if node.ranks else ())]
+    by_head: dict[int, torch.Tensor] = {}
+    for rank, cache in enumerate(caches):
+        gathered = cache.tensor[blocks].permute(1, 2, 3, 0, 4, 5).flatten(3, 4)[:, :, :, :num_tokens]
+        for index, head in enumerate(kv_heads_of(spec, rank, size)):
+            if head in by_head:
+                assert torch.equal(by_head[head], gathered[:, :, index]), "ranks that share a head differ"
+            by_head[head] = gathered[:, :, index]
+    return torch.stack([by_head[head] for head in range(spec.num_kv_heads)], dim=2)
+
+
+@pytest.mark.parametrize("block_tokens", [8, 12])
+@pytest.mark.parametrize("family", FAMILY)
+@pytest.mark.parametrize("ranks", RANKS)
+def test_every_rank_has_what_prefill_computed_of_its_heads(
+    ranks: tuple[int, int], family: str, block_tokens: int, make: Make
+) -> None:
+    pair = make(family, ranks, block_tokens=block_tokens)
+    prompt = PROMPTS[0]
+    found: dict[str, torch.Tensor] = {}
+    prefill, decode = pair.prefill.worker, pair.decode.worker
+    assert isinstance(prefill, PrefillWorker)
+    assert isinstance(decode, DecodeWorker)
+
+    def keep(node: Node, blocks: list[int]) -> None:
+        found[node.peer] = kv_of(node, blocks, len(prompt)).clone()
+
+    hold, begin = prefill._scheduler.hold, decode._begin
+    prefill._scheduler.hold = lambda job: keep(pair.prefill, job.sequence.blocks) or hold(job)  # type: ignore[func-returns-value,method-assign]
+    decode._begin = lambda stream: keep(pair.decode, stream.sequence.blocks) or begin(stream)  # type: ignore[func-returns-value,method-assign]
+    pair.generate([prompt], max_tokens=4)
+    landed, sent = found[pair.decode.peer], found[pair.prefill.peer]
+    assert sent.abs().sum() > 0
+    assert torch.equal(landed, sent)
+
+
+def test_blocks_that_were_reused_while_one_rank_read_late_are_noticed(make: Make) -> None:
+    """The first rank has read, the second stalls past the lease: its bytes are somebody else's."""
+    wanted = make("llama", None).generate(PROMPTS[:1], max_tokens=12)
+    pair = make("llama", (2, 2))
+    assert pair.decode.ranks is not None
+    assert pair.prefill.ranks is not None
+    pair.decode.ranks.num_copies += 1  # one that is never done
+    pair.deliver = lambda sender, to, message: not isinstance(message, PrefillFailed)
+    ticket = pair.submit(PROMPTS[0], max_tokens=12)
+    for _ in range(10):
+        pair.turn()
+    assert pair.decode.connector.num_pulls
+    pair.clock.advance(31)
+    pair.prefill.worker.tick()
+    pair.prefill.check_idle()
+    pool = pair.prefill.engine.pool
+    blocks = pool.allocate(pool.num_blocks)
+    assert blocks is not None
+    pair.prefill.ranks.caches[0].tensor.fill_(float("nan"))
+    pool.release(blocks)
+    for mover in pair.decode.ranks.movers:
+        mover.copied(1, lambda: None)
+    pair.run()
+    assert [pair.outputs[ticket].tokens[0]] == wanted
+    assert "transfer.failed" in pair.outputs[ticket].stages
+    assert pair.decode.metrics.load_failures.labels("generation")._value.get() == 1
 
 
 @pytest.mark.parametrize("overlap", [False, True], ids=["", "overlap"])
@@ -85,6 +164,7 @@ def test_outputs_that_part_copy_their_last_block_on_every_rank(overlap: bool, ma
         tickets = [pair.submit(prompt, max_tokens=12, sampling=sampling, seeds=[5, 6, 7]) for prompt in PROMPTS]
         pair.run()
         said.append([pair.outputs[ticket].tokens for ticket in tickets])
+        assert pair.decode.ranks is None or pair.decode.ranks.num_copies
     assert said[0] == said[1]
 
 
