@@ -39,7 +39,14 @@ class Make:
         self._folder = folder
         self._pairs: list[Pair] = []
 
-    def __call__(self, family: str, ranks: tuple[int, int] | None, overlap: bool = False, **prefill_kv: object) -> Pair:
+    def __call__(
+        self,
+        family: str,
+        ranks: tuple[int, int] | None,
+        overlap: bool = False,
+        model_dtype: str = "float32",
+        **prefill_kv: object,
+    ) -> Pair:
         pools: dict[str, object] = {"colocated": {}}
         if ranks:
             prefill, decode = ranks
@@ -48,7 +55,7 @@ class Make:
                 "decode": {"tensor_parallel": decode, "max_running": 4},
             }
         config: dict[str, object] = {
-            "model": {"path": str(self._folder / family), "max_model_len": 256},
+            "model": {"path": str(self._folder / family), "max_model_len": 256, "dtype": model_dtype},
             "kv": {"block_tokens": 8, "capacity": "1MiB"},
             "routing": {"local_prefill": "never"},
             "pools": pools,
@@ -109,7 +116,20 @@ def kv_of(node: Node, blocks: list[int], num_tokens: int) -> torch.Tensor:
 def test_every_rank_has_what_prefill_computed_of_its_heads(
     ranks: tuple[int, int], family: str, block_tokens: int, make: Make
 ) -> None:
-    pair = make(family, ranks, block_tokens=block_tokens)
+    landed, sent = handed_over(make(family, ranks, block_tokens=block_tokens))
+    assert torch.equal(landed, sent)
+
+
+@pytest.mark.parametrize("ranks", [(2, 4), (4, 2)])
+def test_every_rank_converts_what_it_reads(ranks: tuple[int, int], make: Make) -> None:
+    pair = make("llama", ranks, False, "bfloat16", block_tokens=12, dtype="float32")
+    landed, sent = handed_over(pair)
+    assert (landed.dtype, sent.dtype) == (torch.bfloat16, torch.float32)
+    assert torch.equal(landed, sent.to(torch.bfloat16))
+
+
+def handed_over(pair: Pair) -> tuple[torch.Tensor, torch.Tensor]:
+    """A prompt's KV as decode begins with it, and as prefill has it."""
     prompt = PROMPTS[0]
     found: dict[str, torch.Tensor] = {}
     prefill, decode = pair.prefill.worker, pair.decode.worker
@@ -125,7 +145,7 @@ def test_every_rank_has_what_prefill_computed_of_its_heads(
     pair.generate([prompt], max_tokens=4)
     landed, sent = found[pair.decode.peer], found[pair.prefill.peer]
     assert sent.abs().sum() > 0
-    assert torch.equal(landed, sent)
+    return landed, sent
 
 
 def test_blocks_that_were_reused_while_one_rank_read_late_are_noticed(make: Make) -> None:
