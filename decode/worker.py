@@ -5,7 +5,7 @@ Owned by one thread. `handle` and `step` return quickly but for the engine's own
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from ..core.clock import Clock
@@ -34,6 +34,7 @@ from ..engine.engine import Engine, Outcome, Step, device_is_lost
 from ..engine.limits import check_prompt
 from ..engine.sequence import Sequence
 from ..kv_transfer.connector import Connector
+from ..kv_transfer.multi import MultiConnector
 from .cost import CostModel
 from .emitter import Emitter
 from .loader import LoadClosed, LoadDone, Loader, LoadEvent, LoadFailed, PromptDone, PromptStarted, ReadStarted
@@ -43,7 +44,9 @@ from .stream import Stream, StreamState
 Send = Callable[[PeerId, Message], None]
 _log = RateLimited()
 
-_MAX_LOAD_ATTEMPTS = 2
+_PREFIX_CACHE = "prefix cache"
+_HERE = "here"
+"""Sources of a prompt's KV beside the prefill peers: blocks that an earlier prompt left, and this worker's engine."""
 
 
 class _Flight(NamedTuple):
@@ -214,23 +217,37 @@ class DecodeWorker:
             stream.cached_tokens = sequence.num_computed
             self._metrics.cached_tokens.inc(sequence.num_computed)
         stream.started_s = now_s
+        stream.sources = MultiConnector(sequence.num_tokens, self._engine.block_tokens, self._sources(stream))
+        stream.sources.ask()
+        stream.sources.ended(sequence.num_computed)
+        self._ask_next(stream)
+
+    def _sources(self, stream: Stream) -> Iterator[str]:
+        """Where a stream's KV may come from, the best first: each is thought of when the one before has ended."""
+        yield _PREFIX_CACHE
         peer = self._prefill_peer(stream)
-        remaining = sequence.num_tokens - sequence.num_computed
         scheduler = self._scheduler
         ahead = scheduler.num_prefilling_tokens, scheduler.num_loading_tokens
-        if not peer or self._cost.local_is_sooner(remaining, *ahead, scheduler.num_running):
-            self._scheduler.prefill(stream)
+        remaining = stream.sequence.num_tokens - stream.sequence.num_computed
+        if peer and not self._cost.local_is_sooner(remaining, *ahead, scheduler.num_running):
+            yield peer
+            # With the first tokens known, the client waits for this worker alone.
+            other = self._prefill_peer(stream, avoid=peer) if stream.first_tokens is None else ""
+            if other:
+                yield other
+        yield _HERE
+
+    def _ask_next(self, stream: Stream, why: str = "") -> None:
+        source = stream.sources.ask()
+        remaining = stream.sequence.num_tokens - stream.sequence.num_computed
+        if source == _HERE:
+            self._scheduler.prefill(stream, why)
             self._stage(stream, "decode.prefill", f"{remaining} tokens here")
         else:
-            self._load(stream, peer)
-
-    def _load(self, stream: Stream, peer: PeerId) -> None:
-        stream.load_attempts += 1
-        stream.load_peer = peer
-        self._scheduler.load(stream)
-        self._loader.start(stream, peer)
-        sequence = stream.sequence
-        self._stage(stream, "decode.handoff", f"{sequence.num_tokens - sequence.num_computed} tokens from {peer}")
+            assert source is not None, "the last source does not fail"
+            self._scheduler.load(stream)
+            self._loader.start(stream, source)
+            self._stage(stream, "decode.handoff", f"{remaining} tokens from {source}")
 
     def _prefill_peer(self, stream: Stream, avoid: PeerId = "") -> PeerId:
         """The prefill peer for a stream: the one that the gateway chose, or another; "" when there is none."""
@@ -288,6 +305,7 @@ class DecodeWorker:
                 case LoadDone():
                     self._received_bytes += stream.transferred_bytes
                     self._stage(stream, "transfer.done", f"{stream.transferred_bytes} bytes")
+                    stream.sources.ended(stream.sequence.num_tokens)
                     stream.sequence.num_computed = stream.sequence.num_tokens
                     self._engine.commit(stream.sequence)
                     self._begin(stream)
@@ -314,16 +332,10 @@ class DecodeWorker:
         if not self._recompute:
             self._refuse(stream, 503, f"the prompt's KV did not arrive: {event.reason.value}", retryable=True)
             return
-        sequence = stream.sequence
-        sequence.num_computed = min(event.num_tokens, sequence.num_tokens - 1)
-        self._engine.commit(sequence)
-        peer = self._prefill_peer(stream, avoid=stream.load_peer)
-        if stream.first_tokens is None and peer and stream.load_attempts < _MAX_LOAD_ATTEMPTS:
-            sequence.num_computed -= sequence.num_computed % self._engine.block_tokens
-            self._load(stream, peer)
-            return
-        self._scheduler.prefill(stream, event.reason.value)
-        self._stage(stream, "decode.prefill", f"{sequence.num_tokens - sequence.num_computed} tokens here")
+        stream.sources.ended(event.num_tokens, complete=False)
+        stream.sequence.num_computed = stream.sources.num_here
+        self._engine.commit(stream.sequence)
+        self._ask_next(stream, event.reason.value)
 
     def _follow(self, membership: Membership) -> None:
         alive = {member.peer: member for member in membership.members}

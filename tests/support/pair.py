@@ -110,12 +110,14 @@ class Pair:
     Args:
         config: which workers there are.
         overlap: decode runs a step ahead of its outcomes, as it does on a GPU.
+        prefill: the configuration of the prefill workers, where it is another.
     """
 
-    def __init__(self, config: Config, overlap: bool = False) -> None:
+    def __init__(self, config: Config, overlap: bool = False, prefill: Config | None = None) -> None:
         self.overlap = overlap
         self.clock = ManualClock()
         self.config = config
+        self.prefill_config = prefill or config
         self.outputs: dict[int, Output] = {}
         self.deliver: Callable[[str, str, Message], bool] = lambda sender, to, message: True
         self._wire: deque[tuple[str, str, bytes]] = deque()
@@ -130,7 +132,8 @@ class Pair:
         self.pump()
 
     def add(self, peer: str, role: str) -> Node:
-        node = self.nodes[peer] = Node(self, peer, role, self.config)
+        config = self.prefill_config if role == "prefill" else self.config
+        node = self.nodes[peer] = Node(self, peer, role, config)
         return node
 
     def remove(self, peer: str) -> None:
