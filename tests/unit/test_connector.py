@@ -427,6 +427,7 @@ def windowed(*windows: int) -> dict[str, Any]:
         (lambda h: {"layer_groups": []}, ("kv.layer_groups", "[]")),
         (lambda h: {"ranks": h.ranks[:1]}, ("ranks", "range(0, 2)", "4", "head 2")),
         (lambda h: {"ranks": []}, ("ranks", "head 0")),
+        (lambda h: {"ranks": [RankSpec(0, 1 << 40, {})]}, ("ranks", "no such heads")),
         (lambda h: {"ranks": [RankSpec(0, 4, {})]}, ("kv.transport", "inproc", "prefill-0#1 does not offer it")),
         (lambda h: {"ranks": [RankSpec(0, 4, {"inproc": b""}, "cuda")]}, ("kv.transport", "cuda")),
     ],
