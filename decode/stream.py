@@ -10,6 +10,7 @@ from ..core.log import RequestLog
 from ..core.messages import Child, FinishReason, Generate, SampledToken
 from ..engine.sequence import Sequence
 from ..kv_transfer.hidden_states import Recording
+from ..kv_transfer.multi import MultiConnector
 
 
 class StreamState(enum.Enum):
@@ -90,9 +91,8 @@ class Stream:
         """The children's next tokens, known before their KV is here."""
         self.ended_children: set[int] = set()
         """Children that are over before their stream was split off."""
-        self.load_peer: PeerId = ""
-        """The prefill peer that was asked last."""
-        self.load_attempts = 0
+        self.sources: MultiConnector[str] = MultiConnector(0, 1, ())
+        """Where its prompt's KV comes from, since it was last admitted."""
         self.begun = False
         """Whether it has run before; a preempted stream waits again, but its stages are told."""
         self.queue_s = 0.0
@@ -131,7 +131,6 @@ class Stream:
         """Back to the queue. What a running stream has produced is part of what it computes again."""
         if self.state is StreamState.RUNNING:
             self.first_tokens = None
-        self.load_attempts = 0
         self.move(StreamState.WAITING, at_s, "preempted")
 
     def finish_of(self, token: int) -> FinishReason | None:

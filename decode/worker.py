@@ -5,7 +5,7 @@ Owned by one thread. `handle` and `step` return quickly but for the engine's own
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from ..core.clock import Clock
 from ..core.config import Config, DecodePool
@@ -33,6 +33,7 @@ from ..engine.limits import check_prompt
 from ..engine.sequence import Sequence
 from ..kv_transfer.connector import Connector
 from ..kv_transfer.hidden_states import HiddenStateWriter, record
+from ..kv_transfer.multi import MultiConnector
 from .cost import CostModel
 from .emitter import Emitter
 from .loader import LoadClosed, LoadDone, Loader, LoadEvent, LoadFailed, PromptDone, PromptStarted, ReadStarted
@@ -43,7 +44,9 @@ from .stream import Stream, StreamState
 Send = Callable[[PeerId, Message], None]
 _log = RateLimited()
 
-_MAX_LOAD_ATTEMPTS = 2
+_PREFIX_CACHE = "prefix cache"
+_HERE = "here"
+"""Sources of a prompt's KV beside the prefill peers: blocks that an earlier prompt left, and this worker's engine."""
 
 
 class DecodeWorker:
@@ -207,16 +210,36 @@ class DecodeWorker:
             stream.cached_tokens = sequence.num_computed
             self._metrics.cached_tokens.inc(sequence.num_computed)
         stream.started_s = now_s
+        stream.sources = MultiConnector(sequence.num_tokens, self._engine.block_tokens, self._sources(stream))
+        stream.sources.ask()
+        stream.sources.ended(sequence.num_computed)
+        self._ask_next(stream)
+
+    def _sources(self, stream: Stream) -> Iterator[str]:
+        """Where a stream's KV may come from, the best first: each is thought of when the one before has ended."""
+        yield _PREFIX_CACHE
         peer = self._prefill_peer(stream)
-        remaining = sequence.num_tokens - sequence.num_computed
         scheduler = self._scheduler
         ahead = scheduler.num_prefilling_tokens, scheduler.num_loading_tokens
-        if not peer or self._cost.local_is_sooner(remaining, *ahead, scheduler.num_running):
-            self._prefill(stream, f"{remaining} tokens here")
-        else:
-            self._load(stream, peer)
+        remaining = stream.sequence.num_tokens - stream.sequence.num_computed
+        if peer and not self._cost.local_is_sooner(remaining, *ahead, scheduler.num_running):
+            yield peer
+            # With the first tokens known, the client waits for this worker alone.
+            other = self._prefill_peer(stream, avoid=peer) if stream.first_tokens is None else ""
+            if other:
+                yield other
+        yield _HERE
 
-    def _prefill(self, stream: Stream, detail: str, why: str = "") -> None:
+    def _ask_next(self, stream: Stream, why: str = "") -> None:
+        source = stream.sources.ask()
+        assert source is not None, "the last source does not fail"
+        remaining = stream.sequence.num_tokens - stream.sequence.num_computed
+        if source == _HERE:
+            self._prefill(stream, f"{remaining} tokens here", why)
+        else:
+            self._load(stream, source, f"{remaining} tokens from {source}")
+
+    def _prefill(self, stream: Stream, detail: str, why: str) -> None:
         if stream.sequence.hidden_states and stream.recording is None:
             try:
                 stream.recording = record(self._hidden_states, stream.request)
@@ -226,16 +249,13 @@ class DecodeWorker:
         self._scheduler.prefill(stream, why)
         self._stage(stream, "decode.prefill", detail)
 
-    def _load(self, stream: Stream, peer: PeerId) -> None:
+    def _load(self, stream: Stream, peer: PeerId, detail: str) -> None:
         if stream.recording is not None:  # whoever computes the whole prompt records it
             stream.recording.close()
             stream.recording = None
-        stream.load_attempts += 1
-        stream.load_peer = peer
         self._scheduler.load(stream)
         self._loader.start(stream, peer)
-        sequence = stream.sequence
-        self._stage(stream, "decode.handoff", f"{sequence.num_tokens - sequence.num_computed} tokens from {peer}")
+        self._stage(stream, "decode.handoff", detail)
 
     def _prefill_peer(self, stream: Stream, avoid: PeerId = "") -> PeerId:
         """The prefill peer for a stream: the one that the gateway chose, or another; "" when there is none."""
@@ -295,6 +315,7 @@ class DecodeWorker:
                 case LoadDone():
                     self._received_bytes += stream.transferred_bytes
                     self._stage(stream, "transfer.done", f"{stream.transferred_bytes} bytes")
+                    stream.sources.ended(stream.sequence.num_tokens)
                     stream.sequence.num_computed = stream.sequence.num_tokens
                     self._engine.commit(stream.sequence)
                     self._begin(stream)
@@ -322,17 +343,11 @@ class DecodeWorker:
         if not self._recompute:
             self._refuse(stream, 503, f"the prompt's KV did not arrive: {event.reason.value}", retryable=True)
             return
-        sequence = stream.sequence
         # Hidden states are wanted of every token: the one that computes the last has computed the first.
-        sequence.num_computed = 0 if sequence.hidden_states else min(event.num_tokens, sequence.num_tokens - 1)
-        self._engine.commit(sequence)
-        peer = self._prefill_peer(stream, avoid=stream.load_peer)
-        if stream.first_tokens is None and peer and stream.load_attempts < _MAX_LOAD_ATTEMPTS:
-            sequence.num_computed -= sequence.num_computed % self._engine.block_tokens
-            self._load(stream, peer)
-            return
-        remaining = sequence.num_tokens - sequence.num_computed
-        self._prefill(stream, f"{remaining} tokens here", event.reason.value)
+        stream.sources.ended(0 if stream.sequence.hidden_states else event.num_tokens, complete=False)
+        stream.sequence.num_computed = stream.sources.num_here
+        self._engine.commit(stream.sequence)
+        self._ask_next(stream, event.reason.value)
 
     def _follow(self, membership: Membership) -> None:
         alive = {member.peer: member for member in membership.members}

@@ -35,6 +35,8 @@ def refusal(reader: Hello, source: Hello) -> str:
             return f"kv.layer_groups: {hello.peer} has {starts}, not ascending first layers of {num_layers}"
     offered = [range(rank.first_head, rank.first_head + rank.num_heads) for rank in source.ranks]
     try:
+        if any(heads.stop > ours.num_kv_heads for heads in offered):
+            raise ValueError("there are no such heads")
         cover_heads(range(ours.num_kv_heads), offered)
     except ValueError as error:
         return f"ranks: {source.peer} has heads {offered}, {reader.peer} needs {ours.num_kv_heads}: {error}"

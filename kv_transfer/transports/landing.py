@@ -43,7 +43,7 @@ class _Converting:
 
 
 class Landing:
-    """A `Transport` that converts, made of one that copies. Converts in `poll`, a piece in well under a millisecond.
+    """A `Transport` that converts, made of one that copies. Converts in `poll`, a piece in a millisecond or two.
 
     Args:
         inner: moves the bytes. Its regions are registered here.

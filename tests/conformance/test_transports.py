@@ -21,6 +21,7 @@ from tandem.kv_transfer.memory import Buffer, map_shared
 from tandem.kv_transfer.transports import PREFERENCE, Read, Region, TransferResult, Transport
 from tandem.kv_transfer.transports.base import Notify
 from tandem.kv_transfer.transports.inproc import InprocTransport
+from tandem.kv_transfer.transports.landing import Landing
 from tandem.kv_transfer.transports.nixl import NixlTransport
 from tandem.kv_transfer.transports.shm import ShmTransport
 from tandem.kv_transfer.transports.ucx import UcxTransport
@@ -347,3 +348,23 @@ def test_a_stranger_without_the_clusters_keys_gets_nothing() -> None:
         owner.close()
         outside.close()
         inside.close()
+
+
+def test_elements_are_converted_in_staging(kit: Kit) -> None:
+    """A transport that only copies, and what makes it convert."""
+    ends = Ends(kit)
+    ends.reader = Landing(kit.make(ends.news.set), piece_bytes=1 << 10, pieces=4)
+    ends.reader.register(Region("landing", ends.target))
+    ends.reader.add_peer(PEER, ends.owner.descriptor())
+    values = np.random.default_rng(5).normal(size=SIZE // 4).astype(np.float32)
+    ends.source.array[:] = values.view(np.uint8)
+    order = np.random.default_rng(6).permutation(64)
+    plan = coalesce(order * 1024, np.arange(64) * 512, np.full(64, 1024), (4, 2))
+    number = ends.reader.submit(Read(PEER, "blocks", "landing", plan, "float32", "float16"))
+    assert ends.wait(number)[number].error == ""
+    wanted = values.reshape(64, 256)[order].astype(np.float16)
+    np.testing.assert_array_equal(ends.target.array[: SIZE // 2].view(np.float16).reshape(64, 256), wanted)
+    assert (ends.target.array[SIZE // 2 :] == 0).all()
+    number = ends.read(runs((0, SIZE // 2, 512)))
+    assert ends.wait(number)[number].error == ""
+    assert (ends.target.array[SIZE // 2 :][:512] == ends.source.array[:512]).all()

@@ -119,6 +119,22 @@ def test_32_sequences_with_shared_prefixes(subject: Subject, block_tokens: int, 
     check_idle(pair)
 
 
+@pytest.mark.parametrize(("prefill_tokens", "decode_tokens"), [(32, 16), (8, 8), (64, 4)])
+def test_workers_with_unequal_caches(subject: Subject, prefill_tokens: int, decode_tokens: int) -> None:
+    """Other blocks and other layer groups at the two ends; every byte is summed."""
+    pools: dict[str, object] = {"prefill": {"max_batched_tokens": 40}, "decode": {}}
+    kv = {"capacity": "32MiB", "checksums": True}
+    pair = Pair(
+        subject.config(pools=pools, kv=kv | {"block_tokens": decode_tokens, "layer_groups": 2}),
+        prefill=subject.config(pools=pools, kv=kv | {"block_tokens": prefill_tokens, "layer_groups": 3}),
+    )
+    prompts = subject.prompts[:12]
+    for prompt, output in zip(prompts, pair.generate(prompts, max_tokens=OUTPUT), strict=True):
+        subject.check(prompt, output)
+    assert all("transfer.done" in output.stages for output in pair.outputs.values())
+    check_idle(pair)
+
+
 @pytest.mark.parametrize("way", ["apart", "together", "ahead"])
 def test_under_preemption(subject: Subject, way: str) -> None:
     """A cache too small for all: sequences give their blocks up, wait, and still say the same."""

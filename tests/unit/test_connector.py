@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import msgspec
@@ -28,6 +28,19 @@ from tandem.kv_transfer.transports.inproc import InprocTransport
 
 NUM_BLOCKS = 128
 HEAD_DIM = 4
+
+made: list[Side] = []
+
+
+@pytest.fixture(autouse=True)
+def all_closed() -> Iterator[None]:
+    yield
+    close_all()
+
+
+def close_all() -> None:
+    while made:
+        made.pop().close()
 
 
 class Wire(InprocTransport):
@@ -99,6 +112,13 @@ class Side:
             peer, "model", self.layout, groups, starts, ends, "auto", 30.0, ManualClock(), self.metrics, checksums
         )
         self.tables: list[list[int]] = []
+        self.buffers = [*self.caches, generations]
+        made.append(self)
+
+    def close(self) -> None:
+        self.connector.close()
+        for buffer in self.buffers:
+            buffer.close()
 
     def blocks(self, rank: int) -> torch.Tensor:
         """[block, place, K|V, head, token, dim]."""
@@ -221,6 +241,11 @@ class Case:
 
 @given(st.composite(Case)())
 def test_kv_arrives_whatever_the_ends_are(case: Case) -> None:
+    check_that_kv_arrives(case)
+    close_all()
+
+
+def check_that_kv_arrives(case: Case) -> None:
     before = [cache.array.copy() for cache in case.reader.caches]
     kept = [
         (rank, layer, head, token, case.reader.kv_of(rank, layer, head, token).float().clone())
@@ -246,6 +271,11 @@ def test_kv_arrives_whatever_the_ends_are(case: Case) -> None:
 
 @given(st.composite(Case)(), st.data())
 def test_a_reused_block_is_noticed_and_what_came_before_it_is_good(case: Case, data: st.DataObject) -> None:
+    check_a_reused_block(case, data)
+    close_all()
+
+
+def check_a_reused_block(case: Case, data: st.DataObject) -> None:
     [*tables] = case.source.announce(case.skip, case.num_tokens)
     group = data.draw(st.integers(0, len(tables) - 1))
     index = data.draw(st.integers(0, len(tables[group].blocks) - 1))
@@ -397,6 +427,7 @@ def windowed(*windows: int) -> dict[str, Any]:
         (lambda h: {"layer_groups": []}, ("kv.layer_groups", "[]")),
         (lambda h: {"ranks": h.ranks[:1]}, ("ranks", "range(0, 2)", "4", "head 2")),
         (lambda h: {"ranks": []}, ("ranks", "head 0")),
+        (lambda h: {"ranks": [RankSpec(0, 1 << 40, {})]}, ("ranks", "no such heads")),
         (lambda h: {"ranks": [RankSpec(0, 4, {})]}, ("kv.transport", "inproc", "prefill-0#1 does not offer it")),
         (lambda h: {"ranks": [RankSpec(0, 4, {"inproc": b""}, "cuda")]}, ("kv.transport", "cuda")),
     ],
@@ -452,7 +483,6 @@ def test_memory_decides_which_transport_moves_what() -> None:
     ends = {}
     for side in (reader, source):
         other = Other()
-        generations = Buffer(NUM_BLOCKS * 8)
         plain = side.connector._ends[0].transports
         host_end(range(4), {"shm": other}, side.caches[0], None)
         ends[side] = other
@@ -460,7 +490,6 @@ def test_memory_decides_which_transport_moves_what() -> None:
             "decode-0#1" if side is reader else "prefill-0#1", "model", side.layout, side.groups, [0, 2],
             [End(range(4), {**plain, "shm": other}, "cuda")], "auto", 30.0, ManualClock(), side.metrics,
         )  # fmt: skip
-        del generations
     connect(reader, source)
     assert reader.connector.transport_of("prefill-0#1") == "shm"
     pull(reader, source)

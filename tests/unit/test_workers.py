@@ -34,6 +34,7 @@ from tandem.decode.cost import CostModel
 from tandem.decode.stream import StreamState
 from tandem.decode.worker import DecodeWorker
 from tandem.engine.engine import Engine
+from tandem.kv_transfer.transports import Read
 from tandem.prefill.worker import PrefillWorker
 
 PROMPT = list(range(1, 51))
@@ -54,13 +55,12 @@ class Make:
         self._overlap = overlap
         self._pairs: list[Pair] = []
 
-    def __call__(self, **sections: dict[str, object]) -> Pair:
-        base: dict[str, object] = {
-            "model": {"path": str(self._folder), "max_model_len": 256},
-            "kv": {"block_tokens": 8, "capacity": "4MiB"} | sections.pop("kv", {}),
-            "routing": {"local_prefill": "never"},
-        }
-        pair = Pair(Config.model_validate(base | sections), self._overlap)
+    def __call__(self, *, prefill_kv: dict[str, object] | None = None, **sections: dict[str, object]) -> Pair:
+        kv = {"block_tokens": 8, "capacity": "4MiB"} | sections.pop("kv", {})
+        model = {"path": str(self._folder), "max_model_len": 256} | sections.pop("model", {})
+        base: dict[str, object] = {"model": model, "kv": kv, "routing": {"local_prefill": "never"}} | sections
+        prefill = Config.model_validate(base | {"kv": kv | (prefill_kv or {})})
+        pair = Pair(Config.model_validate(base), self._overlap, prefill)
         self._pairs.append(pair)
         return pair
 
@@ -434,7 +434,7 @@ def test_mismatched_workers_never_exchange_kv(make: Make, folder: Path, tmp_path
     make_checkpoint("qwen3_moe", tmp_path, seed=1)
     base = {"model": {"path": str(folder), "max_model_len": 256}, "kv": {"block_tokens": 8, "capacity": "4MiB"}}
     pair = make()
-    pair.config = Config.model_validate(base | {"model": {"path": str(tmp_path), "max_model_len": 256}})
+    pair.prefill_config = Config.model_validate(base | {"model": {"path": str(tmp_path), "max_model_len": 256}})
     pair.add("prefill-1#1", "prefill")
     pair.announce()
     pair.run()
@@ -450,21 +450,13 @@ def test_mismatched_workers_never_exchange_kv(make: Make, folder: Path, tmp_path
 
 
 def unequal(make: Make, prefill: dict[str, object], **decode: object) -> Pair:
-    """A pair whose prefill worker has other ``kv`` keys than its decode worker; a dtype is for both models, too."""
-    if "dtype" in decode:
-        config = make(pools={"colocated": {}}).config
-        pair = make(kv=decode, model=config.model.model_dump() | {"dtype": "bfloat16"})
-    else:
-        pair = make(kv=decode)
-    pair.remove("prefill-0#1")
-    kv = {"block_tokens": 8, "capacity": "4MiB"} | decode
-    pools = {"prefill": {"max_batched_tokens": 16}, "decode": {}}
-    pair.config = Config.model_validate({"model": pair.config.model.model_dump(), "kv": kv | prefill, "pools": pools})
-    pair.prefill = pair.add("prefill-0#2", "prefill")
-    pair.announce()
-    for _ in range(3):
-        pair.pump()
-    assert pair.decode.connector.connected("prefill-0#2"), pair.decode.connector.refusal("prefill-0#2")
+    """A pair whose prefill worker has other ``kv`` keys than its decode worker; KV of other dtypes is for a model in
+    bfloat16, as a CPU's float32 kernels know but one."""
+    model: dict[str, object] = {"dtype": "bfloat16"} if "dtype" in decode else {}
+    pools: dict[str, object] = {"prefill": {"max_batched_tokens": 16}, "decode": {}}
+    pair = make(prefill_kv=prefill, kv=decode, model=model, pools=pools)
+    pair.pump()
+    assert pair.decode.connector.connected("prefill-0#1"), pair.decode.connector.refusal("prefill-0#1")
     return pair
 
 
@@ -493,6 +485,58 @@ def test_other_blocks_and_layer_groups_give_the_same_tokens(
     moved = pair.decode.metrics.transfer_bytes.labels("inproc", "prefill-0")._value.get() - before
     assert 0 < moved <= 2 * pair.decode.engine.cache.layout.block_bytes
     assert all(not o.stages.count("transfer.failed") for o in pair.outputs.values())
+
+
+@pytest.mark.parametrize("prefill", [{}, {"block_tokens": 16}, {"layer_groups": 3}], ids=["", "blocks", "layers"])
+@pytest.mark.parametrize("once", [False, True], ids=["always", "once"])
+def test_bytes_that_change_on_the_way_are_never_tokens(
+    make: Make, golden: dict[tuple[int, ...], list[int]], prefill: dict[str, object], once: bool
+) -> None:
+    pair = unequal(make, prefill, checksums=True)
+    other = pair.add("prefill-1#1", "prefill")
+    pair.announce()
+    for _ in range(3):
+        pair.pump()
+    transport = pair.decode.transport
+    copy, flipped = transport._copy, 0
+
+    def corrupt(read: Read) -> str:
+        nonlocal flipped
+        error = copy(read)
+        if read.source == "blocks" and not (once and flipped):
+            flipped += 1
+            target = transport._regions[read.target].buffer.array
+            target[read.runs.target_offsets[-1] + read.runs.sizes[-1] - 1] ^= 0x80  # a sign
+        return error
+
+    transport._copy = corrupt  # type: ignore[method-assign]
+    ticket = pair.submit(prompt_of(30), max_tokens=20, prefill="prefill-0#1")
+    pair.run()
+    assert flipped
+    assert pair.outputs[ticket].tokens[0] == golden[tuple(prompt_of(30))]
+    assert pair.outputs[ticket].stages.count("transfer.failed") == (1 if once else 2)
+    assert pair.decode.metrics.load_failures.labels("checksum")._value.get() == (1 if once else 2)
+    assert (other.worker.report().prompt_tokens > 0) or once
+
+
+def test_a_checksum_that_is_lost_on_the_way_is_no_checksum(
+    make: Make, golden: dict[tuple[int, ...], list[int]]
+) -> None:
+    pair = unequal(make, {}, checksums=True)
+    dropped: list[Message] = []
+
+    def deliver(sender: str, to: str, message: Message) -> bool:
+        if isinstance(message, BlocksReady) and not dropped:
+            dropped.append(message)
+            return False
+        return True
+
+    pair.deliver = deliver
+    ticket = pair.submit(prompt_of(30), max_tokens=20)
+    pair.run()
+    assert dropped
+    assert pair.outputs[ticket].tokens[0] == golden[tuple(prompt_of(30))]
+    assert pair.decode.metrics.load_failures.labels("checksum")._value.get() == 1
 
 
 @pytest.mark.parametrize("checksums", [False, True], ids=["", "checksums"])
