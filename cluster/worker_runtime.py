@@ -178,11 +178,8 @@ class WorkerRuntime:
         assert pool is not None
         self._progress("reading the model")
         threads = pool.threads or os.cpu_count() or 1
-        access = None
-        if self._role != "colocated":
-            access = PeerAccess(self._keys, self._address)
         built, self._ranks = build_on_ranks(
-            self._config, pool, threads, lambda what, done: self._progress(f"{what} {done:.0%}"), access
+            self._config, pool, threads, lambda what, done: self._progress(f"{what} {done:.0%}")
         )
         if self._ranks is not None:
             self._ranks.watch(self._rank_lost)
@@ -264,11 +261,12 @@ class WorkerRuntime:
         heads = [kv_heads_of(spec, rank, num_ranks) for rank in range(num_ranks)]
         if self._role == "colocated":
             return [host_end(heads[0], {}, cache.blocks, cache.generations_buffer)]
-        choice, bad_frame = self._config.kv.transport, self._metrics.bad_frames.labels("kv").inc
-        transports = open_transports(self._nudge, self._context, self._address, cache.blocks.kind, choice, bad_frame)
+        kv, bad_frame = self._config.kv, self._metrics.bad_frames.labels("kv").inc
+        transports = open_transports(self._nudge, self._context, self._address, cache.blocks, kv, bad_frame)
         ends = [host_end(heads[0], transports, cache.blocks, cache.generations_buffer)]
         if self._ranks is not None:
-            others = self._ranks.transports(self._nudge, bad_frame)
+            access = PeerAccess(self._keys, self._address)
+            others = self._ranks.transports(access, self._nudge, bad_frame)
             ends += [End(*other) for other in zip(heads[1:], others, strict=True)]
         return ends
 

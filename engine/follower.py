@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from ..core.config import Config
+from ..core.config import Config, KVConfig
 from ..core.errors import TandemError, WorkerError
 from ..core.frames import send_frame
 from ..core.log import logger
@@ -50,7 +50,8 @@ def main(connection: socket.socket, orders: socket.socket) -> None:
         engine = _build(connection, task)
         if engine is None:
             return
-        follower = Follower(engine.runner, None if task.access is None else _move(engine, task, task.access, orders))
+        kv = Config.model_validate_json(task.config).kv
+        follower = Follower(engine.runner, lambda access: _move(engine, kv, access, orders))
         while True:
             follower.obey(receive(connection))
     except (EOFError, ConnectionError):
@@ -83,16 +84,14 @@ def _build(connection: socket.socket, task: Task) -> Engine | None:
     return built.engine
 
 
-def _move(engine: Engine, task: Task, access: PeerAccess, orders: socket.socket) -> Mover:
+def _move(engine: Engine, kv: KVConfig, access: PeerAccess, orders: socket.socket) -> Mover:
     """Let a thread move this rank's KV."""
-    context = SecureContext(access.keys)
-
-    cache, choice = engine.cache, Config.model_validate_json(task.config).kv.transport
+    context, blocks = SecureContext(access.keys), engine.cache.blocks
 
     def make(notify: Notify, on_bad_frame: Callable[[], None]) -> Mapping[str, Transport]:
-        return open_transports(notify, context, access.address, cache.blocks.kind, choice, on_bad_frame)
+        return open_transports(notify, context, access.address, blocks, kv, on_bad_frame)
 
-    mover = Mover(orders, make, [Region(BLOCKS, cache.blocks)])
+    mover = Mover(orders, make, [Region(BLOCKS, blocks)])
 
     def run() -> None:
         try:
@@ -112,12 +111,13 @@ class Follower:
 
     Args:
         runner: of this rank's part of the model.
-        mover: of its KV, where any comes or goes.
+        move: starts what moves its KV, when the first rank says so.
     """
 
-    def __init__(self, runner: Runner, mover: Mover | None) -> None:
+    def __init__(self, runner: Runner, move: Callable[[PeerAccess], Mover]) -> None:
         self._runner = runner
-        self._mover = mover
+        self._move = move
+        self._mover: Mover | None = None
         self._num_copies = 0
 
     def obey(self, message: Message) -> None:
@@ -132,15 +132,18 @@ class Follower:
                 self._runner.run(step_of(message), eager=message.eager)
             case CopyBlock():
                 self._runner.copy_block(message.source, message.target)
-                self._copied()
+                self._num_copies += 1
+                self._tell_copies()
             case Capture():
                 self._runner.capture()
+            case PeerAccess():
+                self._mover = self._move(message)
+                self._tell_copies()
             case _:
                 raise ValueError(f"unexpected message {type(message).__name__}")
 
-    def _copied(self) -> None:
+    def _tell_copies(self) -> None:
         """No read may land in a block that is yet to be copied, or to be copied over."""
-        self._num_copies += 1
         if self._mover is None:
             return
         wait: Callable[[], None] = _done

@@ -17,14 +17,6 @@ MAX_FRAME_BYTES = 1 << 30
 """No step is as large: its numbers are a few for each token."""
 
 
-class PeerAccess(msgspec.Struct, frozen=True):
-    """What a rank must know for peers to reach its KV."""
-
-    keys: ClusterKeys
-    address: str
-    """Of this host, where peers reach it."""
-
-
 class Task(msgspec.Struct, frozen=True, tag=True):
     """What to be, told first."""
 
@@ -37,8 +29,6 @@ class Task(msgspec.Struct, frozen=True, tag=True):
     max_running: int
     max_batched_tokens: int
     threads: int
-    access: PeerAccess | None = None
-    """None: no peer reads KV from here, nor does this rank from anybody."""
 
 
 class Built(msgspec.Struct, frozen=True, tag=True):
@@ -62,6 +52,15 @@ class CopyBlock(msgspec.Struct, frozen=True, tag=True):
     target: int
 
 
+class PeerAccess(msgspec.Struct, frozen=True, tag=True):
+    """From now on move KV, as the other socket orders. Told after `Capture`: opening transports may call what must not
+    be called while a graph is recorded."""
+
+    keys: ClusterKeys
+    address: str
+    """Of this host, where peers reach it."""
+
+
 class Array(msgspec.Struct, frozen=True, array_like=True):
     """Of numbers, C-contiguous."""
 
@@ -83,7 +82,7 @@ class Compute(msgspec.Struct, frozen=True, tag=True):
     eager: bool
 
 
-Message = Task | Built | Capture | CopyBlock | Compute
+Message = Task | Built | Capture | CopyBlock | PeerAccess | Compute
 
 _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
 _encoder = msgspec.msgpack.Encoder()

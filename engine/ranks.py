@@ -36,7 +36,6 @@ def build_on_ranks(
     pool: PrefillPool | DecodePool | ColocatedPool,
     threads: int,
     progress: Progress,
-    access: PeerAccess | None = None,
 ) -> tuple[BuiltEngine, Ranks | None]:
     """An engine for a pool's worker, and the other ranks if its model is shared. Blocks as `build_engine`.
 
@@ -45,7 +44,6 @@ def build_on_ranks(
         pool: says on what, on how many, and how much at a time.
         threads: of the CPU, for each rank.
         progress: told what happens.
-        access: how peers reach this host, where KV comes and goes.
 
     Raises:
         ConfigError: as `build_engine`; the other ranks have ended then.
@@ -54,7 +52,7 @@ def build_on_ranks(
     kind = "cuda" if pool.gpus_per_replica else "cpu"
     if pool.tensor_parallel == 1:
         return build_engine(config, pool.max_running, torch.device(kind), progress, pool.max_batched_tokens), None
-    ranks = Ranks(config, pool.tensor_parallel, kind, pool.max_running, pool.max_batched_tokens, threads, access)
+    ranks = Ranks(config, pool.tensor_parallel, kind, pool.max_running, pool.max_batched_tokens, threads)
     try:
         built = build_engine(
             config,
@@ -87,18 +85,10 @@ class Ranks:
         max_running: sequences at a time.
         max_batched_tokens: tokens of a step.
         threads: of the CPU, for each rank.
-        access: how peers reach this host, where KV comes and goes.
     """
 
     def __init__(
-        self,
-        config: Config,
-        size: int,
-        device: str,
-        max_running: int,
-        max_batched_tokens: int,
-        threads: int,
-        access: PeerAccess | None = None,
+        self, config: Config, size: int, device: str, max_running: int, max_batched_tokens: int, threads: int
     ) -> None:
         self.size = size
         self._folder = Path(tempfile.mkdtemp(prefix="tandem-ranks-"))
@@ -120,9 +110,7 @@ class Ranks:
                 self._processes.append(subprocess.Popen(command, pass_fds=files, stdin=subprocess.DEVNULL))
             self._connections.append(ours)
             self._orders.append(our_orders)
-            task = Task(
-                document, rank, size, self._rendezvous, device, max_running, max_batched_tokens, threads, access
-            )
+            task = Task(document, rank, size, self._rendezvous, device, max_running, max_batched_tokens, threads)
             send_frame(ours, encode(task))
 
     def join(self) -> TorchGroup:
@@ -171,16 +159,20 @@ class Ranks:
         """Let the others record their CUDA graphs."""
         self._tell(encode(Capture()))
 
-    def transports(self, notify: Notify, on_bad_frame: Callable[[], None]) -> list[Mapping[str, Transport]]:
+    def transports(
+        self, access: PeerAccess, notify: Notify, on_bad_frame: Callable[[], None]
+    ) -> list[Mapping[str, Transport]]:
         """What moves the others' KV: for each rank, its transports by name. Blocks until all have told. Once.
 
         Args:
+            access: how peers reach this host. The CUDA graphs must have been recorded.
             notify: as for a transport of this process; called by threads.
             on_bad_frame: called, by threads, for each frame from the network that another rank refused.
 
         Raises:
             WorkerError: a rank cannot, ended, or told nothing.
         """
+        self._tell(encode(access))
         for rank, orders in enumerate(self._orders, 1):
             whose = f"rank {rank} of {self.size}"
             self._links.append(MoverLink(orders, whose, notify, lambda: self._num_copies, on_bad_frame))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+from ..core.config import KVConfig
 from ..core.errors import ConfigError
 from ..core.log import logger
 from ..core.wire import SecureContext
@@ -49,25 +50,26 @@ def host_end(heads: range, transports: Mapping[str, Transport], blocks: Buffer, 
 
 
 def open_transports(
-    notify: Notify, context: SecureContext, address: str, memory: str, choice: str, on_bad_frame: Callable[[], None]
+    notify: Notify, context: SecureContext, address: str, blocks: Buffer, kv: KVConfig, on_bad_frame: Callable[[], None]
 ) -> dict[str, Transport]:
-    """The transports that work here, by name; they convert, and have no regions yet. Blocks while they start.
+    """The transports that work for a rank here, by name; they convert, and have no regions yet. Blocks while they
+    start, and logs why the others do not.
 
     Args:
         notify: each transport's.
         context: makes sockets.
         address: of this node, where peers reach it.
-        memory: kind of the region that holds the blocks.
-        choice: ``kv.transport``.
+        blocks: the rank's cache.
+        kv: which transports to use.
         on_bad_frame: called, from any thread, for each frame that is refused.
 
     Raises:
-        ConfigError: ``choice`` does not work here; says why.
+        ConfigError: the one that is wanted does not work here; says why.
     """
-    transports, missing = offer(notify, context, address, memory, choice, on_bad_frame)
-    if choice in missing:
-        raise ConfigError(f"kv.transport: {choice}: {missing[choice]}")
-    if choice == "auto":
+    transports, missing = offer(notify, context, address, blocks.kind, kv.transport, on_bad_frame)
+    if kv.transport in missing:
+        raise ConfigError(f"kv.transport: {kv.transport}: {missing[kv.transport]}")
+    if kv.transport == "auto":
         for name, why in missing.items():
             logger.info("no KV by %s: %s", name, why)
     return converting(transports)

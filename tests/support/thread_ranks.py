@@ -10,10 +10,11 @@ from collections.abc import Callable, Mapping
 import torch
 from tandem.core.config import Config
 from tandem.core.frames import send_frame
+from tandem.core.wire import make_cluster_keys
 from tandem.engine.batch import StepInput
 from tandem.engine.build import Built, build_engine
 from tandem.engine.follower import Follower
-from tandem.engine.rank_wire import Capture, CopyBlock, encode, encode_step, receive
+from tandem.engine.rank_wire import Capture, CopyBlock, PeerAccess, encode, encode_step, receive
 from tandem.kv_transfer.ends import BLOCKS, converting
 from tandem.kv_transfer.transports import Region, Transport
 from tandem.kv_transfer.transports.base import Notify
@@ -81,8 +82,9 @@ class ThreadRanks:
             ours, theirs = socket.socketpair()
             self._connections.append(ours)
             self.movers.append(mover)
-            self._start(mover.run)
-            self._start(lambda theirs=theirs, follower=Follower(built.engine.runner, mover): _follow(theirs, follower))
+            follower = Follower(built.engine.runner, lambda access, mover=mover: self._move(mover))
+            self._start(lambda theirs=theirs, follower=follower: _follow(theirs, follower))
+            send_frame(ours, encode(PeerAccess(make_cluster_keys(), "127.0.0.1")))
             self._links.append(MoverLink(orders, f"rank {number}", self.news.set, lambda: self.num_copies))
             self.transports.append(forwarded(self._links[-1]))
 
@@ -104,6 +106,10 @@ class ThreadRanks:
         for thread in self._threads:
             thread.join(10)
             assert not thread.is_alive()
+
+    def _move(self, mover: Mover) -> Mover:
+        self._start(mover.run)
+        return mover
 
     def _start(self, run: Callable[[], None]) -> None:
         self._threads.append(threading.Thread(target=run, daemon=True))
