@@ -48,7 +48,7 @@ members = [runtime.start() for runtime in runtimes]
 for runtime in runtimes:
     runtime.follow(Membership(1, members))
 ports = [runtime._mesh.endpoint for runtime in runtimes]
-ports += [runtime._connector._transports["zmq"].endpoint for runtime in runtimes]
+ports += [runtime._connector.hello().ranks[0].transports["zmq"].decode() for runtime in runtimes]
 print(" ".join(ports), flush=True)
 for line in sys.stdin:
     gc.collect()
