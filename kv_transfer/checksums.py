@@ -69,9 +69,9 @@ class Checksums:
             cache, layout = self._cache, self._layout
             if dtype != layout.dtype:
                 # A copy of these places alone, in the other dtype.
-                whole = torch.from_numpy(cache).view(DTYPES[layout.dtype]).view(layout.shape(-1))
-                part = convert(whole[torch.from_numpy(blocks), places.start : places.stop], DTYPES[dtype])
-                cache, blocks = part.view(torch.uint8).numpy().reshape(-1), np.arange(len(blocks))
+                part = cache.reshape(-1, layout.num_layers, layout.layer_bytes)[blocks, places.start : places.stop]
+                values = convert(torch.from_numpy(part.reshape(-1)).view(DTYPES[layout.dtype]), DTYPES[dtype])
+                cache, blocks = values.view(torch.uint8).numpy(), np.arange(len(blocks))
                 layout = msgspec.structs.replace(layout, num_layers=len(places), dtype=dtype)
                 at = range(len(places))
             else:

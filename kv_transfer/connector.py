@@ -40,6 +40,8 @@ from .plan import merge, plan_copies
 from .pull import Flying, Pull, Sums, blocks_of, side_of
 from .transports import Read, Region
 
+__all__ = ["BLOCKS", "GENERATIONS", "Connector", "End", "PullResult"]
+
 _FENCE = "fence"
 
 

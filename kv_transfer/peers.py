@@ -72,9 +72,13 @@ def link_peer(layout: KVLayout, ends: Sequence[End], theirs: Hello, choice: str,
         checksums: whether what is read will be summed.
 
     Raises:
-        TransferError: two ranks have no transport in common that works; says why each does not.
+        TransferError: two ranks have no transport in common that works; says why each does not. Or the peer cannot sum
+            what it sends.
     """
     spec, peer = theirs.cache, theirs.peer
+    if checksums and [rank.memory for rank in theirs.ranks] != ["host"]:
+        has = f"{len(theirs.ranks)} ranks with {theirs.ranks[0].memory} memory"
+        raise TransferError(f"kv.checksums: {peer} has {has}; sums are made by one rank, of host memory")
     offered = [range(rank.first_head, rank.first_head + rank.num_heads) for rank in theirs.ranks]
     links: list[Link] = []
     try:

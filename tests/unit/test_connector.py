@@ -21,6 +21,7 @@ from tandem.kv_transfer import connector as connector_module
 from tandem.kv_transfer.connector import Connector, PullResult
 from tandem.kv_transfer.ends import End, host_end
 from tandem.kv_transfer.fence import Fence
+from tandem.kv_transfer.handoff import Handoff, Instruction, Loaded, Pull, Release
 from tandem.kv_transfer.layout import KVGroup, KVLayout, group_layers, layer_groups
 from tandem.kv_transfer.memory import Buffer
 from tandem.kv_transfer.transports import Read, TransferResult
@@ -217,13 +218,25 @@ class Case:
             self.skip, self.num_tokens, sums,
         )  # fmt: skip
 
-    def pull_all(self) -> None:
+    def load(self) -> list[Instruction]:
+        """All of the prompt, as a handoff asks for it; returns what the handoff said in the end."""
         terms = self.reader.connector.terms("prefill-0#1")
-        cut = max(self.skip, self.cut - self.cut % terms.unit_tokens)
+        handoff = Handoff(
+            1, "prefill-0#1", self.skip, self.num_tokens,
+            self.reader.connector.first_tokens(self.skip, self.num_tokens), terms.block_tokens, terms.unit_tokens,
+            terms.num_layer_groups, ManualClock(),
+        )  # fmt: skip
+        assert handoff.accepted(self.source.announce(self.skip, self.num_tokens)) == []
+        pulls: dict[int, Pull] = {}
         for layer_group in range(terms.num_layer_groups):
-            for tokens in (range(self.skip, cut), range(cut, self.num_tokens)):
-                if len(tokens):
-                    self.pull(layer_group, tokens)
+            for mark in (self.cut, self.num_tokens):
+                for step in handoff.ready(layer_group, mark):
+                    assert isinstance(step, Pull)
+                    pulls[self.pull(layer_group, range(step.start, step.stop))] = step
+        end = handoff.prompt_done()
+        for result in run(self.reader):
+            end += handoff.pull_ended(pulls.pop(result.number), result.failure, result.num_good)
+        return end
 
     def check(self) -> None:
         """What had to come is there, rounded; what was there before is as it was."""
@@ -256,9 +269,7 @@ def check_that_kv_arrives(case: Case) -> None:
         for token in range(case.skip)
         if table[token // case.reader.layout.block_tokens] >= 0
     ]
-    case.pull_all()
-    results = run(case.reader)
-    assert [result.failure for result in results] == [None] * len(results)
+    assert case.load() == [Release(), Loaded()]
     case.check()
     for rank, layer, head, token, value in kept:
         assert torch.equal(case.reader.kv_of(rank, layer, head, token).float(), value), "what we had was overwritten"
@@ -546,6 +557,12 @@ def test_a_reused_block_is_told_apart_from_a_changed_one() -> None:
 def test_memory_that_cannot_be_summed_is_said_at_the_start() -> None:
     with pytest.raises(ConfigError, match=r"kv\.checksums"):
         simple(reader={"checksums": True}, ranks=(2, 1))
+
+
+def test_a_peer_that_cannot_sum_is_not_read_from() -> None:
+    reader, source = simple(reader={"checksums": True}, ranks=(1, 2))
+    with pytest.raises(TransferError, match=r"kv\.checksums: prefill-0#1 has 2 ranks with host memory"):
+        connect(reader, source)
 
 
 # ---- what is counted ------------------------------------------------------------------------------------------------

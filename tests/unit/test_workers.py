@@ -735,6 +735,8 @@ def test_kv_is_read_while_later_layers_and_chunks_still_compute(make: Make) -> N
     pair.run()
     assert ready == [(group, tokens) for tokens in (16, 32, 48, 50) for group in range(3)]
     assert reads_before_the_end >= 4 * pair.decode.engine.cache.layout.block_bytes
+    samples = {s.name: s.value for family in pair.decode.metrics.registry.collect() for s in family.samples}
+    assert samples["tandem_transfer_hidden_seconds_count"] == samples["tandem_transfer_unhidden_seconds_count"] == 1
 
 
 def test_membership_of_strangers_changes_nothing(make: Make) -> None:
