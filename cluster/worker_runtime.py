@@ -30,6 +30,7 @@ from ..engine.engine import Engine
 from ..engine.ranks import Ranks, build_on_ranks
 from ..kv_transfer.connector import Connector
 from ..kv_transfer.layout import layer_groups
+from ..kv_transfer.rdma import rdma_devices, rule_out_tcp
 from ..kv_transfer.transports import Transport
 from ..kv_transfer.transports.shm import ShmTransport
 from ..kv_transfer.transports.zmq import ZmqTransport
@@ -241,6 +242,9 @@ class WorkerRuntime:
             transports["shm"] = ShmTransport(self._nudge)
             bad_frame = self._metrics.bad_frames.labels("kv-zmq").inc
             transports["zmq"] = ZmqTransport(self._nudge, self._context, self._address, bad_frame)
+        unoffered: dict[str, str] = {}
+        if kv.require_rdma:
+            transports, unoffered = rule_out_tcp(transports, unoffered, rdma_devices())
         return Connector(
             self.peer,
             fingerprint,
@@ -253,6 +257,7 @@ class WorkerRuntime:
             kv.lease_s,
             self._clock,
             self._metrics,
+            unoffered,
         )
 
     def _run(self) -> None:

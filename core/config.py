@@ -146,6 +146,8 @@ class KVConfig(_Section):
     """auto: the model's. fp8_e4m3 halves the memory: 8 bits, 3 of them mantissa, unscaled, ±448 at most; on GPUs."""
     transport: Literal["auto", "shm", "zmq"] = "auto"
     """How KV travels from prefill to decode. auto: shared memory on one host, ZMQ between hosts."""
+    require_rdma: bool = False
+    """Refuse to move KV between hosts by anything but RDMA: at the start an error, later that peer is not used."""
     layer_groups: int = Field(default=2, ge=1, le=256)
     """Groups of layers whose KV is handed over as soon as they are computed, while later layers still compute."""
     lease_s: float = Field(default=30, gt=0, le=3600)

@@ -66,6 +66,7 @@ class Connector:
         lease_s: how long we keep blocks for readers.
         clock: for durations.
         metrics: where transfers are counted.
+        unoffered: by name, why other transports are not to be had here.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class Connector:
         lease_s: float,
         clock: Clock,
         metrics: WorkerMetrics,
+        unoffered: Mapping[str, str] = {},
     ) -> None:
         self.layout = layout
         self.layer_groups = list(layer_groups)
@@ -91,6 +93,7 @@ class Connector:
         self._lease_s = lease_s
         self._clock = clock
         self._metrics = metrics
+        self._unoffered = unoffered
         self._chosen: dict[PeerId, Transport] = {}
         self._refused: dict[PeerId, str] = {}
         self._peer_lease_s: dict[PeerId, float] = {}
@@ -289,7 +292,8 @@ class Connector:
             transport = self._transports.get(name)
             if transport is None or name not in hello.transports:
                 side = self._peer if transport is None else peer
-                tried.append(f"{name}: {side} does not offer it")
+                why = self._unoffered.get(name) if transport is None else None
+                tried.append(f"{name}: {why or f'{side} does not offer it'}")
                 continue
             try:
                 transport.add_peer(peer, hello.transports[name])
