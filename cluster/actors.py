@@ -1,4 +1,4 @@
-"""The only module that speaks to Ray: actors, their placement, and the local cluster of `tandem serve`.
+"""What speaks to Ray: actors, their placement, and the local cluster of `tandem serve`. `probe_actors` alone does too.
 
 Ray starts processes, tells when they die, and carries the control calls below. Tokens and KV never pass through it.
 """
@@ -298,7 +298,7 @@ class Cluster:
         with contextlib.suppress(ValueError):
             ray.get_actor(_controller_name(name), NAMESPACE)
             raise ConfigError("Tandem already runs on this Ray cluster", fix="`tandem down` stops it")
-        _check_resources(config)
+        check_resources(config)
         node = ray.get_runtime_context().get_node_id()
         controller: Any = (
             ray.remote(_ControllerActor)
@@ -474,7 +474,8 @@ def _wanted_cpus(config: Config) -> float:
     return sum(pool.replicas * pool.cpus_per_replica for pool in pools if pool is not None)
 
 
-def _check_resources(config: Config) -> None:
+def check_resources(config: Config) -> None:
+    """Raises ConfigError if the connected Ray cluster has too few free CPUs or GPUs for all workers."""
     pools = (config.pools.prefill, config.pools.decode, config.pools.colocated)
     wanted = {
         "CPU": _wanted_cpus(config),
@@ -490,4 +491,4 @@ def _check_resources(config: Config) -> None:
             )
 
 
-__all__ = ["Cluster", "LocalRay", "connect_ray", "default_log_folder", "disconnect_ray"]
+__all__ = ["Cluster", "LocalRay", "check_resources", "connect_ray", "default_log_folder", "disconnect_ray"]

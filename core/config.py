@@ -264,6 +264,11 @@ def ray_authenticates() -> bool:
     return os.environ.get("RAY_AUTH_MODE") == "token"
 
 
+def ucx_environment() -> dict[str, str]:
+    """What the environment tells UCX: its own variables, which it reads itself."""
+    return {name: value for name, value in os.environ.items() if name.startswith("UCX_")}
+
+
 def announce_local_ray(address: str) -> Path:
     """Leave a note for `join_local_ray`, readable by this user alone; returns its path."""
     path = cache_folder() / "local-ray.json"

@@ -64,12 +64,19 @@ def rule_out_tcp(
     """
     kept, refused = dict(transports), dict(reasons)
     for name in transports:
-        if name in _IN_HOST or (name in _BY_RDMA and any(port.active for port in ports)):
-            continue
-        kept.pop(name).close()
-        over = f"no active RDMA port here ({_found(ports)}), so it" if name in _BY_RDMA else "it"
-        refused[name] = f"{over} would move KV by plain TCP, which kv.require_rdma rules out"
+        why = plain_tcp(name, ports)
+        if why:
+            kept.pop(name).close()
+            refused[name] = why
     return kept, refused
+
+
+def plain_tcp(name: str, ports: list[RdmaPort]) -> str:
+    """Why `kv.require_rdma` rules a transport out on a host with these RDMA ports, or ""."""
+    if name in _IN_HOST or (name in _BY_RDMA and any(port.active for port in ports)):
+        return ""
+    over = f"no active RDMA port here ({_found(ports)}), so it" if name in _BY_RDMA else "it"
+    return f"{over} would move KV by plain TCP, which kv.require_rdma rules out"
 
 
 def _found(ports: list[RdmaPort]) -> str:

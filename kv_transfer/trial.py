@@ -12,6 +12,7 @@ from collections.abc import Mapping
 
 import msgspec
 import numpy as np
+import torch
 
 from ..core.config import KVConfig
 from ..core.errors import TransferError
@@ -89,8 +90,8 @@ class TrialEnd:
             self._transports, self._reasons = rule_out_tcp(self._transports, self._reasons, rdma_devices())
         self._buffer = Buffer(num_bytes)
         # Touched before it is timed, and every block says which it is.
-        self._blocks: np.ndarray = self._buffer.array.view(np.uint64).reshape(-1, BLOCK_BYTES // 8)
-        self._blocks[:] = np.arange(len(self._blocks), dtype=np.uint64)[:, None]
+        self._blocks = torch.from_numpy(self._buffer.array).view(torch.int64).view(-1, BLOCK_BYTES // 8)
+        self._blocks[:] = torch.arange(len(self._blocks), device=self._blocks.device)[:, None]
         for transport in self._transports.values():
             transport.register(Region(_REGION, self._buffer))
 
@@ -131,16 +132,17 @@ class TrialEnd:
         first = self._read(transport, theirs.peer, [_runs(sources[:1], targets[:1])], limit_s + _DRAIN_S)
         if first.error:
             return first
-        self._blocks[:] = np.uint64(1 << 63)
+        self._blocks[:] = -1
         parts = [
             _runs(sources[at : at + _READ_BLOCKS], targets[at : at + _READ_BLOCKS])
             for at in range(0, count, _READ_BLOCKS)
         ]
         rate = self._read(transport, theirs.peer, parts, limit_s)
         landed = rate.num_bytes // BLOCK_BYTES
-        right = self._blocks[targets[:landed]] == sources[:landed].astype(np.uint64)[:, None]
-        if not rate.error and not right.all():
-            return Rate(rate.num_bytes, rate.seconds, f"{int((~right.all(axis=1)).sum())} of {landed} blocks are wrong")
+        where, want = (torch.from_numpy(column[:landed]).to(self._blocks.device) for column in (targets, sources))
+        wrong = int((self._blocks[where] != want[:, None]).any(dim=1).sum())
+        if not rate.error and wrong:
+            return Rate(rate.num_bytes, rate.seconds, f"{wrong} of {landed} blocks are wrong")
         return rate
 
     def memory_rate(self) -> Rate:
@@ -209,5 +211,5 @@ class TrialEnd:
 
 def _runs(sources: np.ndarray, targets: np.ndarray) -> Runs:
     order = np.argsort(targets)
-    offsets = (column[order].astype(np.int64) * BLOCK_BYTES for column in (sources, targets))
-    return Runs(*offsets, np.full(len(sources), BLOCK_BYTES, np.int64))
+    starts, ends = (column[order].astype(np.int64) * BLOCK_BYTES for column in (sources, targets))
+    return Runs(starts, ends, np.full(len(sources), BLOCK_BYTES, np.int64))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import msgspec
-import numpy as np
 import pytest
 from tandem.core.config import KVConfig
 from tandem.core.wire import make_cluster_keys
@@ -57,7 +56,7 @@ def test_wrong_bytes_are_told() -> None:
     with Ends() as ends:
         ends.reader.connect(ends.offer)
         ends.owner._blocks[3, 1000] = 77
-        ends.owner._blocks[9, 0] = np.uint64(10)
+        ends.owner._blocks[9, 0] = 10
         assert ends.reader.measure(ends.offer, "shm", 5.0).error == "2 of 64 blocks are wrong"
 
 
