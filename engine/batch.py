@@ -79,6 +79,8 @@ class StepInput(NamedTuple):
     logprobs: list[tuple[int, int]]
     """Draws whose log probability is wanted, each with its number of alternatives."""
     prompt_logprobs: list[PromptRange]
+    hidden_states: list[tuple[int, int]]
+    """First row, and one past the last, of tokens whose hidden states are wanted."""
 
     @property
     def decodes(self) -> bool:
@@ -105,6 +107,7 @@ def lay_out(plan: Several[Work], block_tokens: int, table: RowTable | None, slot
     num_blocks = 0
     draws = Draws(slots)
     prompt_logprobs: list[PromptRange] = []
+    hidden_states: list[tuple[int, int]] = []
     for sequence, num_new in plan:
         first = sequence.num_computed
         last = first + num_new
@@ -125,6 +128,9 @@ def lay_out(plan: Several[Work], block_tokens: int, table: RowTable | None, slot
             position = np.arange(first, last)
             positions.extend(range(first, last))
             kv_slots.extend((blocks[position // block_tokens] * block_tokens + position % block_tokens).tolist())
+        if sequence.hidden_states and first < sequence.num_prompt_tokens:
+            start = len(tokens) - num_new
+            hidden_states.append((start, start + min(last, sequence.num_prompt_tokens) - first))
         reached = last == sequence.num_expected
         if sequence.prompt_logprobs >= 0 and first < sequence.num_prompt_tokens:
             following = sequence.tokens[first + 1 : min(last + 1, sequence.num_prompt_tokens)]
@@ -152,7 +158,7 @@ def lay_out(plan: Several[Work], block_tokens: int, table: RowTable | None, slot
         arrays["draw_rows"] = np.array(draws.rows(table.spare), np.int64)
     return StepInput(
         arrays, len(single), len(draws), draws.greedy, draws.adjusted, draws.fills, draws.logprobs,
-        prompt_logprobs,
+        prompt_logprobs, hidden_states,
     )  # fmt: skip
 
 

@@ -180,13 +180,22 @@ class Decoder:
         self._cos_sin = table.to(device)
         self._decode_layers = self._prepare()
 
-    def _run_layers(self, x: Tensor, batch: Batch, cache: Tensor, done: Callable[[int], None]) -> tuple[Tensor, Tensor]:
-        if self._decode_layers and self.ops.decode_layers is not None and batch.spans is None:
+    def _run_layers(
+        self,
+        x: Tensor,
+        batch: Batch,
+        cache: Tensor,
+        done: Callable[[int], None],
+        look: Callable[[int, Tensor, Tensor], None] | None,
+    ) -> tuple[Tensor, Tensor]:
+        if self._decode_layers and self.ops.decode_layers is not None and batch.spans is None and look is None:
             rows = Rows(batch.positions, batch.slots, batch.block_tables, batch.context_lens)
             return self.ops.decode_layers(x, self._decode_layers, rows, cache, self._cos_sin, done)
         residual: Tensor | None = None
         for layer in self.layers:
             x, residual = layer(x, residual, batch, cache, self._cos_sin, self.ops)
+            if look is not None:
+                look(layer.index, x, residual)
             done(layer.index)
         assert residual is not None
         return x, residual
@@ -205,6 +214,7 @@ class Decoder:
         cache: Tensor,
         groups: Sequence[int] = (),
         publish: Callable[[int], None] | None = None,
+        look: Callable[[int, Tensor, Tensor], None] | None = None,
     ) -> Tensor:
         """Compute a batch, writing its KV.
 
@@ -213,6 +223,8 @@ class Decoder:
             cache: [blocks, layers, 2, kv_heads, block_tokens, head_dim]; of this rank's heads.
             groups: first layer of each layer group.
             publish: called with a group's number when its layers' KV is in the cache.
+            look: called after each layer with its number and two tensors [tokens, hidden] that are overwritten later,
+                whose sum is the layer's output.
 
         Returns:
             logits [wanted rows, vocabulary], in the model's dtype; the same on all ranks.
@@ -227,7 +239,7 @@ class Decoder:
                 publish(ends[layer])
 
         x = self.embedding[batch.tokens].to(self.dtype)
-        x, residual = self._run_layers(x, batch, cache, done)
+        x, residual = self._run_layers(x, batch, cache, done, look)
         if batch.logit_rows is not None:
             x, residual = x[batch.logit_rows], residual[batch.logit_rows]
         x, _ = self.ops.rms_norm(x, residual, self.norm, self.spec.norm_eps)
