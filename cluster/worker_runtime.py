@@ -33,8 +33,7 @@ from ..kv_transfer.hidden_states import open_writer
 from ..kv_transfer.layout import layer_groups
 from ..kv_transfer.rdma import rdma_devices, rule_out_tcp
 from ..kv_transfer.transports import Transport
-from ..kv_transfer.transports.shm import ShmTransport
-from ..kv_transfer.transports.zmq import ZmqTransport
+from ..kv_transfer.transports.offer import offer
 from ..prefill.worker import PrefillWorker
 from .mesh import Mesh
 
@@ -243,13 +242,17 @@ class WorkerRuntime:
     def _connect(self, engine: Engine, fingerprint: str) -> Connector:
         cache, kv = engine.cache, self._config.kv
         transports: dict[str, Transport] = {}
+        missing: dict[str, str] = {}
         if self._role != "colocated":
-            transports["shm"] = ShmTransport(self._nudge)
-            bad_frame = self._metrics.bad_frames.labels("kv-zmq").inc
-            transports["zmq"] = ZmqTransport(self._nudge, self._context, self._address, bad_frame)
-        unoffered: dict[str, str] = {}
-        if kv.require_rdma:
-            transports, unoffered = rule_out_tcp(transports, unoffered, rdma_devices())
+            bad_frame = self._metrics.bad_frames.labels("kv").inc
+            transports, missing = offer(self._nudge, self._context, self._address, "host", kv.transport, bad_frame)
+            if kv.transport in missing:
+                raise ConfigError(f"kv.transport: {kv.transport}: {missing[kv.transport]}")
+            if kv.require_rdma:
+                transports, missing = rule_out_tcp(transports, missing, rdma_devices())
+            if kv.transport == "auto":
+                for name, why in missing.items():
+                    logger.info("no KV by %s: %s", name, why)
         return Connector(
             self.peer,
             fingerprint,
@@ -262,7 +265,7 @@ class WorkerRuntime:
             kv.lease_s,
             self._clock,
             self._metrics,
-            unoffered,
+            missing,
         )
 
     def _run(self) -> None:

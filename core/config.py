@@ -144,8 +144,9 @@ class KVConfig(_Section):
     quarter of the memory that is free when the worker starts; on a GPU, what the largest steps leave."""
     dtype: Literal["auto", "float32", "bfloat16", "float16", "fp8_e4m3"] = "auto"
     """auto: the model's. fp8_e4m3 halves the memory: 8 bits, 3 of them mantissa, unscaled, ±448 at most; on GPUs."""
-    transport: Literal["auto", "shm", "zmq"] = "auto"
-    """How KV travels from prefill to decode. auto: shared memory on one host, ZMQ between hosts."""
+    transport: Literal["auto", "cuda_ipc", "shm", "nixl", "ucx", "zmq"] = "auto"
+    """How KV travels from prefill to decode. auto: on one host shared memory, between GPUs of one host CUDA's; between
+    hosts NIXL or UCX where they are installed and RDMA is up, else ZMQ. Only ZMQ encrypts."""
     require_rdma: bool = False
     """Refuse to move KV between hosts by anything but RDMA: at the start an error, later that peer is not used."""
     layer_groups: int = Field(default=2, ge=1, le=256)

@@ -6,6 +6,7 @@ in message size and queue length, does not linger, and notices a silent peer by 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 
 import msgspec
@@ -106,6 +107,12 @@ class SecureContext:
         else:
             socket.connect(f"inproc://{name}")
         return socket
+
+    def derive_key(self, purpose: str) -> bytes:
+        """32 bytes that all of the cluster's processes know and nobody else, different for each purpose."""
+        return hashlib.blake2b(
+            self._keys.server_secret + self._keys.client_secret, digest_size=32, person=purpose.encode()
+        ).digest()
 
     def close(self) -> None:
         """Close all sockets without waiting for their queues. Idempotent."""

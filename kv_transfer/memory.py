@@ -33,6 +33,8 @@ class Buffer:
         num_bytes: ≥ 1.
     """
 
+    kind = "host"
+
     def __init__(self, num_bytes: int) -> None:
         self.shared: SharedMemory | None = None
         """How peers reach it, or None where the system has no anonymous files."""

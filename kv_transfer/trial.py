@@ -68,6 +68,7 @@ class TrialEnd:
         kv: which transports are allowed.
         num_bytes: of memory to read from or to land in; whole blocks of `BLOCK_BYTES`.
         memory_kind: "host" or "cuda".
+        everything: open also what the configuration leaves out.
     """
 
     def __init__(
@@ -78,15 +79,27 @@ class TrialEnd:
         kv: KVConfig,
         num_bytes: int,
         memory_kind: str = "host",
+        *,
+        everything: bool = False,
     ) -> None:
         self._peer = peer
         self._choice = kv.transport
         self._news = threading.Event()
         self._context = SecureContext(keys)
-        self._transports, self._reasons = offer(
-            self._news.set, self._context, address, memory_kind, kv.transport, lambda: None
-        )
-        if kv.require_rdma:
+        self._transports: dict[str, Transport] = {}
+        self._reasons: dict[str, str] = {}
+        # Some work here only for who asks for them by name.
+        for choice in dict.fromkeys(["auto", kv.transport] if everything else [kv.transport]):
+            found, reasons = offer(self._news.set, self._context, address, memory_kind, choice, lambda: None)
+            for name, transport in found.items():
+                if name in self._transports:
+                    transport.close()
+                else:
+                    self._transports[name] = transport
+            self._reasons = {**reasons, **self._reasons}
+        for name in self._transports:
+            self._reasons.pop(name, None)
+        if kv.require_rdma and not everything:
             self._transports, self._reasons = rule_out_tcp(self._transports, self._reasons, rdma_devices())
         self._buffer = Buffer(num_bytes)
         # Touched before it is timed, and every block says which it is.

@@ -91,8 +91,8 @@ class Probe:
         self.close()
         room = available_bytes() // (4 * num_here)
         num_blocks = max(min(num_bytes, room) // BLOCK_BYTES, 2)
-        kv = self._config.kv.model_copy(update={"transport": "auto", "require_rdma": False})
-        self._end = TrialEnd(self._peer, self._keys, self._address, kv, num_blocks * BLOCK_BYTES)
+        size = num_blocks * BLOCK_BYTES
+        self._end = TrialEnd(self._peer, self._keys, self._address, self._config.kv, size, everything=True)
         ports = rdma_devices()
         trial = self._end.offer()
         return msgspec.msgpack.encode(

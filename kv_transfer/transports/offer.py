@@ -1,13 +1,21 @@
-"""Which transports work on this machine, for memory of one kind, and why others do not."""
+"""Which transports work here, and why the others do not: for workers, for their ranks, and for `tandem doctor`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+from ...core.errors import ConfigError, TandemError
 from ...core.wire import SecureContext
+from . import PREFERENCE
 from .base import Notify, Transport
+from .nixl import NixlTransport
 from .shm import ShmTransport
+from .ucx import UcxTransport, rdma_ports
 from .zmq import ZmqTransport
+
+_MEMORY = {kind.name: kind.memory for kind in (ShmTransport, NixlTransport, UcxTransport, ZmqTransport)}
+_NEEDS_RDMA = ("nixl", "ucx")
+"""Without RDMA they use TCP, which they do not encrypt: only who asks for them by name gets that."""
 
 
 def offer(
@@ -16,32 +24,50 @@ def offer(
     address: str,
     memory_kind: str,
     choice: str,
-    on_bad_frame: Callable[[], None],
+    on_bad_frame: Callable[[], None] | None = None,
 ) -> tuple[dict[str, Transport], dict[str, str]]:
-    """Open what works here.
+    """Make the transports that work here. Blocks while they start: half a second for NIXL.
 
     Args:
-        notify: called when a transport's `poll` has news.
-        context: makes ZMQ sockets.
-        address: of this host, where peers reach it.
-        memory_kind: of the regions that will be registered: "host" or "cuda".
-        choice: "auto", or the one transport to open.
-        on_bad_frame: called for each frame that is refused.
+        notify: each transport's.
+        context: makes sockets, and knows the cluster's key.
+        address: of this node, where peers reach it.
+        memory_kind: "host" or "cuda": where the KV blocks lie.
+        choice: ``kv.transport``.
+        on_bad_frame: called, from any thread, for each frame that is refused.
 
     Returns:
-        transports by name, and by name why others are not there.
+        transports by name in order of preference, and why each of the others is not there.
     """
     transports: dict[str, Transport] = {}
-    reasons: dict[str, str] = {}
-    makers: dict[str, Callable[[], Transport]] = {
-        "shm": lambda: ShmTransport(notify),
-        "zmq": lambda: ZmqTransport(notify, context, address, on_bad_frame),
-    }
-    for name, make in makers.items():
+    missing: dict[str, str] = {}
+    for name in PREFERENCE:
+        if name == "inproc":
+            continue
         if choice not in ("auto", name):
-            reasons[name] = f"kv.transport is {choice}"
-        elif memory_kind != "host":
-            reasons[name] = f"it moves host memory, not {memory_kind}"
+            missing[name] = f"kv.transport is {choice}"
+        elif memory_kind not in _MEMORY.get(name, frozenset()):
+            missing[name] = f"it does not move KV in {memory_kind} memory"
+        elif choice == "auto" and name in _NEEDS_RDMA and not rdma_ports():
+            missing[name] = f"no RDMA device here is up; kv.transport: {name} takes it over TCP, unencrypted"
         else:
-            transports[name] = make()
-    return transports, reasons
+            try:
+                transports[name] = _make(name, notify, context, address, on_bad_frame)
+            except TandemError as error:
+                missing[name] = str(error)
+    return transports, missing
+
+
+def _make(
+    name: str, notify: Notify, context: SecureContext, address: str, on_bad_frame: Callable[[], None] | None
+) -> Transport:
+    match name:
+        case "shm":
+            return ShmTransport(notify)
+        case "nixl":
+            return NixlTransport(notify)
+        case "ucx":
+            return UcxTransport(notify, context, address, on_bad_frame)
+        case "zmq":
+            return ZmqTransport(notify, context, address, on_bad_frame)
+    raise ConfigError(f"there is no transport {name}")

@@ -19,6 +19,8 @@ class ShmTransport:
     """See `Transport`."""
 
     name = "shm"
+    converts = False
+    memory = frozenset({"host"})
 
     def __init__(self, notify: Notify) -> None:
         self._notify = notify

@@ -10,8 +10,7 @@ from __future__ import annotations
 import contextlib
 import secrets
 import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 
 import msgspec
 import numpy as np
@@ -23,15 +22,13 @@ from ...core.log import RateLimited
 from ...core.messages import decode_with
 from ...core.wire import SecureContext
 from ...kernels import copy_runs
-from ..layout import Runs
-from .base import Notify, Read, Region, TransferResult, check_runs
+from .base import Notify, Read, Region, TransferResult, bytes_of, check_runs
+from .pieces import Piece, Pieces, integers, octets, pack
 
 FRAME_BYTES = 2 << 20
 IN_FLIGHT_FRAMES = 8
 IN_FLIGHT_BYTES = FRAME_BYTES * IN_FLIGHT_FRAMES
-_MAX_RUNS = 1 << 16
 
-_NOTHING = np.empty(0, np.uint8)
 _log = RateLimited()
 
 
@@ -56,25 +53,6 @@ _asks = msgspec.msgpack.Decoder(_Ask)
 _answers = msgspec.msgpack.Decoder(_Answer)
 
 
-class _Frame:
-    """A part of a read that travels as one frame."""
-
-    def __init__(self, read_number: int, read: Read, runs: Runs) -> None:
-        self.read_number = read_number
-        self.source = read.source
-        self.target = read.target
-        self.runs = runs
-
-
-class _Open:
-    """A read that has frames outstanding."""
-
-    def __init__(self, frames: int) -> None:
-        self.frames = frames
-        self.error = ""
-        self.cancelled = False
-
-
 class ZmqTransport:
     """See `Transport`.
 
@@ -86,20 +64,18 @@ class ZmqTransport:
     """
 
     name = "zmq"
+    converts = False
+    memory = frozenset({"host"})
 
     def __init__(
         self, notify: Notify, context: SecureContext, address: str, on_bad_frame: Callable[[], None] | None = None
     ) -> None:
-        self._notify = notify
         self._context = context
         self._on_bad_frame = on_bad_frame or (lambda: None)
         self._regions: dict[str, Region] = {}
-        self._number = 0
         self._lock = threading.Lock()
-        self._reads: dict[int, _Open] = {}
-        self._queued: dict[PeerId, deque[_Frame]] = {}
+        self._pieces = Pieces(notify, FRAME_BYTES)
         self._endpoints: dict[PeerId, str] = {}
-        self._done: list[TransferResult] = []
         # From here on only the thread touches the sockets.
         self._server, self.endpoint = context.bind(address)
         wake = f"kv-zmq-{secrets.token_hex(8)}"
@@ -126,54 +102,27 @@ class ZmqTransport:
     def remove_peer(self, peer: PeerId) -> None:
         with self._lock:
             self._endpoints.pop(peer, None)
+        self._pieces.drop(peer, f"{peer} is gone")
         self._wake(b"peers")
 
     def submit(self, read: Read) -> int:
-        self._number += 1
-        number = self._number
+        target = bytes_of(self._regions, read.target)
         with self._lock:
-            target = self._regions.get(read.target)
-            error = check_runs(read.runs, 1 << 62, len(target.buffer.array)) if target else f"no region {read.target}"
-            if read.peer not in self._endpoints:
-                error = f"{read.peer} is gone"
-            frames = [] if error else [_Frame(number, read, runs) for runs in split_runs(read.runs)]
-            if frames:
-                self._reads[number] = _Open(len(frames))
-                self._queued.setdefault(read.peer, deque()).extend(frames)
-            else:
-                self._done.append(TransferResult(number, error))
-        if frames:
+            error = "" if read.peer in self._endpoints else f"{read.peer} is gone"
+        if target is None:
+            error = f"there is no local region {read.target}"
+        elif not error:
+            error = check_runs(read.runs, 1 << 62, len(target))
+        number = self._pieces.open(read, error)
+        if not error:
             self._wake(b"reads")
-        else:
-            self._notify()
         return number
 
     def poll(self) -> list[TransferResult]:
-        with self._lock:
-            done, self._done = self._done, []
-        return done
+        return self._pieces.poll()
 
     def cancel(self, numbers: Iterable[int]) -> set[int]:
-        wanted = set(numbers)
-        draining = set()
-        with self._lock:
-            self._done = [result for result in self._done if result.number not in wanted]
-            for peer, frames in self._queued.items():
-                kept = deque(frame for frame in frames if frame.read_number not in wanted)
-                for frame in frames:
-                    if frame.read_number in wanted:
-                        self._reads[frame.read_number].frames -= 1
-                self._queued[peer] = kept
-            for number in wanted:
-                read = self._reads.get(number)
-                if read is None:
-                    continue
-                if read.frames:
-                    read.cancelled = True
-                    draining.add(number)
-                else:
-                    del self._reads[number]
-        return draining
+        return self._pieces.cancel(numbers)
 
     def close(self) -> None:
         if self._thread is not None:
@@ -190,7 +139,7 @@ class ZmqTransport:
 
     def _run(self) -> None:
         dealers: dict[PeerId, zmq.Socket[bytes]] = {}
-        asked: dict[PeerId, dict[int, _Frame]] = {}
+        asked: dict[PeerId, dict[int, Piece]] = {}
         poller = zmq.Poller()
         poller.register(self._server, zmq.POLLIN)
         poller.register(self._wake_inner, zmq.POLLIN)
@@ -215,38 +164,28 @@ class ZmqTransport:
             socket.close()
 
     def _follow_peers(
-        self, dealers: dict[PeerId, zmq.Socket[bytes]], asked: dict[PeerId, dict[int, _Frame]], poller: zmq.Poller
+        self, dealers: dict[PeerId, zmq.Socket[bytes]], asked: dict[PeerId, dict[int, Piece]], poller: zmq.Poller
     ) -> None:
         with self._lock:
             wanted = dict(self._endpoints)
-            # A peer can be gone before we ever connected to it.
-            gone = (dealers.keys() | self._queued.keys()) - wanted.keys()
-            lost = {peer: list(self._queued.pop(peer, ())) for peer in gone}
-        for peer, frames in lost.items():
-            dealer = dealers.pop(peer, None)
-            if dealer is not None:
-                poller.unregister(dealer)
-                dealer.close()
-                frames += asked.pop(peer).values()
-            for frame in frames:
-                self._finish_frame(frame, f"{peer} is gone")
+        for peer in dealers.keys() - wanted.keys():
+            dealer = dealers.pop(peer)
+            poller.unregister(dealer)
+            dealer.close()
+            for piece in asked.pop(peer).values():
+                self._pieces.finish(piece, f"{peer} is gone")
         for peer, endpoint in wanted.items():
             if peer not in dealers:
                 dealers[peer] = self._context.connect(self._identity, endpoint)
                 poller.register(dealers[peer], zmq.POLLIN)
                 asked[peer] = {}
 
-    def _ask(self, peer: PeerId, dealer: zmq.Socket[bytes], asked: dict[int, _Frame], number: int) -> int:
-        while len(asked) < IN_FLIGHT_FRAMES:
-            with self._lock:
-                queued = self._queued.get(peer)
-                if not queued:
-                    return number
-                frame = queued.popleft()
+    def _ask(self, peer: PeerId, dealer: zmq.Socket[bytes], asked: dict[int, Piece], number: int) -> int:
+        while len(asked) < IN_FLIGHT_FRAMES and (piece := self._pieces.take(peer)):
             number += 1
-            asked[number] = frame
-            offsets, sizes = frame.runs.source_offsets, frame.runs.sizes
-            dealer.send(msgspec.msgpack.encode(_Ask(number, frame.source, _pack(offsets), _pack(sizes))))
+            asked[number] = piece
+            offsets, sizes = piece.runs.source_offsets, piece.runs.sizes
+            dealer.send(msgspec.msgpack.encode(_Ask(number, piece.read.source, octets(offsets), octets(sizes))))
         return number
 
     def _serve(self) -> None:
@@ -254,35 +193,18 @@ class ZmqTransport:
         try:
             sender, body = parts
             ask = decode_with(_asks, body)
-            offsets, sizes = _unpack(ask.offsets), _unpack(ask.sizes)
+            offsets, sizes = integers(ask.offsets), integers(ask.sizes)
         except (ValueError, msgspec.DecodeError) as problem:
             self._on_bad_frame()
             _log.warning("kv-zmq", "refused a read request that is not one: %s", problem)
             return
-        error, payload = self._pack_payload(ask.region, offsets, sizes)
+        error, payload = pack(self._regions, ask.region, offsets, sizes, FRAME_BYTES)
         head = msgspec.msgpack.encode(_Answer(ask.number, error))
         # If the reader has gone, there is nobody to tell.
         with contextlib.suppress(zmq.ZMQError):
             self._server.send_multipart([sender, head, payload.data], copy=False, flags=zmq.DONTWAIT)
 
-    def _pack_payload(self, name: str, offsets: np.ndarray, sizes: np.ndarray) -> tuple[str, np.ndarray]:
-        region = self._regions.get(name)
-        if region is None:
-            return f"no region {name[:80]!r}", _NOTHING
-        if len(offsets) != len(sizes) or not 0 < len(sizes) <= _MAX_RUNS or int(sizes.max(initial=0)) > FRAME_BYTES:
-            return "malformed ranges", _NOTHING
-        source = region.buffer.array
-        target_offsets = np.cumsum(sizes) - sizes
-        error = check_runs(Runs(offsets, target_offsets, sizes), len(source), FRAME_BYTES)
-        if error:
-            return error, _NOTHING
-        if len(sizes) == 1:
-            return "", source[offsets[0] : offsets[0] + sizes[0]]
-        payload = np.empty(int(sizes.sum()), np.uint8)
-        copy_runs.native(source, payload, offsets, target_offsets, sizes)
-        return "", payload
-
-    def _land(self, peer: PeerId, dealer: zmq.Socket[bytes], asked: dict[int, _Frame]) -> None:
+    def _land(self, peer: PeerId, dealer: zmq.Socket[bytes], asked: dict[int, Piece]) -> None:
         while True:
             try:
                 head, payload = dealer.recv_multipart(flags=zmq.DONTWAIT, copy=False)
@@ -293,62 +215,15 @@ class ZmqTransport:
                 self._on_bad_frame()
                 _log.warning("kv-zmq", "refused an answer of %s: %s", peer, problem)
                 continue
-            frame = asked.pop(answer.number, None)
-            if frame is None:
+            piece = asked.pop(answer.number, None)
+            if piece is None:
                 continue
-            sizes = frame.runs.sizes
+            sizes = piece.runs.sizes
             received = np.frombuffer(payload.buffer, np.uint8)
-            error_text = answer.error
-            if not error_text and len(received) != int(sizes.sum()):
-                error_text = f"{len(received)} bytes arrived, expected {int(sizes.sum())}"
-            with self._lock:
-                region = self._regions.get(frame.target)
-            if not error_text and region is not None:
-                target = region.buffer.array
-                copy_runs.native(received, target, np.cumsum(sizes) - sizes, frame.runs.target_offsets, sizes)
-            self._finish_frame(frame, error_text)
-
-    def _finish_frame(self, frame: _Frame, error: str) -> None:
-        with self._lock:
-            read = self._reads.get(frame.read_number)
-            if read is None:
-                return
-            read.frames -= 1
-            read.error = read.error or error
-            if read.frames:
-                return
-            del self._reads[frame.read_number]
-            self._done.append(TransferResult(frame.read_number, "cancelled" if read.cancelled else read.error))
-        self._notify()
-
-
-def split_runs(runs: Runs, frame_bytes: int = FRAME_BYTES) -> Iterator[Runs]:
-    """Cut runs into parts of at most ``frame_bytes`` each, in order. Pure."""
-    source: list[int] = []
-    target: list[int] = []
-    sizes: list[int] = []
-    room = frame_bytes
-    for s, t, n in zip(runs.source_offsets.tolist(), runs.target_offsets.tolist(), runs.sizes.tolist(), strict=True):
-        while n:
-            if room == 0 or len(sizes) == _MAX_RUNS:
-                yield _runs(source, target, sizes)
-                source, target, sizes, room = [], [], [], frame_bytes
-            part = min(n, room)
-            source.append(s)
-            target.append(t)
-            sizes.append(part)
-            s, t, n, room = s + part, t + part, n - part, room - part
-    if sizes:
-        yield _runs(source, target, sizes)
-
-
-def _runs(source: list[int], target: list[int], sizes: list[int]) -> Runs:
-    return Runs(np.array(source, np.int64), np.array(target, np.int64), np.array(sizes, np.int64))
-
-
-def _pack(values: np.ndarray) -> bytes:
-    return values.astype("<i8").tobytes()
-
-
-def _unpack(data: bytes) -> np.ndarray:
-    return np.frombuffer(data, "<i8").astype(np.int64)
+            error = answer.error
+            if not error and len(received) != int(sizes.sum()):
+                error = f"{len(received)} bytes arrived, expected {int(sizes.sum())}"
+            target = bytes_of(self._regions, piece.read.target)
+            if not error and target is not None:
+                copy_runs.native(received, target, np.cumsum(sizes) - sizes, piece.runs.target_offsets, sizes)
+            self._pieces.finish(piece, error)

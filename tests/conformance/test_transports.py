@@ -20,11 +20,14 @@ from tandem.kv_transfer.memory import Buffer, map_shared
 from tandem.kv_transfer.transports import PREFERENCE, Read, Region, TransferResult, Transport
 from tandem.kv_transfer.transports.base import Notify
 from tandem.kv_transfer.transports.inproc import InprocTransport
+from tandem.kv_transfer.transports.nixl import NixlTransport
 from tandem.kv_transfer.transports.shm import ShmTransport
+from tandem.kv_transfer.transports.ucx import UcxTransport
 from tandem.kv_transfer.transports.zmq import FRAME_BYTES, IN_FLIGHT_BYTES, ZmqTransport
 
 SIZE = 1 << 16
 PEER = "prefill-0#1"
+NAMES = tuple(name for name in PREFERENCE if name != "cuda_ipc")
 
 
 class Kit:
@@ -42,10 +45,13 @@ class Kit:
                 transport = InprocTransport(notify)
             case "shm":
                 transport = ShmTransport(notify)
+            case "nixl":
+                transport = NixlTransport(notify)
             case _:
                 if self._context is None:
                     self._context = SecureContext(make_cluster_keys())
-                transport = ZmqTransport(notify, self._context, "127.0.0.1")
+                kind = ZmqTransport if self.name == "zmq" else UcxTransport
+                transport = kind(notify, self._context, "127.0.0.1")
         self._closers.append(transport.close)
         return transport
 
@@ -56,7 +62,7 @@ class Kit:
             self._context.close()
 
 
-@pytest.fixture(params=PREFERENCE)
+@pytest.fixture(params=NAMES)
 def kit(request: pytest.FixtureRequest) -> Iterator[Kit]:
     kit = Kit(request.param)
     yield kit
@@ -167,7 +173,7 @@ def test_unknown_regions_and_peers_are_errors(kit: Kit) -> None:
 
 def test_a_descriptor_of_something_else_is_refused(kit: Kit) -> None:
     reader = kit.make()
-    others = [Kit(name) for name in PREFERENCE if name != kit.name]
+    others = [Kit(name) for name in NAMES if name != kit.name]
     try:
         for other in others:
             with pytest.raises((TransferError, Exception)) as caught:
@@ -239,7 +245,9 @@ import sys, numpy as np
 from tandem.core.wire import ClusterKeys, SecureContext
 from tandem.kv_transfer.memory import Buffer
 from tandem.kv_transfer.transports import Region
+from tandem.kv_transfer.transports.nixl import NixlTransport
 from tandem.kv_transfer.transports.shm import ShmTransport
+from tandem.kv_transfer.transports.ucx import UcxTransport
 from tandem.kv_transfer.transports.zmq import ZmqTransport
 import msgspec
 context = SecureContext(msgspec.msgpack.decode(bytes.fromhex(sys.argv[2]), type=ClusterKeys))

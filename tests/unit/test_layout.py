@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tandem.kernels import copy_runs
 from tandem.kv_transfer.layout import KVLayout, coalesce, group_layers, layer_groups, plan_copies
 from tandem.kv_transfer.transports.base import check_runs
-from tandem.kv_transfer.transports.zmq import split_runs
+from tandem.kv_transfer.transports.pieces import split_runs
 
 layouts = st.builds(
     KVLayout,
