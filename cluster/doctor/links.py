@@ -67,7 +67,8 @@ def _judge_transport(notes: Notes, kv: KVConfig, measured: Measured, line: _Line
 
 
 def _line(transport: str, report: LinkReport) -> _Line:
-    if transport in ("inproc", "shm"):
+    one_host = any(m.transport == "shm" and not m.refused for m in report.transports)
+    if transport == "shm" or (one_host and transport in ("nixl", "ucx")):
         return _Line(report.memory.bytes_per_s, "copying in memory")
     if transport in ("nixl", "ucx") and report.rdma_bits_per_s:
         return _Line(report.rdma_bits_per_s / 8, "the RDMA port")

@@ -39,27 +39,24 @@ def judge(
 
 
 def test_each_transport_stands_beside_its_line() -> None:
-    rows = judge(
-        measured("shm", 8),
-        measured("nixl", 40),
-        measured("ucx", 2),
-        measured("zmq", 0.4),
-        rdma_gb_s=50,
-        interface_gb_s=1.25,
-    )
+    rows = judge(measured("shm", 8), measured("nixl", 6), measured("zmq", 0.4), rdma_gb_s=50)
     assert rows["shm"].verdict is Verdict.OK
     assert "8.00 GB/s, 80% of copying in memory at 10.00 GB/s" in rows["shm"].measured
+    assert "60% of copying in memory" in rows["nixl"].measured, "on one host it is memory too"
+    assert rows["would be used"].measured == "shm"
+    far = measured("shm", refused="another host")
+    rows = judge(far, measured("nixl", 40), measured("ucx", 2), measured("zmq", 0.4), rdma_gb_s=50, interface_gb_s=1.25)
     assert rows["nixl"].verdict is Verdict.OK
     assert "80% of the RDMA port at 50.00 GB/s" in rows["nixl"].measured
     assert rows["ucx"].verdict is Verdict.WARN
     assert "4% of the RDMA port" in rows["ucx"].measured
     assert "32% of the interface at 1.25 GB/s" in rows["zmq"].measured
     assert rows["zmq"].verdict is Verdict.OK, "encryption is the limit"
-    assert rows["would be used"].measured == "shm"
+    assert rows["would be used"].measured == "nixl (shm: another host)"
 
 
 def test_without_an_rdma_port_the_line_is_tcp() -> None:
-    rows = judge(measured("ucx", 1), measured("zmq", 0.1))
+    rows = judge(measured("shm", refused="another host"), measured("ucx", 1), measured("zmq", 0.1))
     assert "33% of plain TCP at 3.00 GB/s" in rows["ucx"].measured
     assert rows["zmq"].verdict is Verdict.WARN
 
