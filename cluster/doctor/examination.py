@@ -81,6 +81,7 @@ class Examination:
         notes = Notes("Ray", "cluster")
         by_address = {node.address: node.node_id for node in reversed(nodes)}
         wanted = [(worker, role) for worker, role in desired_workers(self._config) if role in ("prefill", "decode")]
+        lacking = "" if self._running else self._probes.lacking()
         placed: dict[str, PlacedProbe] = {}
         for worker, role in wanted:
             if self._running:
@@ -91,7 +92,6 @@ class Examination:
                     notes.warn(f"place of {worker}", "it is not up", "a running worker", "`tandem status`, and its log")
             else:
                 placed[worker] = self._probes.as_worker(worker, role)
-        lacking = "" if self._running else self._probes.lacking()
         places: dict[str, tuple[PlacedProbe, str]] = {}
         self._show(f"waiting for {_count(len(placed), 'place')}")
         until_s = min(time.monotonic() + (_LACKING_TIMEOUT_S if lacking else _PLACE_TIMEOUT_S), self._deadline_s)
