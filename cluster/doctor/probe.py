@@ -57,7 +57,7 @@ class Probe:
     """One place: in an actor, or in this process. Owned by one thread. What it returns is MessagePack.
 
     Args:
-        peer: the worker that would live here, or the node's name.
+        peer: the worker that would live here, "prefill-0", or the node's name.
         config: as JSON.
         keys: encoded `ClusterKeys`, the same at all places.
         address: of this node.
@@ -91,8 +91,10 @@ class Probe:
         self.close()
         room = available_bytes() // (4 * num_here)
         num_blocks = max(min(num_bytes, room) // BLOCK_BYTES, 2)
+        pool = getattr(self._config.pools, self._peer.partition("-")[0])
+        kind = "cuda" if pool.gpus_per_replica else "host"
         size = num_blocks * BLOCK_BYTES
-        self._end = TrialEnd(self._peer, self._keys, self._address, self._config.kv, size, everything=True)
+        self._end = TrialEnd(self._peer, self._keys, self._address, self._config.kv, size, kind, everything=True)
         ports = rdma_devices()
         trial = self._end.offer()
         return msgspec.msgpack.encode(

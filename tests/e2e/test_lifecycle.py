@@ -175,7 +175,17 @@ def test_shared_memory_is_fine_where_rdma_is_required(tmp_path: Path) -> None:
 
 
 def test_the_command_line_teaches() -> None:
-    for arguments in ([], ["serve"], ["up"], ["down"], ["status"], ["config"], ["config", "check"], ["bench", "serve"]):
+    for arguments in (
+        [],
+        ["serve"],
+        ["up"],
+        ["down"],
+        ["status"],
+        ["doctor"],
+        ["config"],
+        ["config", "check"],
+        ["bench", "serve"],
+    ):
         done = subprocess.run([TANDEM, *arguments, "--help"], capture_output=True, text=True, timeout=30)
         assert done.returncode == 0
         assert len(done.stdout) > 200
