@@ -1,4 +1,4 @@
-"""The only module that speaks to Ray: actors, their placement, and the local cluster of `tandem serve`.
+"""What speaks to Ray: actors, their placement, and the local cluster of `tandem serve`. `probe_actors` alone does too.
 
 Ray starts processes, tells when they die, and carries the control calls below. Tokens and KV never pass through it.
 """
@@ -14,7 +14,7 @@ import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import psutil
@@ -31,6 +31,9 @@ from ..core.messages import Member, Membership, Report
 from ..core.wire import ClusterKeys, make_cluster_keys
 from .controller import Controller, Event, Handle, WorkerStatus, desired_workers
 from .janitor import hire
+
+if TYPE_CHECKING:
+    from ..kv_transfer.trial import TrialEnd
 
 NAMESPACE = "tandem"
 NAME = "tandem"
@@ -54,6 +57,7 @@ class _Process:
         self._controller = controller
         self._runtime: Any = None
         self._ended = threading.Event()
+        self._trial: TrialEnd | None = None
 
     def start(self) -> bytes:
         """Build and serve; returns the encoded `Member`."""
@@ -74,6 +78,24 @@ class _Process:
         member: Member = self._runtime.start()
         return msgspec.msgpack.encode(member)
 
+    def link_offer(self) -> bytes:
+        """What readers may try before the model is there: see `kv_transfer.trial`."""
+        return msgspec.msgpack.encode(self._open_trial().offer())
+
+    def link_refusals(self, offers: list[bytes]) -> list[str]:
+        """Why KV could not be read from the ends of these offers, or "" each."""
+        from ..kv_transfer.trial import Offer
+
+        trial = self._open_trial()
+        return [trial.refusal(msgspec.msgpack.decode(offer, type=Offer)) for offer in offers]
+
+    def _open_trial(self) -> TrialEnd:
+        from ..kv_transfer.trial import BLOCK_BYTES, TrialEnd
+
+        address = ray.util.get_node_ip_address()
+        self._trial = TrialEnd(self._peer, self._keys, address, self._config.kv, BLOCK_BYTES)
+        return self._trial
+
     def wait(self) -> str:
         """Return when the process has been stopped; if it dies, the caller is told by Ray."""
         self._ended.wait()
@@ -81,6 +103,9 @@ class _Process:
 
     def follow(self, membership: bytes) -> None:
         """The cluster has changed."""
+        if self._trial is not None:
+            self._trial.close()
+            self._trial = None
         if self._runtime is not None:
             self._runtime.follow(msgspec.msgpack.decode(membership, type=Membership))
 
@@ -116,6 +141,18 @@ class _ActorHandle:
         except TimeoutError:
             raise WorkerError(f"{self._peer} did not start within {_START_TIMEOUT_S:g} s") from None
         return msgspec.msgpack.decode(encoded, type=Member)
+
+    async def link_offer(self) -> bytes:
+        return bytes(await self._ask(self._actor.link_offer.remote()))
+
+    async def link_refusals(self, offers: list[bytes]) -> list[str]:
+        return list(await self._ask(self._actor.link_refusals.remote(offers)))
+
+    async def _ask(self, answer: Any) -> Any:
+        try:
+            return await answer
+        except ray.exceptions.RayError as error:
+            raise WorkerError(f"{self._peer} does not answer: {type(error).__name__}") from None
 
     async def gone(self) -> str:
         try:
@@ -261,7 +298,7 @@ class Cluster:
         with contextlib.suppress(ValueError):
             ray.get_actor(_controller_name(name), NAMESPACE)
             raise ConfigError("Tandem already runs on this Ray cluster", fix="`tandem down` stops it")
-        _check_resources(config)
+        check_resources(config)
         node = ray.get_runtime_context().get_node_id()
         controller: Any = (
             ray.remote(_ControllerActor)
@@ -437,7 +474,8 @@ def _wanted_cpus(config: Config) -> float:
     return sum(pool.replicas * pool.cpus_per_replica for pool in pools if pool is not None)
 
 
-def _check_resources(config: Config) -> None:
+def check_resources(config: Config) -> None:
+    """Raises ConfigError if the connected Ray cluster has too few free CPUs or GPUs for all workers."""
     pools = (config.pools.prefill, config.pools.decode, config.pools.colocated)
     wanted = {
         "CPU": _wanted_cpus(config),
@@ -453,4 +491,4 @@ def _check_resources(config: Config) -> None:
             )
 
 
-__all__ = ["Cluster", "LocalRay", "connect_ray", "default_log_folder", "disconnect_ray"]
+__all__ = ["Cluster", "LocalRay", "check_resources", "connect_ray", "default_log_folder", "disconnect_ray"]

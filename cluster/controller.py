@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 
 from ..core.clock import Clock
 from ..core.config import Config
-from ..core.errors import TandemError, WorkerError
+from ..core.errors import ConfigError, TandemError, WorkerError
 from ..core.ids import PeerId, WorkerId, peer_id
 from ..core.log import logger
 from ..core.messages import Member, Membership, Report
@@ -22,6 +22,9 @@ _STABLE_S = 10.0
 _FIRST_BACKOFF_S = 0.5
 # With the start of a worker well under `gateway.failover_timeout_s`: nobody who waits is given up for a pause of ours.
 _MAX_BACKOFF_S = 8.0
+_TRIAL_TIMEOUT_S = 45.0
+_LINKS_TIMEOUT_S = 30.0
+_LINKS_POLL_S = 0.2
 
 
 class Handle(Protocol):
@@ -29,6 +32,14 @@ class Handle(Protocol):
 
     async def ready(self) -> Member:
         """Wait until it serves. Raises what its start raised."""
+        ...
+
+    async def link_offer(self) -> bytes:
+        """What its end offers to readers, told before it serves. Raises WorkerError."""
+        ...
+
+    async def link_refusals(self, offers: list[bytes]) -> list[str]:
+        """Why it could not read KV from the ends of these offers, or "" each. Raises WorkerError."""
         ...
 
     async def gone(self) -> str:
@@ -128,12 +139,17 @@ class Controller:
         """Launch everything, and wait until everything serves.
 
         Raises:
-            TandemError: a worker could not start; everything is stopped again.
+            TandemError: a worker could not start, or `kv.require_rdma` cannot be met; everything is stopped again.
         """
         self._desired = [_Desired(worker, role) for worker, role in desired_workers(self._config)]
         self._tasks = [asyncio.create_task(self._supervise(worker)) for worker in self._desired]
         try:
-            await asyncio.gather(*(worker.first_ready for worker in self._desired))
+            starts = [worker.first_ready for worker in self._desired]
+            if self._config.kv.require_rdma:
+                await asyncio.gather(*starts, self._try_links())
+                await self._check_links()
+            else:
+                await asyncio.gather(*starts)
         except BaseException:
             await self.stop(grace_s=0)
             raise
@@ -233,6 +249,57 @@ class Controller:
                 if not self._stopping:
                     await self._announce()
 
+    async def _try_links(self) -> None:
+        """Find out before the models are read, which may take minutes, whether `kv.require_rdma` can be met.
+
+        Raises:
+            ConfigError: a decode worker could not read from a prefill worker.
+        """
+        await asyncio.sleep(0)  # the handles come with the launch
+        owners, readers = (
+            [(w.peer, w.handle) for w in self._desired if w.role == role and w.handle] for role in ("prefill", "decode")
+        )
+        try:
+            async with asyncio.timeout(_TRIAL_TIMEOUT_S):
+                offers = await asyncio.gather(*(handle.link_offer() for _, handle in owners))
+                answers = await asyncio.gather(*(handle.link_refusals(offers) for _, handle in readers))
+        except (WorkerError, TimeoutError) as error:
+            logger.warning("links are checked later: %s", error)  # who died tells why itself
+            return
+        for (reader, _), refusals in zip(readers, answers, strict=True):
+            for (owner, _), reason in zip(owners, refusals, strict=True):
+                if reason:
+                    raise _cannot_read(reader, owner, reason)
+
+    async def _check_links(self) -> None:
+        """Wait until every decode worker has shaken hands with every prefill worker, by the rules of
+        `kv.require_rdma`.
+
+        Raises:
+            ConfigError: one cannot read from another.
+            WorkerError: they have not come to terms in time.
+        """
+        missing: list[str] = []
+        try:
+            async with asyncio.timeout(_LINKS_TIMEOUT_S):
+                while True:
+                    owners = {worker.peer for worker in self._desired if worker.role == "prefill"}
+                    missing = []
+                    for reader in await self.status():
+                        if reader.role != "decode":
+                            continue
+                        report = reader.report
+                        for owner, reason in sorted(report.refused.items()) if report else ():
+                            raise _cannot_read(reader.peer, owner, reason)
+                        missing += [
+                            f"{reader.peer} ← {owner}" for owner in owners - set(report.peers if report else ())
+                        ]
+                    if not missing:
+                        return
+                    await asyncio.sleep(_LINKS_POLL_S)
+        except TimeoutError:
+            raise WorkerError(f"no handshake within {_LINKS_TIMEOUT_S:g} s: {', '.join(sorted(missing))}") from None
+
     async def _announce(self) -> None:
         """Tell everybody who is there."""
         self._version += 1
@@ -250,3 +317,11 @@ class Controller:
 
 async def _nothing() -> None:
     return None
+
+
+def _cannot_read(reader: PeerId, owner: PeerId, reason: str) -> ConfigError:
+    return ConfigError(
+        f"{reader} cannot read KV from {owner}: {reason}",
+        fix="give both hosts an active RDMA port and NIXL or UCX (`tandem doctor` shows what they have), "
+        "put both workers on one host, or leave kv.require_rdma out",
+    )

@@ -262,8 +262,8 @@ class WorkerRuntime:
         if self._role == "colocated":
             return [host_end(heads[0], {}, cache.blocks, cache.generations_buffer)]
         kv, bad_frame = self._config.kv, self._metrics.bad_frames.labels("kv").inc
-        transports = open_transports(self._nudge, self._context, self._address, cache.blocks, kv, bad_frame)
-        ends = [host_end(heads[0], transports, cache.blocks, cache.generations_buffer)]
+        transports, missing = open_transports(self._nudge, self._context, self._address, cache.blocks, kv, bad_frame)
+        ends = [host_end(heads[0], transports, cache.blocks, cache.generations_buffer, missing)]
         if self._ranks is not None:
             access = PeerAccess(self._keys, self._address)
             others = self._ranks.transports(access, self._nudge, bad_frame)

@@ -143,6 +143,8 @@ class KVConfig(_Section):
     transport: Literal["auto", "cuda_ipc", "shm", "nixl", "ucx", "zmq"] = "auto"
     """How KV travels from prefill to decode. auto: on one host shared memory, between GPUs of one host CUDA's; between
     hosts NIXL or UCX where they are installed and RDMA is up, else ZMQ. Only ZMQ encrypts."""
+    require_rdma: bool = False
+    """Refuse to move KV between hosts by anything but RDMA: at the start an error, later that peer is not used."""
     layer_groups: int = Field(default=2, ge=1, le=256)
     """Groups of layers whose KV is handed over as soon as they are computed, while later layers still compute."""
     lease_s: float = Field(default=30, gt=0, le=3600)
@@ -278,6 +280,11 @@ def ray_address() -> str | None:
 def ray_authenticates() -> bool:
     """Whether the environment asks Ray for token authentication."""
     return os.environ.get("RAY_AUTH_MODE") == "token"
+
+
+def ucx_environment() -> dict[str, str]:
+    """What the environment tells UCX: its own variables, which it reads itself."""
+    return {name: value for name, value in os.environ.items() if name.startswith("UCX_")}
 
 
 def announce_local_ray(address: str) -> Path:

@@ -30,8 +30,10 @@ MAX_CHILDREN: Final = 128
 MAX_LOGPROBS: Final = 20
 MAX_RANKS: Final = 1024
 
+MAX_TEXT: Final = 4096
+
 Name = Annotated[str, Meta(max_length=256)]
-Text = Annotated[str, Meta(max_length=4096)]
+Text = Annotated[str, Meta(max_length=MAX_TEXT)]
 FileName = Annotated[str, Meta(pattern=r"^([0-9a-f]{32})?\Z")]
 """Made by a gateway, never by a client; empty: none."""
 Count = Annotated[int, Meta(ge=0, le=1 << 40)]
@@ -376,6 +378,8 @@ class Report(Struct, tag=True, frozen=True):
     """KV bytes read from peers since the worker started."""
     peers: Annotated[list[Name], Meta(max_length=4096)] = []
     """Prefill peers whose handshake this decode worker has accepted."""
+    refused: Annotated[dict[Name, Text], Meta(max_length=4096)] = {}
+    """Prefill peers that it cannot read from, and why."""
 
 
 class Subscribe(Struct, tag=True, frozen=True):

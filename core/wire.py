@@ -7,11 +7,15 @@ in message size and queue length, does not linger, and notices a silent peer by 
 from __future__ import annotations
 
 import hashlib
+import secrets
+import threading
+from collections import deque
 from collections.abc import Callable
 
 import msgspec
 import zmq
 import zmq.auth.thread
+from zmq.utils.monitor import recv_monitor_message
 
 from .messages import MAX_MESSAGE_BYTES
 
@@ -42,7 +46,8 @@ class SecureContext:
 
     Args:
         keys: the cluster's.
-        on_denied: called, on a thread of its own, for each connection with a foreign key.
+        on_denied: called, on threads of its own, for each connection that is turned away: with foreign keys, without
+            any, or speaking something else.
         encrypt: False leaves the sockets bare: for measuring what encryption costs, never for serving.
     """
 
@@ -51,11 +56,14 @@ class SecureContext:
         self._encrypt = encrypt
         self._on_denied = on_denied
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._guard: _Guard | None = None
         self._authenticator: zmq.auth.thread.ThreadAuthenticator | None = None
         if encrypt:
             self._authenticator = zmq.auth.thread.ThreadAuthenticator(self._context)
             self._authenticator.start()
             self._authenticator.configure_curve_callback("*", credentials_provider=self)
+            if on_denied is not None:
+                self._guard = _Guard(self, on_denied)
 
     def callback(self, domain: str, key: bytes) -> bool:
         """Whether a connecting client's public key is the cluster's. Called by the authenticator."""
@@ -82,6 +90,8 @@ class SecureContext:
             socket.curve_server = True
             socket.curve_publickey = self._keys.server_public
             socket.curve_secretkey = self._keys.server_secret
+        if self._guard is not None:
+            self._guard.watch(socket)
         host = f"[{address}]" if ":" in address else address
         socket.bind(f"tcp://{host}:{port or '*'}")
         return socket, socket.getsockopt_string(zmq.LAST_ENDPOINT)
@@ -116,6 +126,9 @@ class SecureContext:
 
     def close(self) -> None:
         """Close all sockets without waiting for their queues. Idempotent."""
+        if self._guard is not None:
+            self._guard.close()
+            self._guard = None
         if self._authenticator is not None:
             self._authenticator.stop()
             self._authenticator = None
@@ -131,3 +144,55 @@ class SecureContext:
         socket.setsockopt(zmq.HEARTBEAT_IVL, int(HEARTBEAT_INTERVAL_S * 1000))
         socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, int(HEARTBEAT_TIMEOUT_S * 1000))
         return socket
+
+
+class _Guard:
+    """Counts connections that fail before a key could be asked about, on a thread that sleeps until there is one."""
+
+    _FAILED = zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+
+    def __init__(self, context: SecureContext, on_denied: Callable[[], None]) -> None:
+        self._on_denied = on_denied
+        self._lock = threading.Lock()
+        self._handed_over: deque[zmq.Socket[bytes]] = deque()
+        name = f"guard-{secrets.token_hex(8)}"
+        self._wake_in = context.pair(name, bind=True)
+        self._wake_out = context.pair(name, bind=False)
+        self._thread = threading.Thread(target=self._run, name="guard", daemon=True)
+        self._thread.start()
+
+    def watch(self, socket: zmq.Socket[bytes]) -> None:
+        """Watch a socket that is about to listen, until it is closed."""
+        monitor = socket.get_monitor_socket(self._FAILED | zmq.EVENT_MONITOR_STOPPED)
+        with self._lock:
+            self._handed_over.append(monitor)
+            self._wake_out.send(b"watch")
+
+    def close(self) -> None:
+        """End the thread."""
+        with self._lock:
+            self._wake_out.send(b"stop")
+        self._thread.join()
+        self._wake_out.close()
+
+    def _run(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self._wake_in, zmq.POLLIN)
+        monitors: set[zmq.Socket[bytes]] = set()
+        running = True
+        while running:
+            for ready, _ in poller.poll():
+                if ready is self._wake_in:
+                    running = self._wake_in.recv() != b"stop"
+                    while self._handed_over:
+                        monitor = self._handed_over.popleft()
+                        monitors.add(monitor)
+                        poller.register(monitor, zmq.POLLIN)
+                elif recv_monitor_message(ready)["event"] & self._FAILED:
+                    self._on_denied()
+                else:  # its socket is closed
+                    poller.unregister(ready)
+                    monitors.remove(ready)
+                    ready.close()
+        for socket in (*monitors, self._wake_in):
+            socket.close()

@@ -14,6 +14,7 @@ from ..core.hashing import root_hash
 from ..core.ids import PeerId
 from ..core.log import RateLimited, logger
 from ..core.messages import (
+    MAX_TEXT,
     Abort,
     Child,
     ChildUpdate,
@@ -161,6 +162,7 @@ class DecodeWorker:
             prompt_tokens=self._prompt_tokens,
             received_bytes=self._received_bytes,
             peers=self._connector.peers(),
+            refused={peer: self._connector.refusal(peer)[:MAX_TEXT] for peer in self._refused_peers},
         )
 
     def drained(self) -> bool:

@@ -89,7 +89,7 @@ def _move(engine: Engine, kv: KVConfig, access: PeerAccess, orders: socket.socke
     context, blocks = SecureContext(access.keys), engine.cache.blocks
 
     def make(notify: Notify, on_bad_frame: Callable[[], None]) -> Mapping[str, Transport]:
-        return open_transports(notify, context, access.address, blocks, kv, on_bad_frame)
+        return open_transports(notify, context, access.address, blocks, kv, on_bad_frame)[0]
 
     mover = Mover(orders, make, [Region(BLOCKS, blocks)])
 

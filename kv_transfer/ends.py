@@ -10,6 +10,7 @@ from ..core.errors import ConfigError
 from ..core.log import logger
 from ..core.wire import SecureContext
 from .memory import Buffer
+from .rdma import rdma_devices, rule_out_tcp
 from .transports import Region, Transport
 from .transports.base import Notify
 from .transports.landing import Landing
@@ -30,9 +31,17 @@ class End(NamedTuple):
     """Kind of the region that holds the blocks: "host" or "cuda"."""
     blocks: Buffer | None = None
     """The cache's memory, where it can be summed: on the host, in this process."""
+    missing: Mapping[str, str] = {}
+    """By name, why other transports are not to be had here."""
 
 
-def host_end(heads: range, transports: Mapping[str, Transport], blocks: Buffer, generations: Buffer | None) -> End:
+def host_end(
+    heads: range,
+    transports: Mapping[str, Transport],
+    blocks: Buffer,
+    generations: Buffer | None,
+    missing: Mapping[str, str] = {},
+) -> End:
     """A rank whose cache lies in this process's host memory: registers its regions with its transports.
 
     Args:
@@ -40,20 +49,22 @@ def host_end(heads: range, transports: Mapping[str, Transport], blocks: Buffer, 
         transports: by name; those that only copy are made to convert.
         blocks: the cache's memory.
         generations: [blocks] uint64, bumped before a block is written anew; of the first rank, else None.
+        missing: see `End`.
     """
     able = converting(transports)
     for transport in able.values():
         transport.register(Region(BLOCKS, blocks))
         if generations is not None:
             transport.register(Region(GENERATIONS, generations))
-    return End(heads, able, "host", blocks)
+    return End(heads, able, "host", blocks, missing)
 
 
 def open_transports(
     notify: Notify, context: SecureContext, address: str, blocks: Buffer, kv: KVConfig, on_bad_frame: Callable[[], None]
-) -> dict[str, Transport]:
-    """The transports that work for a rank here, by name; they convert, and have no regions yet. Blocks while they
-    start, and logs why the others do not.
+) -> tuple[dict[str, Transport], dict[str, str]]:
+    """The transports that work for a rank here, and why others do not, by name. Blocks while they start.
+
+    They convert, and have no regions yet.
 
     Args:
         notify: each transport's.
@@ -69,10 +80,12 @@ def open_transports(
     transports, missing = offer(notify, context, address, blocks.kind, kv.transport, on_bad_frame)
     if kv.transport in missing:
         raise ConfigError(f"kv.transport: {kv.transport}: {missing[kv.transport]}")
+    if kv.require_rdma:
+        transports, missing = rule_out_tcp(transports, missing, rdma_devices())
     if kv.transport == "auto":
         for name, why in missing.items():
             logger.info("no KV by %s: %s", name, why)
-    return converting(transports)
+    return converting(transports), missing
 
 
 def converting(transports: Mapping[str, Transport]) -> dict[str, Transport]:

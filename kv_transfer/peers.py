@@ -116,8 +116,10 @@ def _choose(
     offered = theirs.ranks[peer_rank].transports
     for name in PREFERENCE if choice == "auto" else (choice,):
         transport = end.transports.get(name)
-        if transport is None or name not in offered:
-            tried.append(f"{name}: {'we do' if transport is None else f'{theirs.peer} does'} not offer it")
+        if transport is None:
+            tried.append(f"{name}: {end.missing.get(name, 'we do not offer it')}")
+        elif name not in offered:
+            tried.append(f"{name}: {theirs.peer} does not offer it")
         elif not kinds <= transport.memory:
             tried.append(f"{name}: does not move {' and '.join(sorted(kinds))} memory")
         elif dtypes[0] != dtypes[1] and not transport.converts:

@@ -27,6 +27,8 @@ app = typer.Typer(
 
       tandem explain my.yaml              what computes each operation, and why
 
+      tandem doctor my.yaml               what is missing or slow on the nodes, and what to do about it
+
     [bold]On a Ray cluster[/bold]
 
       tandem up my.yaml  ·  tandem status  ·  tandem down
@@ -125,6 +127,34 @@ def explain(
     from .explain import explain as run
 
     run(file, set_ or [], device, as_json=json_)
+
+
+@app.command()
+def doctor(
+    file: FileArgument = None,
+    set_: SetOption = None,
+    address: AddressOption = None,
+    limit_s: Annotated[
+        float, typer.Option(min=10, max=3600, help="Measure for so long at most; 20 s may pass beyond it.")
+    ] = 120.0,
+    json_: Annotated[bool, typer.Option("--json", help="One JSON object a row, and one for all.")] = False,
+) -> None:
+    """Look at every node and measure how fast KV moves: what is missing, what is slow, and what to do about it.
+
+    Looks at the running cluster (--address, RAY_ADDRESS, or this machine's `tandem serve`), else starts a private Ray
+    and ends it again. Reads 256 MiB from each prefill worker's place to each decode worker's, by every transport, and
+    says which one workers would use. Leaves nothing behind. Exit status: 0 all is well, 1 a check failed, 2 bad usage
+    or configuration.
+    """
+    from ...core.errors import ConfigError
+    from .doctor import doctor as run
+
+    try:
+        status = run(file, set_ or [], address, limit_s, as_json=json_)
+    except ConfigError as error:
+        typer.echo(f"tandem: {error.message}" + (f"\n  fix: {error.fix}" if error.fix else ""), err=True)
+        status = 2
+    raise typer.Exit(status)
 
 
 @config_app.command("schema")

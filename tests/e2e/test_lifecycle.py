@@ -147,8 +147,45 @@ def test_what_only_a_worker_can_know(tmp_path: Path) -> None:
     traces.check([], port)
 
 
+def test_a_fall_back_to_tcp_ends_the_start_where_rdma_is_required(tmp_path: Path) -> None:
+    traces = Traces()
+    file, port = tmp_path / "my.yaml", free_port()
+    file.write_text(f"kv: {{transport: zmq, require_rdma: true}}\ngateway: {{port: {port}}}\n")
+    start_s = time.monotonic()
+    done = subprocess.run([TANDEM, "serve", str(file)], capture_output=True, text=True, timeout=90)
+    assert done.returncode == 1, done.stdout
+    assert time.monotonic() - start_s < 60
+    assert "Traceback" not in done.stderr
+    assert "decode-0#1 cannot read KV from prefill-0#1: kv.transport zmq: nothing works" in done.stderr
+    assert "zmq: it would move KV by plain TCP, which kv.require_rdma rules out" in done.stderr
+    assert "fix: give both hosts an active RDMA port" in done.stderr
+    traces.check([], port)
+
+
+def test_shared_memory_is_fine_where_rdma_is_required(tmp_path: Path) -> None:
+    served = Served(tmp_path, "--set", "kv.require_rdma=true", "--set", "routing.local_prefill=never")
+    try:
+        served.wait_ready()
+        served.wait_routable()
+        served.complete(prompt=list(range(5, 400)), max_tokens=2)
+        assert served.metric("tandem_transfer_bytes_total", transport="shm") > 0
+        assert served.stop() == 0
+    finally:
+        served.kill()
+
+
 def test_the_command_line_teaches() -> None:
-    for arguments in ([], ["serve"], ["up"], ["down"], ["status"], ["config"], ["config", "check"], ["bench", "serve"]):
+    for arguments in (
+        [],
+        ["serve"],
+        ["up"],
+        ["down"],
+        ["status"],
+        ["doctor"],
+        ["config"],
+        ["config", "check"],
+        ["bench", "serve"],
+    ):
         done = subprocess.run([TANDEM, *arguments, "--help"], capture_output=True, text=True, timeout=30)
         assert done.returncode == 0
         assert len(done.stdout) > 200

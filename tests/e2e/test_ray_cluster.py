@@ -53,23 +53,27 @@ class RayCluster:
     def tandem(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run([TANDEM, *arguments], env=self.environment, capture_output=True, text=True, timeout=180)
 
-    def processes(self) -> list[psutil.Process]:
+    def processes(self, folder: Path | None = None) -> list[psutil.Process]:
         found = []
         for process in psutil.process_iter():
             try:
-                if any(file.path.startswith(str(self.folder)) for file in process.open_files()):
+                if any(file.path.startswith(str(folder or self.folder)) for file in process.open_files()):
                     found.append(process)
             except psutil.Error:
                 continue
         return found
 
-    def close(self) -> None:
-        for process in self.processes():
+    def end(self, folder: Path) -> None:
+        """Kill what uses a session's folder, and remove it."""
+        for process in self.processes(folder):
             try:
                 process.kill()
             except psutil.Error:
                 continue
-        shutil.rmtree(self.folder, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+    def close(self) -> None:
+        self.end(self.folder)
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +143,59 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing(cluster: RayCluster) ->
     assert up.returncode == 1
     assert f"cannot listen on 127.0.0.1:{port}" in up.stderr
     assert "no Tandem runs" in cluster.tandem("status").stderr
+
+
+def test_the_doctor_sees_both_nodes(cluster: RayCluster) -> None:
+    done = cluster.tandem("doctor", "--json", "--set", f"gateway.port={free_port()}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    *rows, summary = [json.loads(line) for line in done.stdout.splitlines()]
+    assert summary["fail"] == 0
+    checks = {row["check"]: row for row in rows}
+    assert checks["Ray"]["measured"].endswith(cluster.address)
+    assert checks["authentication"]["measured"] == "by token"
+    nodes = {checks[f"place of {worker}"]["measured"].split()[-1] for worker in ("prefill-0", "decode-0")}
+    assert len(nodes) == 2, "as workers would be spread"
+    assert any(row["check"].startswith("clock of") for row in rows)
+    assert sum(row["check"] == "shared memory" for row in rows) == 2, "each node is looked at"
+    assert "GB/s" in checks["zmq"]["measured"]
+    again = cluster.tandem("doctor", "--json", "--set", "pools.prefill.replicas=4", "--limit-s", "60")
+    assert again.returncode == 1
+    failed = [json.loads(line) for line in again.stdout.splitlines() if '"verdict": "fail"' in line]
+    assert "need 5 CPUs; the Ray cluster has" in failed[0]["measured"]
+    assert "no Tandem runs" in cluster.tandem("down").stderr, "the doctor starts none"
+
+
+def test_a_cluster_that_lets_strangers_in_is_refused(cluster: RayCluster) -> None:
+    """Reachable from the network, and without token authentication: neither `up` nor the doctor joins it."""
+    address = next(
+        (found.address for name, addresses in psutil.net_if_addrs().items() for found in addresses
+         if found.family == socket.AF_INET and not found.address.startswith("127.")),
+        None,
+    )  # fmt: skip
+    if address is None:
+        pytest.skip("this machine has the loopback address alone")
+    folder = Path(tempfile.mkdtemp(prefix="ray-test-"))
+    open_ray = f"{address}:{free_port()}"
+    environment = {key: value for key, value in cluster.environment.items() if not key.startswith("RAY_A")}
+    # Left unset, Ray takes a token that this user may have in a file.
+    environment["RAY_AUTH_MODE"] = "disabled"
+    try:
+        subprocess.run(
+            [*RAY, "start", "--head", f"--node-ip-address={address}", f"--port={open_ray.rpartition(':')[2]}",
+             f"--temp-dir={folder}", "--include-dashboard=false", "--disable-usage-stats", "--num-cpus=2",
+             "--object-store-memory=80000000"],
+            env=environment, check=True, capture_output=True, timeout=120,
+        )  # fmt: skip
+        for command in (["up"], ["status"], ["doctor", "--json"]):
+            done = subprocess.run(
+                [TANDEM, *command, "--address", open_ray], env=environment, capture_output=True, text=True, timeout=180
+            )
+            assert done.returncode == 1, done.stdout
+            told = done.stdout + done.stderr
+            assert "can be reached from the network, and this environment does not ask for token authentication" in told
+            assert "set RAY_AUTH_MODE=token" in told
+    finally:
+        cluster.end(folder)
 
 
 def test_a_wrong_token_is_refused(cluster: RayCluster) -> None:
