@@ -176,8 +176,10 @@ def test_a_peer_that_joins_later_is_refused_and_the_others_go_on(tmp_path: Path)
         )
     )
     newcomer = pair.add("prefill-1#1", "prefill")
-    newcomer.connector._transports.clear()  # it offers nothing that is allowed
-    pair.decode.connector._unoffered = {"zmq": "it would move KV by plain TCP, which kv.require_rdma rules out"}
+    # It offers nothing that is allowed.
+    newcomer.connector._ends[0] = newcomer.connector._ends[0]._replace(transports={})
+    why = {"zmq": "it would move KV by plain TCP, which kv.require_rdma rules out"}
+    pair.decode.connector._ends[0] = pair.decode.connector._ends[0]._replace(missing=why)
     pair.announce()
     outputs = pair.generate([list(range(1, 40))], max_tokens=5)
     assert len(outputs[0]) == 5
