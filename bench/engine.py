@@ -25,6 +25,7 @@ from ..core.hashing import root_hash
 from ..core.messages import Child, Generate, Message, Refused, Sampling, Stopping, Update
 from ..core.metrics import WorkerMetrics
 from ..decode.worker import DecodeWorker
+from ..engine.allocator import num_blocks_needed
 from ..engine.batch import Work
 from ..engine.build import warm_up
 from ..engine.engine import Engine
@@ -141,7 +142,8 @@ class EngineBench:
         }
         for row in rows:
             length = row.context + 1 + (_DECODE_TOKENS if row.kind == "decode" else 0)
-            blocks = row.batch * -(-length // self._engine.block_tokens)
+            chunk, block_tokens = self._pool.max_batched_tokens, self._engine.block_tokens
+            blocks = row.batch * num_blocks_needed(self._engine.groups, length, chunk, block_tokens)
             record: dict[str, Any] = row._asdict()
             if row.kind == "mixed":
                 length, blocks = 2 * row.context, 0

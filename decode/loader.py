@@ -131,15 +131,16 @@ class Loader:
         """Whether a stream's load is not over yet."""
         return any(load.stream is stream for load in self._loads.values())
 
-    def start(self, stream: Stream, peer: PeerId) -> None:
+    def start(self, stream: Stream, peer: PeerId, first_token: int = 0) -> None:
         """Ask ``peer`` for a stream's prompt, and start to fetch its KV into the stream's blocks.
 
-        The stream has blocks for all its tokens; what it has computed is whole blocks and is not asked for.
+        The stream has blocks for all its tokens from ``first_token`` on. What it has computed is whole blocks and is
+        not asked for, nor is what lies before ``first_token``.
         """
         self._number += 1
         sequence, request = stream.sequence, stream.request
         layout = self._connector.layout
-        skip = sequence.num_computed
+        skip = max(sequence.num_computed, first_token)
         handoff = Handoff(
             self._number,
             peer,
@@ -275,6 +276,8 @@ class Loader:
                 case steps.Failed(reason, num_blocks):
                     self._end(load, "failed")
                     self._metrics.load_failures.labels(reason.value).inc()
+                    if load.skip_blocks * self._connector.layout.block_tokens > load.stream.sequence.num_computed:
+                        num_blocks = 0  # what lies between is not here
                     logger.info("handoff failed: %s: %s", reason.value, "; ".join(load.handoff.history))
                     events.append(LoadFailed(load.stream, reason, num_blocks, load.message, load.status))
                 case steps.Closed():
@@ -283,7 +286,7 @@ class Loader:
         return events
 
     def _pull(self, load: _Load, pull: Pull) -> None:
-        local = load.stream.sequence.blocks[load.skip_blocks + pull.start : load.skip_blocks + pull.stop]
+        local = load.stream.sequence.tables[0][load.skip_blocks + pull.start : load.skip_blocks + pull.stop]
         part = slice(pull.start, pull.stop)
         handoff = load.handoff
         number = self._connector.pull(

@@ -183,14 +183,17 @@ class PrefillWorker:
             _log.warning("twice", "%s sent transfer %d twice; the second is ignored", *transfer)
             return
         try:
-            capacity = self._engine.pool.num_blocks * self._engine.block_tokens
-            vocab_size = self._engine.model.spec.vocab_size
-            check_prompt(message.tokens, vocab_size, min(self._max_model_len, capacity))
+            check_prompt(message.tokens, self._engine.model.spec.vocab_size, self._max_model_len)
             block_tokens = self._engine.block_tokens
             if message.skip_tokens % block_tokens or message.skip_tokens >= len(message.tokens):
                 raise RequestError(
                     f"skip_tokens {message.skip_tokens} is not a whole number of {block_tokens}-token blocks "
                     f"below {len(message.tokens)} tokens"
+                )
+            window = self._engine.first_needed_token(len(message.tokens))
+            if message.skip_tokens < window:
+                raise RequestError(
+                    f"skip_tokens {message.skip_tokens} is before the last window, which begins at {window}"
                 )
         except RequestError as error:
             self._send(sender, PrefillFailed(message.number, FailureReason.PREFILL, error.message[:4000], error.status))
@@ -211,7 +214,7 @@ class PrefillWorker:
 
     def _accept(self, job: Job) -> None:
         sequence = job.sequence
-        blocks = sequence.blocks[job.skip_tokens // self._engine.block_tokens :]
+        blocks = sequence.tables[0][job.skip_tokens // self._engine.block_tokens :]
         self._metrics.cached_tokens.inc(sequence.num_computed)
         generations = self._engine.pool.generations_of(blocks)
         self._send(job.transfer.reader, Accepted(job.transfer.number, blocks, generations, sequence.num_computed))

@@ -65,7 +65,7 @@ class Node:
             case _:
                 pool = config.pools.colocated or ColocatedPool()
         built: Built = build_engine(
-            config, pool.max_running, torch.device("cpu"), lambda *_: None, overlap=pair.overlap
+            config, pool.max_running, torch.device("cpu"), lambda *_: None, pool.max_batched_tokens, pair.overlap
         )
         self.engine = built.engine
         self.transport = InprocTransport(lambda: None)
