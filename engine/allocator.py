@@ -86,7 +86,7 @@ class Allocator:
         return sequence.num_computed
 
     def reserve(self, sequence: Sequence, num_tokens: int, first_token: int | None = None) -> bool:
-        """Give a sequence blocks for ``num_tokens`` tokens in all, and take its dead ones back.
+        """Give a sequence blocks for ``num_tokens`` tokens in all, more than it has, and take its dead ones back.
 
         Args:
             sequence: whose.
@@ -97,8 +97,6 @@ class Allocator:
         Returns:
             False, having given nothing, when there are not enough.
         """
-        if first_token is None and num_tokens <= sequence.num_reserved:
-            return True
         self.trim(sequence)
         end = -(-num_tokens // self._block_tokens)
         start = sequence.num_computed // self._block_tokens
@@ -110,7 +108,7 @@ class Allocator:
         if not self._give(sequence, wanted):
             return False
         if first_token is None:
-            sequence.num_reserved = end * self._block_tokens
+            sequence.num_reserved = max(sequence.num_reserved, end * self._block_tokens)
         return True
 
     def reserve_prompt(self, sequence: Sequence, spare: int, *, announced: bool) -> bool:

@@ -108,11 +108,12 @@ def lay_out(
     """
     tokens: list[int] = []
     positions: list[int] = []
-    kv_slots: list[list[int]] = [[] for _ in range(num_groups)]
+    every_group = range(num_groups)
+    kv_slots: list[list[int]] = [[] for _ in every_group]
     logit_rows: list[int] = []
     single: list[Sequence] = []
     spans: list[tuple[int, int, int, int]] = []
-    span_blocks: list[list[np.ndarray]] = [[] for _ in range(num_groups)]
+    span_blocks: list[list[np.ndarray]] = [[] for _ in every_group]
     num_blocks = 0
     draws = Draws(slots)
     prompt_logprobs: list[PromptRange] = []
@@ -126,9 +127,9 @@ def lay_out(
             known = sequence.tokens
             tokens.append(known[first] if first < len(known) else ~sequence.row)
             positions.append(first)
-            block, offset = divmod(first, block_tokens)
-            for own_slots, own_table in zip(kv_slots, sequence.tables, strict=True):
-                own_slots.append(own_table[block] * block_tokens + offset)
+            for group in every_group:
+                block = sequence.tables[group][first // block_tokens]
+                kv_slots[group].append(block * block_tokens + first % block_tokens)
         else:
             used = -(-last // block_tokens)
             spans.append((len(tokens), num_new, last, num_blocks))

@@ -123,6 +123,8 @@ class Engine:
         Groups with a window give dead blocks back meanwhile. With ``first_token`` they get blocks for what the token at
         that position and later ones see, and for nothing before: earlier tokens are computed elsewhere.
         """
+        if first_token is None and num_tokens <= sequence.num_reserved:
+            return True
         return self._allocator.reserve(sequence, num_tokens, first_token)
 
     def reserve_prompt(self, sequence: Sequence, spare: int = 0, *, announced: bool = False) -> bool:
@@ -160,7 +162,8 @@ class Engine:
     def commit(self, sequence: Sequence) -> None:
         """Offer a sequence's full blocks to the prefix cache. A step in flight may still have to fill them: whoever
         finds them computes later."""
-        self._allocator.commit(sequence)
+        if min(sequence.num_computed, sequence.num_tokens) // self.block_tokens > sequence.num_committed:
+            self._allocator.commit(sequence)
 
     def fork(self, parent: Sequence, child: Child, request_id: str) -> Sequence | None:
         """A sequence with the same computed tokens: shares the full blocks, copies the last. None without a free
@@ -187,8 +190,8 @@ class Engine:
         """
         # Single tokens first, as the batch wants them; of those, long contexts first, which take longest.
         plan = sorted(plan, key=lambda work: (work.num_new > 1, -work.sequence.num_computed))
-        assert all(s.num_computed + num_new <= s.num_reserved for s, num_new in plan), "a token has no block"
         step = lay_out(plan, self.block_tokens, self._rows, self._penalty_slots, len(self.groups))
+        assert step.arrays["slots"].min() >= 0, "a token has no block"
         results = self.runner.run(step, publish)
         self._allocator.num_submitted += 1
         number = self._allocator.num_submitted

@@ -136,6 +136,10 @@ def test_decode_attention(
     want = decode_attention.reference(q, cache, 1, tables, lengths, head_dim**-0.5, window, sinks)
     assert not want.isnan().any()
     close(decode_attention.native(q, cache, 1, tables, lengths, head_dim**-0.5, window, sinks), want)
+    for table, length in zip(tables, lengths.tolist(), strict=True):
+        table[: max(0, length - window) // block_tokens if window else 0] = 6 * most  # dead
+    for attention in (decode_attention.reference, decode_attention.native):
+        close(attention(q, cache, 1, tables, lengths, head_dim**-0.5, window, sinks), want)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "block_tokens"), CASES)
@@ -162,6 +166,14 @@ def test_prefill_attention(
     want = prefill_attention.reference(q, None, None, cache, 1, Spans.of(spans), head_dim**-0.5, window, sinks)
     got = prefill_attention.native(q, None, None, cache, 1, Spans.of(spans), head_dim**-0.5, window, sinks)
     close(got[3:], want[3:])
+    # Blocks that no row sees are gone: what their entries name is another's.
+    unused = next(block for block in range(blocks + 2) if all(block not in table for table in tables))
+    cache[unused] = torch.nan
+    for table, (tokens, context) in zip(tables, sizes, strict=True):
+        table[: max(0, context - tokens - window + 1) // block_tokens if window else 0] = unused
+    for attention in (prefill_attention.reference, prefill_attention.native):
+        again = attention(q, None, None, cache, 1, Spans.of(spans), head_dim**-0.5, window, sinks)
+        close(again[3:], want[3:])
 
 
 def test_both_attentions_agree(rng: torch.Generator) -> None:
