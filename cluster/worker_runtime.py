@@ -29,6 +29,7 @@ from ..engine.build import use_threads, warm_up
 from ..engine.engine import Engine
 from ..engine.ranks import Ranks, build_on_ranks
 from ..kv_transfer.connector import Connector
+from ..kv_transfer.hidden_states import open_writer
 from ..kv_transfer.layout import layer_groups
 from ..kv_transfer.transports import Transport
 from ..kv_transfer.transports.shm import ShmTransport
@@ -195,6 +196,8 @@ class WorkerRuntime:
             self._metrics.bad_frames.labels("mesh").inc,
         )
         self._connector = self._connect(built.engine, built.fingerprint)
+        model = built.engine.model
+        self._hidden_states = open_writer(self._config.hidden_states, model.spec.hidden, model.dtype, self._metrics)
         lease_s = self._config.kv.lease_s
         self._worker: PrefillWorker | DecodeWorker
         if isinstance(pool, PrefillPool):
@@ -208,6 +211,7 @@ class WorkerRuntime:
                 self._clock,
                 self._metrics,
                 self._mesh.send,
+                self._hidden_states,
             )
         else:
             self._worker = DecodeWorker(
@@ -220,6 +224,7 @@ class WorkerRuntime:
                 self._clock,
                 self._metrics,
                 self._mesh.send,
+                self._hidden_states,
             )
         self._update_report()
         self._mesh.start()
@@ -266,6 +271,8 @@ class WorkerRuntime:
             self._look_after_links(now_s)
             self._publish_report(now_s)
         self._connector.close()
+        if self._hidden_states is not None:
+            self._hidden_states.close()
         self._mesh.close()
         self._engine.cache.close()
         self._end_ranks()

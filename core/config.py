@@ -180,6 +180,24 @@ class GatewayConfig(_Section):
     """How long a request whose workers are gone waits for others before it fails."""
 
 
+class HiddenStatesConfig(_Section):
+    folder: str | None = None
+    """Where the hidden states of prompts are written for requests that ask for them with return_hidden_states, one
+    safetensors file a prompt. Not given: such requests are refused."""
+    layers: tuple[Annotated[int, Field(ge=0, lt=1 << 16)], ...] = ()
+    """The layers whose outputs are written, counted from 0, before the model's last norm."""
+    max_queued: ByteSize = 256 << 20
+    """Bytes of prompts that a worker computes or still has to write; what finds no room is answered 429."""
+
+    @model_validator(mode="after")
+    def _check_layers(self) -> Self:
+        if (self.folder is None) != (not self.layers):
+            raise ValueError("folder and layers go together: give both, or neither")
+        if len(set(self.layers)) != len(self.layers):
+            raise ValueError("a layer is given twice")
+        return self
+
+
 class LogConfig(_Section):
     level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     """Least severity that is written."""
@@ -195,6 +213,7 @@ class Config(_Section):
     kv: KVConfig = KVConfig()
     routing: RoutingConfig = RoutingConfig()
     gateway: GatewayConfig = GatewayConfig()
+    hidden_states: HiddenStatesConfig = HiddenStatesConfig()
     log: LogConfig = LogConfig()
 
 

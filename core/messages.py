@@ -31,6 +31,8 @@ MAX_LOGPROBS: Final = 20
 
 Name = Annotated[str, Meta(max_length=256)]
 Text = Annotated[str, Meta(max_length=4096)]
+FileName = Annotated[str, Meta(pattern=r"^([0-9a-f]{32})?\Z")]
+"""Made by a gateway, never by a client; empty: none."""
 Count = Annotated[int, Meta(ge=0, le=1 << 40)]
 TokenId = Annotated[int, Meta(ge=0, lt=1 << 31)]
 TokenIds = Annotated[list[TokenId], Meta(max_length=MAX_TOKENS)]
@@ -122,6 +124,8 @@ class Generate(Struct, tag=True, frozen=True):
     """Requests share cached KV only under equal salts."""
     prefill: Name = ""
     """The peer that computes the prompt; empty: the receiver does."""
+    hidden_states: FileName = ""
+    """The file for the prompt's hidden states."""
 
 
 class Abort(Struct, tag=True, frozen=True):
@@ -254,6 +258,8 @@ class Prefill(Struct, tag=True, frozen=True):
     sampling: Sampling
     prompt_logprobs: Annotated[int, Meta(ge=-1, le=MAX_LOGPROBS)] = -1
     salt: Name = ""
+    hidden_states: FileName = ""
+    """The file for the prompt's hidden states."""
 
 
 class Accepted(Struct, tag=True, frozen=True):

@@ -55,6 +55,9 @@ class WorkerMetrics:
             buckets=_LATENCY_S,
             registry=r,
         )
+        self.hidden_state_files = Counter(
+            "tandem_hidden_state_files", "Files of hidden states by what became of them", ["outcome"], registry=r
+        )
         self.bad_frames = Counter("tandem_bad_frames", "Frames refused", ["socket"], registry=r)
 
 

@@ -166,6 +166,7 @@ class Loader:
                 sampling=request.sampling,
                 prompt_logprobs=sequence.prompt_logprobs,
                 salt=request.salt,
+                hidden_states=request.hidden_states if sequence.hidden_states else "",
             ),
         )
 

@@ -9,6 +9,7 @@ from ..core.ids import PeerId
 from ..core.log import RequestLog
 from ..core.messages import Child, FinishReason, Generate, SampledToken
 from ..engine.sequence import Sequence
+from ..kv_transfer.hidden_states import Recording
 
 
 class StreamState(enum.Enum):
@@ -80,6 +81,8 @@ class Stream:
         self.order = order
         self.limit = min(sequence.num_prompt_tokens + request.stopping.max_tokens, max_model_len)
         """Tokens in all with which it ends."""
+        self.recording: Recording | None = None
+        """Takes the prompt's hidden states, where they are computed here."""
         self.arrived_s = arrived_s
         self.state = StreamState.WAITING
         self.history = [f"{arrived_s:.6f} waiting"]

@@ -6,11 +6,10 @@ Owned by one thread. `handle` and `step` return quickly but for the engine's own
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 from ..core.clock import Clock
 from ..core.config import Config, DecodePool
-from ..core.errors import RequestError, TransferError
+from ..core.errors import CapacityError, RequestError, TransferError
 from ..core.hashing import root_hash
 from ..core.ids import PeerId
 from ..core.log import RateLimited, logger
@@ -29,31 +28,22 @@ from ..core.messages import (
     Usage,
 )
 from ..core.metrics import WorkerMetrics
-from ..engine.batch import Work
-from ..engine.engine import Engine, Outcome, Step, device_is_lost
+from ..engine.engine import Engine, Outcome, device_is_lost
 from ..engine.limits import check_prompt
 from ..engine.sequence import Sequence
 from ..kv_transfer.connector import Connector
+from ..kv_transfer.hidden_states import HiddenStateWriter, record
 from .cost import CostModel
 from .emitter import Emitter
 from .loader import LoadClosed, LoadDone, Loader, LoadEvent, LoadFailed, PromptDone, PromptStarted, ReadStarted
 from .scheduler import DecodeScheduler
+from .step_loop import Landed, StepLoop
 from .stream import Stream, StreamState
 
 Send = Callable[[PeerId, Message], None]
 _log = RateLimited()
 
 _MAX_LOAD_ATTEMPTS = 2
-
-
-class _Flight(NamedTuple):
-    """A step that was started, and whose outcome is still to come."""
-
-    step: Step
-    streams: dict[int, Stream]
-    """By the id of their sequence."""
-    prompt_tokens: int
-    started_s: float
 
 
 class DecodeWorker:
@@ -69,6 +59,7 @@ class DecodeWorker:
         clock: tells the time.
         metrics: counts.
         send: delivers a message to a peer; never blocks.
+        hidden_states: writes those of prompts; None: nobody may ask.
     """
 
     def __init__(
@@ -82,6 +73,7 @@ class DecodeWorker:
         clock: Clock,
         metrics: WorkerMetrics,
         send: Send,
+        hidden_states: HiddenStateWriter | None = None,
     ) -> None:
         self._engine = engine
         self._connector = connector
@@ -91,8 +83,10 @@ class DecodeWorker:
         self._clock = clock
         self._metrics = metrics
         self._send = send
+        self._hidden_states = hidden_states
         self._cost = CostModel(config.routing.local_prefill, pool.max_batched_tokens)
         self._scheduler = DecodeScheduler(engine, pool.max_running, pool.max_batched_tokens, clock)
+        self._steps = StepLoop(engine, self._scheduler, clock, self._preempted, self._landed, self._step_failed)
         self._loader = Loader(connector, config.kv.handoff_timeout_s, clock, metrics, send, self._cost.handed_off)
         self._emitter = Emitter(clock, send)
         self._streams: dict[tuple[PeerId, int], list[Stream]] = {}
@@ -101,8 +95,6 @@ class DecodeWorker:
         self._prompt_tokens = 0
         self._received_bytes = 0
         self._refused_peers: set[PeerId] = set()
-        self._flight: _Flight | None = None
-        self._landed_s = 0.0
 
     # ---- messages ---------------------------------------------------------------------------------------------------
 
@@ -148,7 +140,7 @@ class DecodeWorker:
         self._apply(self._loader.poll())
         for stream in self._scheduler.admit():
             self._start(stream)
-        computed = self._turn()
+        computed = self._steps.turn()
         self._emitter.flush()
         return computed
 
@@ -194,6 +186,7 @@ class DecodeWorker:
             message.sampling,
             root_hash(self._fingerprint, message.salt),
             message.prompt_logprobs,
+            bool(message.hidden_states),
         )
         stream = self._new_stream(gateway, message, sequence)
         self._streams[key] = [stream]
@@ -218,12 +211,24 @@ class DecodeWorker:
         scheduler = self._scheduler
         ahead = scheduler.num_prefilling_tokens, scheduler.num_loading_tokens
         if not peer or self._cost.local_is_sooner(remaining, *ahead, scheduler.num_running):
-            self._scheduler.prefill(stream)
-            self._stage(stream, "decode.prefill", f"{remaining} tokens here")
+            self._prefill(stream, f"{remaining} tokens here")
         else:
             self._load(stream, peer)
 
+    def _prefill(self, stream: Stream, detail: str, why: str = "") -> None:
+        if stream.sequence.hidden_states and stream.recording is None:
+            try:
+                stream.recording = record(self._hidden_states, stream.request)
+            except (RequestError, CapacityError) as error:
+                self._refuse(stream, error.status, error.message, retryable=error.retryable)
+                return
+        self._scheduler.prefill(stream, why)
+        self._stage(stream, "decode.prefill", detail)
+
     def _load(self, stream: Stream, peer: PeerId) -> None:
+        if stream.recording is not None:  # whoever computes the whole prompt records it
+            stream.recording.close()
+            stream.recording = None
         stream.load_attempts += 1
         stream.load_peer = peer
         self._scheduler.load(stream)
@@ -255,6 +260,8 @@ class DecodeWorker:
 
     def _close(self, stream: Stream) -> None:
         """End a stream in whatever state; blocks that reads still write into are freed when they have stopped."""
+        if stream.recording is not None:
+            stream.recording.close()
         streams = self._streams.get(stream.key, [])
         if stream in streams:
             streams.remove(stream)
@@ -300,6 +307,7 @@ class DecodeWorker:
             return
         self._emitter.prompt_logprobs(stream.gateway, stream.request.ticket, 1, message.prompt_logprobs)
         stream.sequence.prompt_logprobs = -1
+        stream.sequence.hidden_states = False
         self._first_tokens(stream, message.samples)
 
     def _load_failed(self, stream: Stream, event: LoadFailed) -> None:
@@ -315,15 +323,16 @@ class DecodeWorker:
             return
         sequence = stream.sequence
         arrived = sequence.num_computed + event.num_blocks * self._engine.block_tokens
-        sequence.num_computed = min(arrived, sequence.num_tokens - 1)
+        # Hidden states are wanted of every token: the one that computes the last has computed the first.
+        sequence.num_computed = 0 if sequence.hidden_states else min(arrived, sequence.num_tokens - 1)
         self._engine.commit(sequence)
         peer = self._prefill_peer(stream, avoid=stream.load_peer)
         if stream.first_tokens is None and peer and stream.load_attempts < _MAX_LOAD_ATTEMPTS:
             sequence.num_computed -= sequence.num_computed % self._engine.block_tokens
             self._load(stream, peer)
             return
-        self._scheduler.prefill(stream, event.reason.value)
-        self._stage(stream, "decode.prefill", f"{sequence.num_tokens - sequence.num_computed} tokens here")
+        remaining = sequence.num_tokens - sequence.num_computed
+        self._prefill(stream, f"{remaining} tokens here", event.reason.value)
 
     def _follow(self, membership: Membership) -> None:
         alive = {member.peer: member for member in membership.members}
@@ -347,67 +356,28 @@ class DecodeWorker:
 
     # ---- tokens -----------------------------------------------------------------------------------------------------
 
-    def _turn(self) -> bool:
-        previous = self._flight
-        plan = self._scheduler.plan(in_flight=previous is not None)
-        if plan is None:
-            assert previous is not None
-            self._land(previous)
-            previous, plan = None, self._scheduler.plan()
-        assert plan is not None, "nothing is in flight"
-        for stream in plan.preempted:
-            self._metrics.preemptions.inc()
-            self._stage(stream, "decode.preempted")
-            stream.log.info("preempted at %d tokens", stream.sequence.num_tokens)
-        flight = self._start_step(plan.works) if plan.works else None
-        if previous is not None:
-            self._land(previous)
-        self._flight = flight
-        if flight is not None and not self._engine.overlaps:
-            self._land(flight)
-        return previous is not None or bool(plan.works)
+    def _preempted(self, stream: Stream) -> None:
+        self._metrics.preemptions.inc()
+        self._stage(stream, "decode.preempted")
+        stream.log.info("preempted at %d tokens", stream.sequence.num_tokens)
 
-    def _start_step(self, works: list[Work]) -> _Flight | None:
-        streams = {id(stream.sequence): stream for stream in self._scheduler.computing()}
-        started_s = self._clock.monotonic_s()
-        prompt_tokens = sum(w.num_new for w in works if streams[id(w.sequence)].state is StreamState.PREFILLING)
-        planned = {id(work.sequence): streams[id(work.sequence)] for work in works}
-        try:
-            step = self._engine.submit(works)
-        except RuntimeError as error:
-            self._step_failed(planned, error)
-            return None
-        return _Flight(step, planned, prompt_tokens, started_s)
-
-    def _land(self, flight: _Flight) -> None:
-        """Wait for a step, and give its tokens out."""
-        self._flight = None
-        try:
-            outcomes = self._engine.collect(flight.step)
-        except RuntimeError as error:
-            self._step_failed(flight.streams, error)
-            return
-        now_s = self._clock.monotonic_s()
-        # A step that was queued behind another began when that one ended.
-        seconds = now_s - max(flight.started_s, self._landed_s)
-        self._landed_s = now_s
-        kind = "mixed" if flight.prompt_tokens else "decode"
-        self._metrics.step_s.labels(kind).observe(seconds)
+    def _landed(self, landed: Landed) -> None:
+        kind = "mixed" if landed.prompt_tokens else "decode"
+        self._metrics.step_s.labels(kind).observe(landed.seconds)
         self._metrics.forward_s.labels(kind).observe(self._engine.forward_s)
-        if flight.prompt_tokens:
-            self._cost.computed_locally(flight.prompt_tokens, seconds)
-            self._prompt_tokens += flight.prompt_tokens
-            self._metrics.prompt_tokens.inc(flight.prompt_tokens)
-        for outcome in outcomes:
-            stream = flight.streams[id(outcome.sequence)]
+        if landed.prompt_tokens:
+            self._cost.computed_locally(landed.prompt_tokens, landed.seconds)
+            self._prompt_tokens += landed.prompt_tokens
+            self._metrics.prompt_tokens.inc(landed.prompt_tokens)
+        for stream, outcome in landed.outcomes:
             if stream.state in (StreamState.RUNNING, StreamState.PREFILLING):  # else it ended while the step ran
                 self._advance(stream, outcome)
 
-    def _step_failed(self, streams: dict[int, Stream], error: RuntimeError) -> None:
+    def _step_failed(self, streams: list[Stream], error: RuntimeError) -> None:
         """The worker goes on without the streams of the step, unless the device is broken: then only a new process
         helps."""
         logger.error("a decode step failed", exc_info=error)
-        for stream in streams.values():
+        for stream in streams:
             if stream.state is not StreamState.ENDED:
                 self._refuse(stream, 500, f"the step failed: {error}")
         if device_is_lost(error):
@@ -433,6 +403,8 @@ class DecodeWorker:
         sequence = stream.sequence
         self._emitter.prompt_logprobs(stream.gateway, stream.request.ticket, outcome.first + 1, outcome.prompt_logprobs)
         self._engine.commit(sequence)
+        if stream.recording is not None and outcome.hidden_states is not None:
+            stream.recording.append(outcome.first, outcome.hidden_states)
         if outcome.samples is None:
             return
         samples: list[SampledToken] = [sample for sample in outcome.samples if sample is not None]
@@ -441,6 +413,7 @@ class DecodeWorker:
             return
         stream.prefill_s += self._clock.monotonic_s() - stream.started_s
         sequence.prompt_logprobs = -1
+        sequence.hidden_states = False
         # After a failed load the first tokens are known, and these are the same.
         if stream.first_tokens is None:
             self._first_tokens(stream, samples)

@@ -87,6 +87,8 @@ class StepInput(NamedTuple):
     logprobs: list[tuple[int, int]]
     """Draws whose log probability is wanted, each with its number of alternatives."""
     prompt_logprobs: list[PromptRange]
+    hidden_states: list[tuple[int, int]]
+    """First row, and one past the last, of tokens whose hidden states are wanted."""
 
     @property
     def decodes(self) -> bool:
@@ -117,6 +119,7 @@ def lay_out(
     num_blocks = 0
     draws = Draws(slots)
     prompt_logprobs: list[PromptRange] = []
+    hidden_states: list[tuple[int, int]] = []
     for sequence, num_new in plan:
         first = sequence.num_computed
         last = first + num_new
@@ -141,6 +144,9 @@ def lay_out(
                 span_blocks[group].append(array[:used])
                 places = array[position // block_tokens] * block_tokens + position % block_tokens
                 kv_slots[group].extend(places.tolist())
+        if sequence.hidden_states and first < sequence.num_prompt_tokens:
+            start = len(tokens) - num_new
+            hidden_states.append((start, start + min(last, sequence.num_prompt_tokens) - first))
         reached = last == sequence.num_expected
         if sequence.prompt_logprobs >= 0 and first < sequence.num_prompt_tokens:
             following = sequence.tokens[first + 1 : min(last + 1, sequence.num_prompt_tokens)]
@@ -168,7 +174,7 @@ def lay_out(
         arrays["draw_rows"] = np.array(draws.rows(table.spare), np.int64)
     return StepInput(
         arrays, len(single), len(draws), draws.greedy, draws.adjusted, draws.fills, draws.logprobs,
-        prompt_logprobs,
+        prompt_logprobs, hidden_states,
     )  # fmt: skip
 
 

@@ -76,6 +76,12 @@ def build_engine(
     folder = model_folder(config)
     spec = read_spec(folder)
     max_model_len = context_length(spec, config.model.max_model_len)
+    kept_layers = config.hidden_states.layers
+    if max(kept_layers, default=0) >= spec.num_layers:
+        raise ConfigError(
+            f"hidden_states.layers: there is no layer {max(kept_layers)}; the model has {spec.num_layers}, "
+            "the first is 0"
+        )
     dtype, kv_dtype = plan_dtypes(config, spec, device.type)
     ops = select(device, TORCH_DTYPES[dtype], KV_DTYPES[kv_dtype], config.model.kernels)
     # Half the bytes, the same numbers: compiled kernels widen bfloat16 as they read it.
@@ -98,7 +104,7 @@ def build_engine(
             load_weights(model, folder, lambda done, total: progress("weights", done / total))
         if device.type == "cuda":
             progress("largest steps (the first time compiles kernels)", 0.0)
-            memory = profile_steps(model, layout, max_batched_tokens, max_running, max_model_len)
+            memory = profile_steps(model, layout, max_batched_tokens, max_running, max_model_len, kept_layers)
         available = psutil.virtual_memory().available // 4 if memory is None else memory.for_kv
         per_sequence = num_blocks_needed(groups, max_model_len, max_batched_tokens, layout.block_tokens)
         wanted = per_sequence * layout.block_bytes if config.kv.capacity == "auto" else config.kv.capacity
@@ -111,6 +117,7 @@ def build_engine(
         total = torch.cuda.get_device_properties(device).total_memory
         raise lacking(spec, layout, num_bytes(meta), memory, total) from None
     table, runner = None, Runner(model, cache.tensor, layer_groups(layout.num_layers, config.kv.layer_groups))
+    runner.kept_layers = kept_layers
     if device.type == "cuda" if overlap is None else overlap:
         # Outputs of one request may exceed the limit, when it is alone.
         num_rows, max_blocks = max_running + MAX_CHILDREN, -(-max_model_len // layout.block_tokens)

@@ -13,6 +13,7 @@ from collections.abc import Sequence as Several
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from ..core.messages import Child, SampledToken, TokenLogprobs
 from .allocator import Allocator
@@ -38,6 +39,8 @@ class Outcome(NamedTuple):
     not reach the sequence's last known token."""
     prompt_logprobs: list[TokenLogprobs]
     """Of the prompt tokens that follow the new ones, when the sequence asks for them."""
+    hidden_states: Tensor | None = None
+    """[tokens, layers, hidden] on the host, of those new tokens that are the prompt's, when the sequence asks."""
 
 
 class _Part(NamedTuple):
@@ -48,6 +51,7 @@ class _Part(NamedTuple):
     num_new: int
     num_draws: int
     wants_prompt: bool
+    num_states: int
 
 
 class Step(NamedTuple):
@@ -113,7 +117,7 @@ class Engine:
         Returns:
             tokens that need not be computed.
         """
-        if sequence.prompt_logprobs >= 0:  # every prompt token's logits are wanted
+        if sequence.prompt_logprobs >= 0 or sequence.hidden_states:  # something of every prompt token is wanted
             return 0
         return self._allocator.match(sequence)
 
@@ -200,7 +204,9 @@ class Engine:
             first = sequence.num_computed
             reached = first + num_new == sequence.num_expected
             wants_prompt = sequence.prompt_logprobs >= 0 and first + 1 < sequence.num_prompt_tokens
-            parts.append(_Part(sequence, first, num_new, len(sequence.children) if reached else 0, wants_prompt))
+            num_states = min(first + num_new, sequence.num_prompt_tokens) - first if sequence.hidden_states else 0
+            num_draws = len(sequence.children) if reached else 0
+            parts.append(_Part(sequence, first, num_new, num_draws, wants_prompt, max(num_states, 0)))
             sequence.num_computed += num_new
             sequence.last_step = number
             sequence.pending = reached
@@ -225,13 +231,18 @@ class Engine:
                 samples[draw] = SampledToken(tokens[draw], values)
         of_prompts = iter(prompt_logprobs)
         outcomes = []
-        start = 0
-        for sequence, first, num_new, num_draws, wants_prompt in step.parts:
+        states = step.results.hidden_states
+        start = state = 0
+        for sequence, first, num_new, num_draws, wants_prompt, num_states in step.parts:
             drawn = samples[start : start + num_draws] if num_draws else None
             start += num_draws
             if sequence.last_step == step.number:
                 sequence.pending = False
-            outcomes.append(Outcome(sequence, first, num_new, drawn, next(of_prompts) if wants_prompt else []))
+            logprobs_of = next(of_prompts) if wants_prompt else []
+            own = None
+            if states is not None and num_states:
+                own, state = states[state : state + num_states], state + num_states
+            outcomes.append(Outcome(sequence, first, num_new, drawn, logprobs_of, own))
         return outcomes
 
     def step(self, plan: Several[Work], publish: Callable[[int], None] | None = None) -> list[Outcome]:

@@ -40,7 +40,12 @@ class DeviceMemory(NamedTuple):
 
 
 def profile_steps(
-    model: Decoder, layout: KVLayout, max_batched_tokens: int, max_running: int, max_model_len: int
+    model: Decoder,
+    layout: KVLayout,
+    max_batched_tokens: int,
+    max_running: int,
+    max_model_len: int,
+    kept_layers: tuple[int, ...] = (),
 ) -> DeviceMemory:
     """Run the largest steps with a small cache, and see what they take. Blocks for seconds: kernels are compiled.
 
@@ -50,6 +55,7 @@ def profile_steps(
         max_batched_tokens: tokens of a step.
         max_running: sequences of a step.
         max_model_len: tokens of the longest sequence.
+        kept_layers: whose outputs are kept for those who ask.
 
     Raises:
         torch.OutOfMemoryError: not even these fit.
@@ -62,12 +68,15 @@ def profile_steps(
     lengths = [length] * (max_batched_tokens // length)
     num_blocks = len(model.groups) * max(sum(-(-(n + 1) // layout.block_tokens) for n in lengths), max_running)
     cache = KVCache(layout, num_blocks, model.device)
-    engine = Engine(Runner(model, cache.tensor, (0,)), cache, prefix_cache=False)
+    runner = Runner(model, cache.tensor, (0,))
+    runner.kept_layers = kept_layers
+    engine = Engine(runner, cache, prefix_cache=False)
     before = torch.cuda.memory_allocated(model.device)
+    sampling = Sampling(temperature=1.0, top_p=0.9)
     peak = 0
     for batch in (lengths, [1] * max_running):
         sequences = [
-            Sequence("profile", [0] * n, n, [Child(0, 0)], Sampling(temperature=1.0, top_p=0.9), root_hash("profile"))
+            Sequence("profile", [0] * n, n, [Child(0, 0)], sampling, root_hash("profile"), -1, bool(kept_layers))
             for n in batch
         ]
         for sequence in sequences:

@@ -105,6 +105,7 @@ def step_of(message: Compute) -> StepInput:
         [Fill(*fill) for fill in message.fills],
         [],
         [],
+        [],
     )
 
 

@@ -35,12 +35,23 @@ class Results:
         logits: [logits, vocabulary].
         started: recorded before the step, on a GPU.
         forward_s: time of the forward pass where the host has waited for it.
+        states: [tokens, layers, hidden], of the tokens whose hidden states are wanted.
+
+    Attributes:
+        hidden_states: the same on the host; complete when `wait` has returned.
     """
 
     def __init__(
-        self, tokens: Tensor, step: StepInput, logits: Tensor, started: torch.cuda.Event | None, forward_s: float
+        self,
+        tokens: Tensor,
+        step: StepInput,
+        logits: Tensor,
+        started: torch.cuda.Event | None,
+        forward_s: float,
+        states: Tensor | None = None,
     ) -> None:
         self.forward_s = forward_s
+        self.hidden_states = None if states is None else download(states)
         self._started = started
         self._tokens = download(tokens)
         self._logprobs: LogprobsOnTheWay | None = None
@@ -68,6 +79,21 @@ class Results:
         return self._tokens.tolist(), logprobs, [part.get() for part in self._prompt_logprobs]
 
 
+class _Kept:
+    """Outputs of some layers, of some rows."""
+
+    def __init__(self, layers: Several[int], ranges: Several[tuple[int, int]]) -> None:
+        self._outputs: dict[int, Tensor | None] = dict.fromkeys(layers)
+        self._ranges = ranges
+
+    def look(self, layer: int, x: Tensor, residual: Tensor) -> None:
+        if layer in self._outputs:
+            self._outputs[layer] = torch.cat([x[start:stop] + residual[start:stop] for start, stop in self._ranges])
+
+    def states(self) -> Tensor:
+        return torch.stack([output for output in self._outputs.values() if output is not None], dim=1)
+
+
 class Runner:
     """A model, its cache, and what the device keeps between steps. Owned by one thread.
 
@@ -80,6 +106,7 @@ class Runner:
         state: of the sequences that decode, where the host runs ahead of the device.
         graphs: for decode steps on a GPU.
         ranks: that compute the same steps on their parts of the model; told here.
+        kept_layers: whose outputs are kept for tokens whose hidden states are wanted.
     """
 
     def __init__(self, model: Decoder, cache: Tensor, layer_groups: Several[int]) -> None:
@@ -89,6 +116,7 @@ class Runner:
         self.state: RowState | None = None
         self.graphs: DecodeGraphs | None = None
         self.ranks: Ranks | None = None
+        self.kept_layers: tuple[int, ...] = ()
         self._counts = PenaltyCounts(model.spec.vocab_size, model.device)
 
     @torch.inference_mode()
@@ -100,7 +128,7 @@ class Runner:
             publish: called with a layer group's number as soon as its KV is computed or queued.
             eager: without CUDA graphs; they do not stop to publish.
         """
-        eager = eager or publish is not None
+        eager = eager or publish is not None or bool(step.hidden_states)
         if self.ranks is not None:
             self.ranks.compute(step, eager)
         started = None
@@ -108,15 +136,19 @@ class Runner:
             started = torch.cuda.Event(enable_timing=True)
             started.record()
         start_s = time.perf_counter()
+        states = None
         if self.graphs is not None and not eager and self.graphs.serves(step):
             logits, tokens = self._replay(self.graphs, step)
             forward_s = time.perf_counter() - start_s
         else:
             tensors = upload(step.arrays, self.model.device)
-            logits = self.model.forward(self._batch(step, tensors), self.cache, self.layer_groups, publish)
+            kept = _Kept(self.kept_layers, step.hidden_states) if step.hidden_states else None
+            look = None if kept is None else kept.look
+            logits = self.model.forward(self._batch(step, tensors), self.cache, self.layer_groups, publish, look)
+            states = None if kept is None else kept.states()
             forward_s = time.perf_counter() - start_s
             tokens = self._draw(logits, step, tensors)
-        return Results(tokens, step, logits, started, forward_s)
+        return Results(tokens, step, logits, started, forward_s, states)
 
     def copy_block(self, source: int, target: int) -> None:
         """Copy a block's KV, after the steps so far."""

@@ -22,6 +22,8 @@ class Sequence:
             several outputs, all.
         sampling: how.
         root: hash that starts the chain of block keys.
+        prompt_logprobs: alternatives to report for each prompt token; −1: no prompt log probabilities.
+        hidden_states: whether the hidden states of its prompt are wanted.
     """
 
     def __init__(
@@ -33,6 +35,7 @@ class Sequence:
         sampling: Sampling,
         root: BlockHash,
         prompt_logprobs: int = -1,
+        hidden_states: bool = False,
     ) -> None:
         self.request_id = request_id
         self.tokens = list(tokens)
@@ -40,6 +43,7 @@ class Sequence:
         self.children = children
         self.sampling = sampling
         self.prompt_logprobs = prompt_logprobs
+        self.hidden_states = hidden_states
         self.num_computed = 0
         """Tokens whose KV is in the blocks."""
         self.tables: list[list[int]] = [[]]

@@ -8,6 +8,7 @@ from ..core.errors import IllegalTransition
 from ..core.ids import TransferId
 from ..core.messages import TokenLogprobs
 from ..engine.sequence import Sequence
+from ..kv_transfer.hidden_states import Recording
 
 
 class JobState(enum.Enum):
@@ -43,6 +44,8 @@ class Job:
         self.state = JobState.QUEUED
         self.history = [f"{arrived_s:.6f} queued"]
         self.prompt_logprobs: list[TokenLogprobs] = []
+        self.recording: Recording | None = None
+        """Takes the prompt's hidden states."""
 
     def move(self, state: JobState, at_s: float) -> None:
         """Change state.

@@ -121,4 +121,6 @@ class PrefillScheduler:
         for jobs in (self._queued, self._running, self._held):
             jobs.pop(job.transfer, None)
         job.move(JobState.GONE, self._clock.monotonic_s())
+        if job.recording is not None:
+            job.recording.close()
         self._engine.free(job.sequence)

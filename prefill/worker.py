@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from ..core.clock import Clock
 from ..core.config import PrefillPool
-from ..core.errors import RequestError
+from ..core.errors import CapacityError, RequestError
 from ..core.hashing import root_hash
 from ..core.ids import PeerId, TransferId
 from ..core.log import RateLimited, RequestLog, logger
@@ -33,6 +33,7 @@ from ..engine.engine import Engine, Outcome, device_is_lost
 from ..engine.limits import check_prompt
 from ..engine.sequence import Sequence
 from ..kv_transfer.connector import Connector
+from ..kv_transfer.hidden_states import HiddenStateWriter, record
 from ..kv_transfer.lease import LeaseTable
 from .job import Job, JobState
 from .scheduler import PrefillScheduler
@@ -54,6 +55,7 @@ class PrefillWorker:
         clock: tells the time.
         metrics: counts.
         send: delivers a message to a peer; never blocks.
+        hidden_states: writes those of prompts; None: nobody may ask.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class PrefillWorker:
         clock: Clock,
         metrics: WorkerMetrics,
         send: Send,
+        hidden_states: HiddenStateWriter | None = None,
     ) -> None:
         self._engine = engine
         self._connector = connector
@@ -75,6 +78,7 @@ class PrefillWorker:
         self._clock = clock
         self._metrics = metrics
         self._send = send
+        self._hidden_states = hidden_states
         self._leases = LeaseTable(lease_s, clock)
         self._scheduler = PrefillScheduler(engine, pool.max_batched_tokens, pool.max_running, clock)
         self._prompt_tokens = 0
@@ -195,7 +199,8 @@ class PrefillWorker:
                 raise RequestError(
                     f"skip_tokens {message.skip_tokens} is before the last window, which begins at {window}"
                 )
-        except RequestError as error:
+            recording = record(self._hidden_states, message)
+        except (RequestError, CapacityError) as error:
             self._send(sender, PrefillFailed(message.number, FailureReason.PREFILL, error.message[:4000], error.status))
             return
         sequence = Sequence(
@@ -206,10 +211,13 @@ class PrefillWorker:
             message.sampling,
             root_hash(self._fingerprint, message.salt),
             message.prompt_logprobs,
+            recording is not None,
         )
         self._leases.grant(transfer)
         self._metrics.lease_events.labels("granted").inc()
-        self._scheduler.add(Job(transfer, sequence, message.skip_tokens, self._clock.monotonic_s()))
+        job = Job(transfer, sequence, message.skip_tokens, self._clock.monotonic_s())
+        job.recording = recording
+        self._scheduler.add(job)
         log.debug("queued: %d tokens, %d of them not needed", len(message.tokens), message.skip_tokens)
 
     def _accept(self, job: Job) -> None:
@@ -231,6 +239,8 @@ class PrefillWorker:
         self._metrics.prompt_tokens.inc(outcome.num_new)
         self._engine.commit(job.sequence)
         job.prompt_logprobs.extend(outcome.prompt_logprobs)
+        if job.recording is not None and outcome.hidden_states is not None:
+            job.recording.append(outcome.first, outcome.hidden_states)
         if outcome.samples is None:
             return
         samples: list[SampledToken] = [sample for sample in outcome.samples if sample is not None]

@@ -227,6 +227,7 @@ class Dispatcher:
                     prompt_logprobs=logprobs,
                     salt=live.salt,
                     prefill=placement.prefill,
+                    hidden_states=live.hidden_states,
                 ),
             )
         timer = self._homeless.pop(live, None)

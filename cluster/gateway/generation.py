@@ -14,6 +14,7 @@ from ...core.messages import Child, FinishReason, Stopping, TokenLogprobs
 from ...core.metrics import GatewayMetrics
 from ...core.randomness import child_seed
 from ...engine.limits import check_ids, check_prompt
+from ...kv_transfer.hidden_states import SUFFIX
 from .choice import Choice, Piece
 from .dispatcher import Dispatcher
 from .live import LiveRequest
@@ -30,13 +31,21 @@ class Model:
     """What the gateway knows of the served model."""
 
     def __init__(
-        self, name: str, tokenizer: Tokenizer | None, vocab_size: int, max_model_len: int, eos_ids: tuple[int, ...]
+        self,
+        name: str,
+        tokenizer: Tokenizer | None,
+        vocab_size: int,
+        max_model_len: int,
+        eos_ids: tuple[int, ...],
+        hidden_states: bool = False,
     ) -> None:
         self.name = name
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
         self.max_model_len = max_model_len
         self.eos_ids = eos_ids
+        self.hidden_states = hidden_states
+        """Whether workers write them."""
 
     def require_tokenizer(self, param: str) -> Tokenizer:
         """The tokenizer, for a request that needs text.
@@ -104,6 +113,12 @@ class Generation:
         for tokens in prompts:
             self._check(tokens)
         body = self._body
+        if body.return_hidden_states and not self._model.hidden_states:
+            raise RequestError(
+                "this server writes no hidden states",
+                fix="hidden_states.folder and hidden_states.layers turn it on",
+                param="return_hidden_states",
+            )
         seed = secrets.randbits(63) if body.seed is None else body.seed & _SEED_MASK
         for number, tokens in enumerate(prompts):
             request_id = self._id if len(prompts) == 1 else f"{self._id}-{number}"
@@ -118,6 +133,7 @@ class Generation:
                 self._logprobs_wanted() if self._echo else -1,
                 body.cache_salt or "",
                 timeline,
+                secrets.token_hex(16) if body.return_hidden_states else "",
             )
             for index in range(self._n):
                 self._choices[number * self._n + index] = Choice(self._model.tokenizer, tokens, body.stops)
@@ -180,7 +196,8 @@ class Generation:
                 shown = [*live.tokens, *shown] if live.prompt_logprobs else shown
             listed = self._responses.logprobs(shown, values, 0)
             text = prompt_text + "".join(texts[index])
-            choices.append(self._responses.choice(index, text, choice.finish, listed, tokens[index]))
+            body = self._responses.choice(index, text, choice.finish, listed, tokens[index])
+            choices.append(body | _hidden_states(live))
         return self._responses.whole(choices, self._usage())
 
     async def events(self) -> AsyncIterator[bytes]:
@@ -345,6 +362,8 @@ class Generation:
             offset += len(prompt_text)
         listed = self._responses.logprobs(tokens, values, offset)
         part = self._responses.part(index, piece, listed, first=first)
+        if first:
+            part |= _hidden_states(live)
         return self._responses.chunk([part], None, with_usage=with_usage)
 
     def _prompt_text(self, live: LiveRequest) -> str:
@@ -360,3 +379,7 @@ class Generation:
             "total_tokens": prompt + output,
             "prompt_tokens_details": {"cached_tokens": cached},
         }
+
+
+def _hidden_states(live: LiveRequest) -> dict[str, str]:
+    return {"hidden_states": live.hidden_states + SUFFIX} if live.hidden_states else {}

@@ -53,6 +53,7 @@ class LiveRequest:
         stopping: when an output ends.
         prompt_logprobs: alternatives wanted for each prompt token, or −1.
         salt: of the prefix cache.
+        hidden_states: name of the file for the prompt's hidden states, without a suffix; "" for none.
         timeline: where its stages are kept.
     """
 
@@ -66,6 +67,7 @@ class LiveRequest:
         prompt_logprobs: int,
         salt: str,
         timeline: Timeline,
+        hidden_states: str = "",
     ) -> None:
         self.request_id = request_id
         self.tokens = tokens
@@ -75,6 +77,7 @@ class LiveRequest:
         self.wants_prompt_logprobs = prompt_logprobs
         self.prompt_logprobs: list[TokenLogprobs | None] = [None] * len(tokens) if prompt_logprobs >= 0 else []
         self.salt = salt
+        self.hidden_states = hidden_states
         self.timeline = timeline
         self.log = RequestLog(request_id)
         self.attempts: dict[int, Attempt] = {}

@@ -51,7 +51,8 @@ def load_model(config: Config) -> Model:
         tokenizer = None
     eos_ids = spec.eos_ids or ((tokenizer.eos_id,) if tokenizer and tokenizer.eos_id is not None else ())
     max_model_len = context_length(spec, config.model.max_model_len)
-    return Model(model_name(config), tokenizer, spec.vocab_size, max_model_len, eos_ids)
+    hidden_states = config.hidden_states.folder is not None
+    return Model(model_name(config), tokenizer, spec.vocab_size, max_model_len, eos_ids, hidden_states)
 
 
 class GatewayRuntime:

@@ -56,6 +56,8 @@ class GenerationBody(_Body):
     return_token_ids: bool | None = None
     cache_salt: str | None = Field(default=None, max_length=128)
     """Requests share cached KV only under equal salts."""
+    return_hidden_states: bool | None = None
+    """Write the prompt's hidden states to a file on the server, and name it in each choice."""
     # Accepted, without effect on the output.
     user: str | None = Field(default=None, max_length=1024)
     metadata: dict[str, str] | None = None

@@ -195,13 +195,23 @@ class Decoder:
         self._cos_sin = table.to(device)
         self._decode_layers = self._prepare()
 
-    def _run_layers(self, x: Tensor, batch: Batch, cache: Tensor, done: Callable[[int], None]) -> tuple[Tensor, Tensor]:
-        if self._decode_layers and self.ops.decode_layers is not None and batch.groups[0].spans is None:
+    def _run_layers(
+        self,
+        x: Tensor,
+        batch: Batch,
+        cache: Tensor,
+        done: Callable[[int], None],
+        look: Callable[[int, Tensor, Tensor], None] | None,
+    ) -> tuple[Tensor, Tensor]:
+        at_once = batch.groups[0].spans is None and look is None
+        if at_once and self._decode_layers and self.ops.decode_layers is not None:
             rows = [Rows(batch.positions, own.slots, own.block_tables, batch.context_lens) for own in batch.groups]
             return self.ops.decode_layers(x, self._decode_layers, rows, cache, self._cos_sin, done)
         residual: Tensor | None = None
         for layer in self.layers:
             x, residual = layer(x, residual, batch, cache, self._cos_sin, self.ops)
+            if look is not None:
+                look(layer.index, x, residual)
             done(layer.index)
         assert residual is not None
         return x, residual
@@ -220,6 +230,7 @@ class Decoder:
         cache: Tensor,
         groups: Sequence[int] = (),
         publish: Callable[[int], None] | None = None,
+        look: Callable[[int, Tensor, Tensor], None] | None = None,
     ) -> Tensor:
         """Compute a batch, writing its KV.
 
@@ -229,6 +240,8 @@ class Decoder:
             groups: first place of each layer group.
             publish: called with a layer group's number when the KV of its places, in all KV groups' blocks, is in the
                 cache; in order.
+            look: called after each layer with its number and two tensors [tokens, hidden] that are overwritten later,
+                whose sum is the layer's output.
 
         Returns:
             logits [wanted rows, vocabulary], in the model's dtype; the same on all ranks.
@@ -245,7 +258,7 @@ class Decoder:
                         publish(number)
 
         x = self.embedding[batch.tokens].to(self.dtype)
-        x, residual = self._run_layers(x, batch, cache, done)
+        x, residual = self._run_layers(x, batch, cache, done, look)
         if batch.logit_rows is not None:
             x, residual = x[batch.logit_rows], residual[batch.logit_rows]
         x, _ = self.ops.rms_norm(x, residual, self.norm, self.spec.norm_eps)

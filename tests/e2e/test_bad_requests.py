@@ -47,6 +47,7 @@ def wrong_bodies() -> list[tuple[str, bytes]]:
         "ignore_eos": ["no", 0],
         "return_token_ids": [1, "x"],
         "cache_salt": ["x" * 129, 5, ["a"]],
+        "return_hidden_states": [True, "/tmp/x", {"path": "/tmp/x"}],
         "prompt_cache_key": [5],
         "store": ["x"],
         "service_tier": [1],

@@ -31,6 +31,7 @@ from tandem.core.metrics import WorkerMetrics
 from tandem.decode.worker import DecodeWorker
 from tandem.engine.build import Built, build_engine
 from tandem.kv_transfer.connector import Connector
+from tandem.kv_transfer.hidden_states import open_writer
 from tandem.kv_transfer.transports.inproc import InprocTransport
 from tandem.prefill.worker import PrefillWorker
 
@@ -69,7 +70,8 @@ class Node:
         )
         self.engine = built.engine
         self.transport = InprocTransport(lambda: None)
-        cache = self.engine.cache
+        cache, model = self.engine.cache, self.engine.model
+        self.writer = open_writer(config.hidden_states, model.spec.hidden, model.dtype, self.metrics)
         self.connector = Connector(
             peer, built.fingerprint, cache.layout, self.engine.runner.layer_groups, cache.blocks, cache.generations_buffer,
             {"inproc": self.transport}, "auto", config.kv.lease_s, pair.clock, self.metrics,
@@ -82,12 +84,12 @@ class Node:
         if isinstance(pool, PrefillPool):
             self.worker = PrefillWorker(
                 self.engine, self.connector, pool, built.fingerprint, config.kv.lease_s, built.max_model_len,
-                pair.clock, self.metrics, send,
+                pair.clock, self.metrics, send, self.writer,
             )  # fmt: skip
         else:
             self.worker = DecodeWorker(
                 self.engine, self.connector, pool, config, built.fingerprint, built.max_model_len, pair.clock,
-                self.metrics, send,
+                self.metrics, send, self.writer,
             )  # fmt: skip
 
     def check_idle(self) -> None:
@@ -157,6 +159,7 @@ class Pair:
         num_prompt_tokens: int | None = None,
         salt: str = "",
         prefill: str | None = None,
+        hidden_states: str = "",
     ) -> int:
         """Send a request; returns its ticket."""
         self._ticket += 1
@@ -166,6 +169,7 @@ class Pair:
         request = Generate(
             self._ticket, f"r{self._ticket}", tokens, num_prompt_tokens or len(tokens), children, sampling,
             Stopping(max_tokens, stop_ids or []), prompt_logprobs, salt, peer,
+            hidden_states,
         )  # fmt: skip
         self.post(GATEWAY, self.decode.peer, request)
         return self._ticket

@@ -52,7 +52,7 @@ def test_an_unknown_key_in_a_pool(tmp_path: Path) -> None:
 
 
 def test_a_key_without_a_neighbour_lists_what_is_known(tmp_path: Path) -> None:
-    assert "known here: model, pools, kv, routing, gateway, log" in complaint(tmp_path, "zzz: 1\n")
+    assert "known here: model, pools, kv, routing, gateway, hidden_states, log" in complaint(tmp_path, "zzz: 1\n")
 
 
 def test_every_mistake_is_told_at_once(tmp_path: Path) -> None:
