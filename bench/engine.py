@@ -25,6 +25,7 @@ from ..core.hashing import root_hash
 from ..core.messages import Child, Generate, Message, Refused, Sampling, Stopping, Update
 from ..core.metrics import WorkerMetrics
 from ..decode.worker import DecodeWorker
+from ..engine.allocator import num_blocks_needed
 from ..engine.batch import Work
 from ..engine.build import warm_up
 from ..engine.engine import Engine
@@ -32,7 +33,6 @@ from ..engine.ranks import build_on_ranks
 from ..engine.sequence import Sequence
 from ..kv_transfer.connector import Connector
 from ..kv_transfer.ends import End
-from ..kv_transfer.layout import one_group
 from . import floor
 from .machine import describe
 from .step_profile import profile_steps
@@ -143,7 +143,8 @@ class EngineBench:
         }
         for row in rows:
             length = row.context + 1 + (_DECODE_TOKENS if row.kind == "decode" else 0)
-            blocks = row.batch * -(-length // self._engine.block_tokens)
+            chunk, block_tokens = self._pool.max_batched_tokens, self._engine.block_tokens
+            blocks = row.batch * num_blocks_needed(self._engine.groups, length, chunk, block_tokens)
             record: dict[str, Any] = row._asdict()
             if row.kind == "mixed":
                 length, blocks = 2 * row.context, 0
@@ -252,7 +253,7 @@ class EngineBench:
         metrics, clock = WorkerMetrics(CollectorRegistry()), SystemClock()
         layout = cache.layout
         connector = Connector(
-            "colocated-0#1", self._fingerprint, layout, one_group(layout.num_layers), self._engine.runner.layer_groups,
+            "colocated-0#1", self._fingerprint, layout, self._engine.groups, self._engine.runner.layer_groups,
             [End(range(layout.num_kv_heads), {})], kv.transport, kv.lease_s, clock, metrics,
         )  # fmt: skip
         worker = DecodeWorker(

@@ -33,7 +33,7 @@ from ..engine.ranks import Ranks, build_on_ranks
 from ..kv_transfer.connector import Connector
 from ..kv_transfer.ends import End, host_end, open_transports
 from ..kv_transfer.hidden_states import open_writer
-from ..kv_transfer.layout import layer_groups, one_group
+from ..kv_transfer.layout import layer_groups
 from ..prefill.worker import PrefillWorker
 from .mesh import Mesh
 
@@ -245,7 +245,7 @@ class WorkerRuntime:
             self.peer,
             fingerprint,
             layout,
-            one_group(layout.num_layers),
+            engine.groups,
             layer_groups(layout.num_layers, kv.layer_groups),
             self._ends(engine),
             kv.transport,

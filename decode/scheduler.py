@@ -23,8 +23,9 @@ class DecodeScheduler:
     """The streams of a worker. Owned by the engine thread; nothing blocks.
 
     A waiting stream is admitted when there are blocks for all its known tokens, and a spare block for each stream
-    that already runs. When a running stream needs a block and none is free, the youngest stream gives its blocks up
-    and waits again: the oldest always moves on.
+    that already runs; where layers see a window, they need blocks for a window and a chunk alone. When a running stream
+    needs a block and none is free, or no prompt can go on, the youngest stream gives its blocks up and waits again: the
+    oldest always moves on.
 
     Args:
         engine: whose blocks are given out.
@@ -96,8 +97,8 @@ class DecodeScheduler:
         Prompts that are computed here start when they would take part in the next step, not sooner: what a step
         computes, later streams with the same prefix find in the cache.
 
-        Each comes with blocks for all its tokens, matched against the prefix cache, and must be given to `load`,
-        `prefill` or `end` before the next is asked for.
+        Each comes with blocks to compute all its tokens with, matched against the prefix cache, and must be given to
+        `load`, `prefill` or `end` before the next is asked for.
         """
         while self._waiting and self.num_prefilling_tokens < self._max_batched_tokens:
             stream = self._waiting[0]
@@ -108,9 +109,7 @@ class DecodeScheduler:
                 return
             # The cached part first: what is left of the pool then tells how much can be allocated.
             self._engine.match_prefix(sequence)
-            lacking = -(-sequence.num_tokens // self._engine.block_tokens) - len(sequence.blocks)
-            spare = len(self._running)
-            if lacking + spare > self._engine.pool.num_free or not self._engine.reserve(sequence, sequence.num_tokens):
+            if not self._engine.reserve_prompt(sequence, len(self._running) * len(self._engine.groups)):
                 self._engine.free(sequence)
                 return
             del self._waiting[0]
@@ -119,6 +118,7 @@ class DecodeScheduler:
     def load(self, stream: Stream) -> None:
         """A stream's prompt comes from a prefill worker."""
         self._prefilling.pop(id(stream), None)
+        self._engine.expect(stream.sequence)
         stream.move(StreamState.LOADING, self._clock.monotonic_s())
         self._loading[id(stream)] = stream
 
@@ -173,15 +173,23 @@ class DecodeScheduler:
                 if in_flight:
                     return None
                 preempted.append(self._preempt())
-        room = self._max_batched_tokens - len(works)
+        prompts = self._plan_prompts(self._max_batched_tokens - len(works))
+        while not (works or prompts or in_flight) and len(self._prefilling) > 1:
+            preempted.append(self._preempt())
+            prompts = self._plan_prompts(self._max_batched_tokens)
+        return Plan(works + prompts, preempted)
+
+    def _plan_prompts(self, room: int) -> list[Work]:
+        works = []
         for stream in sorted(self._prefilling.values(), key=lambda s: s.order):
             if room <= 0:
                 break
             num_new = min(room, stream.sequence.num_tokens - stream.sequence.num_computed)
+            num_new = self._engine.room(stream.sequence, num_new)
             if num_new:
                 works.append(Work(stream.sequence, num_new))
                 room -= num_new
-        return Plan(works, preempted)
+        return works
 
     def _preempt(self) -> Stream:
         """Send the youngest stream that holds blocks back to the queue; no step is in flight. A loading one is left

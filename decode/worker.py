@@ -176,9 +176,8 @@ class DecodeWorker:
         if key in self._streams:
             _log.warning("twice", "%s sent ticket %d twice; the second is ignored", *key)
             return
-        capacity = self._engine.pool.num_blocks * self._engine.block_tokens
         try:
-            check_prompt(message.tokens, self._engine.model.spec.vocab_size, min(self._max_model_len, capacity))
+            check_prompt(message.tokens, self._engine.model.spec.vocab_size, self._max_model_len)
             if message.num_prompt_tokens > len(message.tokens):
                 raise RequestError("num_prompt_tokens is larger than the number of tokens")
         except RequestError as error:
@@ -262,7 +261,7 @@ class DecodeWorker:
     def _prefill_peer(self, stream: Stream, avoid: PeerId = "") -> PeerId:
         """The prefill peer for a stream: the one that the gateway chose, or another; "" when there is none."""
         wanted = stream.request.prefill
-        if not wanted:
+        if not wanted or len(self._engine.groups) > 1:  # a handoff carries one KV group
             return ""
         if wanted != avoid and self._connector.connected(wanted):
             return wanted
@@ -481,7 +480,7 @@ class DecodeWorker:
         other = self._new_stream(stream.gateway, stream.request, fork)
         other.begun = True
         self._streams[stream.key].append(other)
-        if fork.blocks:
+        if fork.num_computed:
             self._scheduler.run(other)
         else:
             self._scheduler.add(other)

@@ -15,6 +15,17 @@ from .row_state import RowTable
 from .sequence import Sequence
 
 
+class GroupBlocks(NamedTuple):
+    """Where the KV of a batch lies, in the blocks of one KV group."""
+
+    slots: Tensor
+    """[tokens] int64: where each token's KV goes."""
+    block_tables: Tensor
+    """[num_single, blocks] int64; entries of dead blocks are not read."""
+    spans: Spans | None
+    """Further rows: several new tokens of a sequence each."""
+
+
 class Batch(NamedTuple):
     """Tokens to compute. Sequences with one new token come first."""
 
@@ -22,16 +33,12 @@ class Batch(NamedTuple):
     """[tokens] int64."""
     positions: Tensor
     """[tokens] int64."""
-    slots: Tensor
-    """[tokens] int64: where each token's KV goes."""
     num_single: int
     """How many of the first rows are sequences with one new token and a context."""
-    block_tables: Tensor
-    """[num_single, blocks] int64."""
     context_lens: Tensor
     """[num_single] int64."""
-    spans: Spans | None
-    """Further rows: several new tokens of a sequence each."""
+    groups: tuple[GroupBlocks, ...]
+    """For each KV group."""
     logit_rows: Tensor | None
     """[rows] int64: which rows' logits are wanted; None: all."""
 
@@ -56,11 +63,12 @@ class StepInput(NamedTuple):
 
     ``arrays``, int64 unless said otherwise; *draws* are the tokens to sample:
 
-    - tokens (negative: the last one sampled for the sequence's row), positions, slots: [tokens]
-    - rows: [num_single], of the state that the device keeps; where it keeps none, block_tables [num_single, blocks] and
-      context_lens [num_single] instead
+    - tokens (negative: the last one sampled for the sequence's row), positions: [tokens]
+    - slots: [KV groups, tokens]
+    - rows: [num_single], of the state that the device keeps; where it keeps none, block_tables [KV groups, num_single,
+      blocks] and context_lens [num_single] instead
     - table_places, table_blocks: entries of that state's flattened block tables that it does not have yet
-    - span_table [spans, 4], span_blocks: see `Spans`
+    - span_table [spans, 4], span_blocks [KV groups, entries]: see `Spans`
     - logit_rows: [logits]
     - draw_logits: [draws], which of the logits each is drawn from; not there: each from its own
     - draw_rows: [draws], the row of the state that takes the token
@@ -88,22 +96,26 @@ class StepInput(NamedTuple):
         return "span_table" not in self.arrays and len(self.arrays["logit_rows"]) == self.num_single == self.num_draws
 
 
-def lay_out(plan: Several[Work], block_tokens: int, table: RowTable | None, slots: PenaltySlots) -> StepInput:
+def lay_out(
+    plan: Several[Work], block_tokens: int, table: RowTable | None, slots: PenaltySlots, num_groups: int = 1
+) -> StepInput:
     """Lay a plan out.
 
     Args:
         plan: sequences with one new token first, then those with more.
         block_tokens: tokens a block.
+        num_groups: KV groups of the model.
         table: which rows of the device's state the sequences have; None: it keeps none.
         slots: which counts they have, those with penalties.
     """
     tokens: list[int] = []
     positions: list[int] = []
-    kv_slots: list[int] = []
+    every_group = range(num_groups)
+    kv_slots: list[list[int]] = [[] for _ in every_group]
     logit_rows: list[int] = []
     single: list[Sequence] = []
     spans: list[tuple[int, int, int, int]] = []
-    span_blocks: list[np.ndarray] = []
+    span_blocks: list[list[np.ndarray]] = [[] for _ in every_group]
     num_blocks = 0
     draws = Draws(slots)
     prompt_logprobs: list[PromptRange] = []
@@ -118,16 +130,20 @@ def lay_out(plan: Several[Work], block_tokens: int, table: RowTable | None, slot
             known = sequence.tokens
             tokens.append(known[first] if first < len(known) else ~sequence.row)
             positions.append(first)
-            kv_slots.append(sequence.blocks[first // block_tokens] * block_tokens + first % block_tokens)
+            for group in every_group:
+                block = sequence.tables[group][first // block_tokens]
+                kv_slots[group].append(block * block_tokens + first % block_tokens)
         else:
-            blocks = sequence.block_table[: -(-last // block_tokens)]
+            used = -(-last // block_tokens)
             spans.append((len(tokens), num_new, last, num_blocks))
-            span_blocks.append(blocks)
-            num_blocks += len(blocks)
+            num_blocks += used
             tokens.extend(sequence.tokens[first:last])
             position = np.arange(first, last)
             positions.extend(range(first, last))
-            kv_slots.extend((blocks[position // block_tokens] * block_tokens + position % block_tokens).tolist())
+            for group, array in enumerate(sequence.arrays):
+                span_blocks[group].append(array[:used])
+                places = array[position // block_tokens] * block_tokens + position % block_tokens
+                kv_slots[group].extend(places.tolist())
         if sequence.hidden_states and first < sequence.num_prompt_tokens:
             start = len(tokens) - num_new
             hidden_states.append((start, start + min(last, sequence.num_prompt_tokens) - first))
@@ -150,9 +166,9 @@ def lay_out(plan: Several[Work], block_tokens: int, table: RowTable | None, slot
     }
     if spans:
         arrays["span_table"] = np.array(spans, np.int64)
-        arrays["span_blocks"] = np.concatenate(span_blocks)
+        arrays["span_blocks"] = np.stack([np.concatenate(blocks) for blocks in span_blocks])
     if table is None:
-        arrays |= _block_tables(single, block_tokens)
+        arrays |= _block_tables(single, block_tokens, num_groups)
     else:
         arrays |= table.arrays(single, block_tokens)
         arrays["draw_rows"] = np.array(draws.rows(table.spare), np.int64)
@@ -162,10 +178,11 @@ def lay_out(plan: Several[Work], block_tokens: int, table: RowTable | None, slot
     )  # fmt: skip
 
 
-def _block_tables(single: Several[Sequence], block_tokens: int) -> dict[str, np.ndarray]:
+def _block_tables(single: Several[Sequence], block_tokens: int, num_groups: int) -> dict[str, np.ndarray]:
     lengths = [sequence.num_computed + 1 for sequence in single]
-    tables = np.zeros((len(single), -(-max(lengths, default=0) // block_tokens)), np.int64)
-    for row, sequence, length in zip(tables, single, lengths, strict=True):
-        used = -(-length // block_tokens)
-        row[:used] = sequence.block_table[:used]
+    tables = np.zeros((num_groups, len(single), -(-max(lengths, default=0) // block_tokens)), np.int64)
+    for group, rows in enumerate(tables):
+        for row, sequence, length in zip(rows, single, lengths, strict=True):
+            used = -(-length // block_tokens)
+            row[:used] = sequence.arrays[group][:used]
     return {"block_tables": tables, "context_lens": np.array(lengths, np.int64)}

@@ -57,6 +57,10 @@ class BlockPool:
                 blocks.append(block)
         return blocks
 
+    def find(self, key: BlockHash) -> int | None:
+        """The block that holds the prefix's end that ``key`` names, if one does. Takes no reference, as `match`."""
+        return self._by_key.get(key)
+
     def acquire(self, blocks: Iterable[int]) -> None:
         """Take a reference to each block."""
         for block in blocks:
@@ -104,9 +108,12 @@ class BlockPool:
             self._by_key[key] = block
 
     def uncache(self, blocks: Iterable[int]) -> None:
-        """Make used blocks unfindable: their content is not to be trusted."""
+        """Make blocks unfindable: their content is not to be trusted."""
         for block in blocks:
             self._forget(block)
+            if block in self._cached:
+                del self._cached[block]
+                self._empty.append(block)
 
     def generations_of(self, blocks: Sequence[int]) -> list[int]:
         """Present generation of each block."""

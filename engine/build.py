@@ -19,7 +19,8 @@ from ..kernels.linear import MAX_COMPILED_WEIGHTS
 from ..kernels.moe import MAX_COMPILED_EXPERT
 from ..kernels.oracle import FUSED, NATIVE, recordable, select
 from ..kernels.prefill_attention import prepare
-from ..kv_transfer.layout import KVLayout, layer_groups
+from ..kv_transfer.layout import KVLayout, group_layers, layer_groups
+from .allocator import num_blocks_needed
 from .batch import Work
 from .engine import Engine
 from .graphs import DecodeGraphs
@@ -63,7 +64,8 @@ def build_engine(
         max_running: sequences at a time, for the cache's size.
         device: where to compute.
         progress: told what happens.
-        max_batched_tokens: tokens of a step; on a GPU the cache leaves room for such a step.
+        max_batched_tokens: tokens of a step; KV groups with a window keep room for as many, and a GPU's memory for such
+            a step.
         overlap: whether the host runs a step ahead of the device. Default: on a GPU.
         group: the ranks that share the model.
         agree: makes of the blocks that this rank has room for those that all have.
@@ -85,8 +87,9 @@ def build_engine(
     # Half the bytes, the same numbers: compiled kernels widen bfloat16 as they read it.
     halved = config.model.dtype == "auto" and spec.dtype == "bfloat16" and ops is NATIVE and _all_compiled(spec)
     matrix_dtype = torch.bfloat16 if halved else None
+    groups = group_layers(spec.windows)
     layout = KVLayout(
-        num_layers=spec.num_layers,
+        num_layers=max(len(group.layers) for group in groups),
         num_kv_heads=local_kv_heads(spec, group.size),
         head_dim=spec.head_dim,
         block_tokens=config.kv.block_tokens,
@@ -103,26 +106,26 @@ def build_engine(
             progress("largest steps (the first time compiles kernels)", 0.0)
             memory = profile_steps(model, layout, max_batched_tokens, max_running, max_model_len, kept_layers)
         available = psutil.virtual_memory().available // 4 if memory is None else memory.for_kv
-        smallest = -(-max_model_len // layout.block_tokens) * layout.block_bytes
-        wanted = smallest if config.kv.capacity == "auto" else config.kv.capacity
+        per_sequence = num_blocks_needed(groups, max_model_len, max_batched_tokens, layout.block_tokens)
+        wanted = per_sequence * layout.block_bytes if config.kv.capacity == "auto" else config.kv.capacity
         if memory is not None and wanted > available:
             raise torch.OutOfMemoryError
-        num_blocks = plan_num_blocks(layout, config.kv.capacity, max_running, max_model_len, available)
+        num_blocks = plan_num_blocks(layout, per_sequence, config.kv.capacity, max_running, max_model_len, available)
         cache = KVCache(layout, agree(num_blocks), device)
     except torch.OutOfMemoryError:
         meta = Decoder(spec, 16, TORCH_DTYPES[dtype], torch.device("meta"), ops, matrix_dtype, group)
         total = torch.cuda.get_device_properties(device).total_memory
         raise lacking(spec, layout, num_bytes(meta), memory, total) from None
-    table, runner = None, Runner(model, cache.tensor, layer_groups(spec.num_layers, config.kv.layer_groups))
+    table, runner = None, Runner(model, cache.tensor, layer_groups(layout.num_layers, config.kv.layer_groups))
     runner.kept_layers = kept_layers
     if device.type == "cuda" if overlap is None else overlap:
         # Outputs of one request may exceed the limit, when it is alone.
         num_rows, max_blocks = max_running + MAX_CHILDREN, -(-max_model_len // layout.block_tokens)
-        table = RowTable(num_rows, max_blocks)
-        runner.state = RowState(num_rows, max_blocks, layout.block_tokens, device, ops)
+        table = RowTable(num_rows, max_blocks, len(groups))
+        runner.state = RowState(num_rows, max_blocks, layout.block_tokens, device, ops, len(groups))
         if device.type == "cuda" and recordable(ops):
             runner.graphs = DecodeGraphs(model, cache.tensor, runner.state, max_running, table.spare)
-    engine = Engine(runner, cache, config.kv.prefix_cache, table)
+    engine = Engine(runner, cache, config.kv.prefix_cache, table, max_batched_tokens)
     return Built(engine, fingerprint(folder, config.model.load, dtype, config.model.seed), max_model_len)
 
 
@@ -167,7 +170,7 @@ def warm_up(engine: Engine, max_batched_tokens: int, progress: Progress) -> None
     cache."""
     root = root_hash("warm-up")
     vocab = engine.model.spec.vocab_size
-    prompt = min(max_batched_tokens, engine.cache.num_blocks * engine.block_tokens // 4, 256)
+    prompt = min(max_batched_tokens, engine.cache.num_blocks * engine.block_tokens // len(engine.groups) // 4, 256)
     # One and several sequences, few tokens and many, new prompts beside sequences that decode.
     lengths = (prompt, 1, 5, 64, 5)
     batch: list[Sequence] = []

@@ -8,7 +8,6 @@ the tokens of the first. A sequence whose newest token is not known yet is *pend
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Several
 from typing import NamedTuple
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..core.messages import Child, SampledToken, TokenLogprobs
+from .allocator import Allocator
 from .batch import Work, lay_out
 from .block_pool import BlockPool
 from .kv_cache import KVCache
@@ -76,22 +76,30 @@ class Engine:
         cache: memory for KV.
         prefix_cache: whether equal prefixes share blocks.
         rows: of the device's state; None: a step's tokens must be known before the next is submitted.
+        max_chunk: tokens of the largest part of a prompt that is computed at once.
+
+    Attributes:
+        groups: of the model's layers; a sequence has a block table for each.
     """
 
-    def __init__(self, runner: Runner, cache: KVCache, prefix_cache: bool, rows: RowTable | None = None) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        cache: KVCache,
+        prefix_cache: bool,
+        rows: RowTable | None = None,
+        max_chunk: int = 2048,
+    ) -> None:
         self.runner = runner
         self.cache = cache
+        self.groups = runner.model.groups
         self.pool = BlockPool(cache.num_blocks, cache.generations, prefix_cache)
         self.block_tokens = cache.layout.block_tokens
+        self._allocator = Allocator(self.pool, self.groups, self.block_tokens, max_chunk)
         self.forward_s = 0.0
         """Time of the forward pass of the step that was collected last; on a GPU, of all its work."""
         self._rows = rows
         self._penalty_slots = PenaltySlots()
-        self._num_submitted = 0
-        self._num_collected = 0
-        # Blocks that steps in flight still write to, with the newest such step: nobody else may get them, as transports
-        # do not wait for the device.
-        self._written: deque[tuple[int, list[int]]] = deque()
 
     @property
     def model(self) -> Decoder:
@@ -111,24 +119,35 @@ class Engine:
         """
         if sequence.prompt_logprobs >= 0 or sequence.hidden_states:  # something of every prompt token is wanted
             return 0
-        whole = (sequence.num_tokens - 1) // self.block_tokens
-        blocks = self.pool.match(sequence.keys(whole, self.block_tokens))
-        self.pool.acquire(blocks)
-        sequence.add_blocks(blocks)
-        sequence.num_computed = len(blocks) * self.block_tokens
-        sequence.num_committed = len(blocks)
-        return sequence.num_computed
+        return self._allocator.match(sequence)
 
-    def reserve(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Give a sequence blocks for ``num_tokens`` tokens in all; False, and nothing, when there are not enough."""
-        lacking = -(-num_tokens // self.block_tokens) - len(sequence.blocks)
-        if lacking <= 0:
+    def reserve(self, sequence: Sequence, num_tokens: int, first_token: int | None = None) -> bool:
+        """Give a sequence blocks for ``num_tokens`` tokens in all; False, and nothing, when there are not enough.
+
+        Groups with a window give dead blocks back meanwhile. With ``first_token`` they get blocks for what the token at
+        that position and later ones see, and for nothing before: earlier tokens are computed elsewhere.
+        """
+        if first_token is None and num_tokens <= sequence.num_reserved:
             return True
-        blocks = self.pool.allocate(lacking)
-        if blocks is None:
-            return False
-        sequence.add_blocks(blocks)
-        return True
+        return self._allocator.reserve(sequence, num_tokens, first_token)
+
+    def reserve_prompt(self, sequence: Sequence, spare: int = 0, *, announced: bool = False) -> bool:
+        """Give a sequence all blocks with which its tokens can be computed without waiting for others; False, and
+        nothing, when there are not enough, or fewer than ``spare`` would be left. See `Allocator.reserve_prompt`."""
+        return self._allocator.reserve_prompt(sequence, spare, announced=announced)
+
+    def expect(self, sequence: Sequence) -> None:
+        """The KV of a sequence that has a prompt's blocks comes from elsewhere: groups with a window need the last
+        window's alone."""
+        self._allocator.expect(sequence)
+
+    def room(self, sequence: Sequence, num_new: int) -> int:
+        """For how many of the next ``num_new`` tokens of a prompt there are blocks now."""
+        return self._allocator.room(sequence, num_new)
+
+    def trim(self, sequence: Sequence) -> None:
+        """Take the blocks back that no token to come sees."""
+        self._allocator.trim(sequence)
 
     def free(self, sequence: Sequence) -> None:
         """Take a sequence's blocks back; what it computed stays in the prefix cache until the blocks are reused."""
@@ -137,33 +156,24 @@ class Engine:
 
     def discard(self, sequence: Sequence) -> None:
         """Take a sequence's blocks back, and let nobody find what it computed: it went wrong."""
-        self.pool.uncache(sequence.blocks)
+        self._allocator.uncache(sequence)
         self._release(sequence)
 
     def commit(self, sequence: Sequence) -> None:
         """Offer a sequence's full blocks to the prefix cache. A step in flight may still have to fill them: whoever
         finds them computes later."""
-        full = min(sequence.num_computed, sequence.num_tokens) // self.block_tokens
-        if full > sequence.num_committed:
-            keys = sequence.keys(full, self.block_tokens)
-            for index in range(sequence.num_committed, full):
-                self.pool.commit(sequence.blocks[index], keys[index])
-            sequence.num_committed = full
+        if min(sequence.num_computed, sequence.num_tokens) // self.block_tokens > sequence.num_committed:
+            self._allocator.commit(sequence)
 
     def fork(self, parent: Sequence, child: Child, request_id: str) -> Sequence | None:
         """A sequence with the same computed tokens: shares the full blocks, copies the last. None without a free
         block."""
-        full = parent.num_computed // self.block_tokens
-        partial = self.pool.allocate(1) if parent.num_computed % self.block_tokens else []
-        if partial is None:
-            return None
         fork = Sequence(request_id, parent.tokens, parent.num_prompt_tokens, [child], parent.sampling, parent.root)
-        self.pool.acquire(parent.blocks[:full])
-        fork.add_blocks(parent.blocks[:full] + partial)
-        if partial:
-            self.runner.copy_block(parent.blocks[full], partial[0])
-        fork.num_computed = parent.num_computed
-        fork.num_committed = min(parent.num_committed, full)
+        copies = self._allocator.fork(parent, fork)
+        if copies is None:
+            return None
+        for source, target in copies:
+            self.runner.copy_block(source, target)
         return fork
 
     def submit(self, plan: Several[Work], publish: Callable[[int], None] | None = None) -> Step:
@@ -180,9 +190,11 @@ class Engine:
         """
         # Single tokens first, as the batch wants them; of those, long contexts first, which take longest.
         plan = sorted(plan, key=lambda work: (work.num_new > 1, -work.sequence.num_computed))
-        step = lay_out(plan, self.block_tokens, self._rows, self._penalty_slots)
+        step = lay_out(plan, self.block_tokens, self._rows, self._penalty_slots, len(self.groups))
+        assert step.arrays["slots"].min() >= 0, "a token has no block"
         results = self.runner.run(step, publish)
-        self._num_submitted += 1
+        self._allocator.num_submitted += 1
+        number = self._allocator.num_submitted
         parts = []
         for sequence, num_new in plan:
             first = sequence.num_computed
@@ -192,9 +204,9 @@ class Engine:
             num_draws = len(sequence.children) if reached else 0
             parts.append(_Part(sequence, first, num_new, num_draws, wants_prompt, max(num_states, 0)))
             sequence.num_computed += num_new
-            sequence.last_step = self._num_submitted
+            sequence.last_step = number
             sequence.pending = reached
-        return Step(self._num_submitted, parts, [draw for draw, _ in step.logprobs], results)
+        return Step(number, parts, [draw for draw, _ in step.logprobs], results)
 
     def collect(self, step: Step) -> list[Outcome]:
         """Wait for a step.
@@ -208,9 +220,7 @@ class Engine:
         tokens, logprobs, prompt_logprobs = step.results.wait()
         self.model.group.check()
         self.forward_s = step.results.forward_s
-        self._num_collected = step.number
-        while self._written and self._written[0][0] <= step.number:
-            self.pool.release(self._written.popleft()[1])
+        self._allocator.collected(step.number)
         samples = [SampledToken(token) if token >= 0 else None for token in tokens]
         for draw, values in zip(step.logprob_draws, logprobs, strict=True):
             if tokens[draw] >= 0:
@@ -241,8 +251,4 @@ class Engine:
         if sequence.penalty_slot >= 0:
             self._penalty_slots.give_back(sequence.penalty_slot)
             sequence.penalty_slot = -1
-        blocks = sequence.drop_blocks()
-        if sequence.last_step > self._num_collected:
-            self._written.append((self._num_submitted, blocks))
-        else:
-            self.pool.release(blocks)
+        self._allocator.release(sequence)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .batch import Batch, StepInput
+from .batch import Batch, GroupBlocks, StepInput
 from .models.decoder import Decoder
 from .row_state import RowState
 from .sampler import sampling_rows
@@ -27,7 +27,8 @@ _INPUTS: dict[str, tuple[type, float]] = {
     "top_p": (np.float32, 1),
     "min_p": (np.float32, 0),
 }
-"""A graph's arrays, in the order in which they lie in memory, and what fills them up."""
+"""A graph's arrays, in the order in which they lie in memory, and what fills them up: of a number a row, but for the
+slots, of which there are as many as KV groups."""
 
 
 def ladder(max_rows: int) -> list[int]:
@@ -52,7 +53,7 @@ class DecodeGraphs:
 
     Args:
         model: on a GPU, with operations that never wait for the device.
-        cache: [blocks, layers, 2, kv_heads, block_tokens, head_dim].
+        cache: [blocks, places, 2, kv_heads, block_tokens, head_dim].
         state: of the sequences.
         max_rows: of the largest batch.
         spare_row: of the state.
@@ -64,7 +65,8 @@ class DecodeGraphs:
         self._state = state
         self._sizes = ladder(max_rows)
         self._spare_row = spare_row
-        self._static = torch.zeros(_num_words(max_rows), dtype=torch.int64, device=model.device)
+        self._num_groups = len(model.groups)
+        self._static = torch.zeros(self._num_words(max_rows), dtype=torch.int64, device=model.device)
         self._graphs: dict[int, _Recorded] = {}
         self._pool = torch.cuda.graph_pool_handle()
 
@@ -105,22 +107,27 @@ class DecodeGraphs:
     def _send(self, step: StepInput | None, size: int) -> None:
         """Copy a step's arrays, or rows that only fill up, to where the graph of ``size`` looks for them."""
         rows = 0 if step is None else step.num_single
-        words = _num_words(size)
+        words = self._num_words(size)
         pinned = torch.empty(words, dtype=torch.int64, pin_memory=True)
         buffer = pinned.numpy()
-        for name, (start, stop, dtype) in _places(size).items():
+        for name, (start, stop, dtype) in self._places(size).items():
             place: np.ndarray = buffer[start:stop].view(dtype)
+            if name == "slots":
+                place = place.reshape(self._num_groups, size)
             if step is not None:
-                place[:rows] = step.arrays[name]
-            place[rows:] = self._spare_row if name == "rows" else _INPUTS[name][1]
+                place[..., :rows] = step.arrays[name]
+            place[..., rows:] = self._spare_row if name == "rows" else _INPUTS[name][1]
         self._static[:words].copy_(pinned, non_blocking=True)
 
     @torch.inference_mode()
     def _capture(self, size: int) -> None:
         tensors = {
             name: self._static[start:stop].view(torch.float32 if dtype is np.float32 else torch.int64)[:size]
-            for name, (start, stop, dtype) in _places(size).items()
+            for name, (start, stop, dtype) in self._places(size).items()
+            if name != "slots"
         }
+        start, stop, _ = self._places(size)["slots"]
+        tensors["slots"] = self._static[start:stop].view(self._num_groups, size)
         self._send(None, size)
         # Kernels are compiled, and libraries take their workspaces, outside the recording. Not on a stream of its own:
         # each would get memory and a workspace that no other stream uses.
@@ -138,17 +145,32 @@ class DecodeGraphs:
         batch = Batch(
             tokens=tensors["tokens"],
             positions=tensors["positions"],
-            slots=tensors["slots"],
             num_single=size,
-            block_tables=state.block_tables[:size],
             context_lens=state.context_lens[:size],
-            spans=None,
+            groups=tuple(
+                GroupBlocks(slots, tables[:size], None)
+                for slots, tables in zip(tensors["slots"], state.block_tables, strict=True)
+            ),
             logit_rows=None,
         )
         logits = self._model.forward(batch, self._cache)
         sampled = self._model.ops.sample(logits, sampling_rows(tensors))
         state.keep(tensors["rows"], sampled)
         return logits, sampled
+
+    def _places(self, size: int) -> dict[str, tuple[int, int, type]]:
+        """First and last word of each array for ``size`` rows."""
+        places = {}
+        at = 0
+        for name, (dtype, _) in _INPUTS.items():
+            words = size if dtype is np.int64 else -(-size // 2)
+            words *= self._num_groups if name == "slots" else 1
+            places[name] = at, at + words, dtype
+            at += words
+        return places
+
+    def _num_words(self, size: int) -> int:
+        return max(stop for _, stop, _ in self._places(size).values())
 
 
 class _Memory:
@@ -164,18 +186,3 @@ def _borrowed(tensor: Tensor) -> Tensor:
     """The same memory, not owned: other graphs of the pool may use it too. Logits of every graph's own, of 150,000
     entries and up to 256 rows, would take 700 MB."""
     return torch.as_tensor(_Memory(tensor), device=tensor.device).view(tensor.dtype).view(tensor.shape)
-
-
-def _places(size: int) -> dict[str, tuple[int, int, type]]:
-    """First and last word of each array for ``size`` rows."""
-    places = {}
-    at = 0
-    for name, (dtype, _) in _INPUTS.items():
-        words = size if dtype is np.int64 else -(-size // 2)
-        places[name] = at, at + words, dtype
-        at += words
-    return places
-
-
-def _num_words(size: int) -> int:
-    return max(stop for _, stop, _ in _places(size).values())

@@ -43,11 +43,14 @@ class KVCache:
         self.generations_buffer.close()
 
 
-def plan_num_blocks(layout: KVLayout, capacity: int | str, max_running: int, max_model_len: int, available: int) -> int:
+def plan_num_blocks(
+    layout: KVLayout, per_sequence: int, capacity: int | str, max_running: int, max_model_len: int, available: int
+) -> int:
     """How many blocks a worker gets.
 
     Args:
         layout: of a block.
+        per_sequence: blocks that the longest sequence needs, see `allocator.num_blocks_needed`.
         capacity: bytes, or "auto".
         max_running: sequences at a time.
         max_model_len: tokens of the longest.
@@ -56,7 +59,6 @@ def plan_num_blocks(layout: KVLayout, capacity: int | str, max_running: int, max
     Raises:
         ConfigError: not even one sequence of ``max_model_len`` fits.
     """
-    per_sequence = -(-max_model_len // layout.block_tokens)
     if isinstance(capacity, str):
         blocks = min(max_running * per_sequence, available // layout.block_bytes)
     else:
@@ -64,9 +66,9 @@ def plan_num_blocks(layout: KVLayout, capacity: int | str, max_running: int, max
         blocks = capacity // layout.block_bytes
     if blocks < per_sequence:
         raise ConfigError(
-            f"kv.capacity: {format_bytes(available)} hold {max(blocks, 0) * layout.block_tokens} tokens; "
+            f"kv.capacity: {format_bytes(available)} hold {max(blocks, 0)} blocks of {layout.block_tokens} tokens; "
             f"one sequence of model.max_model_len = {max_model_len} tokens needs "
-            f"{format_bytes(per_sequence * layout.block_bytes)}",
+            f"{per_sequence}, {format_bytes(per_sequence * layout.block_bytes)}",
             fix="raise kv.capacity or lower model.max_model_len",
         )
     return int(blocks)

@@ -10,7 +10,7 @@ from ..core.errors import ConfigError
 from ..core.hashing import root_hash
 from ..core.messages import Child, Sampling
 from ..core.units import format_bytes
-from ..kv_transfer.layout import KVLayout
+from ..kv_transfer.layout import KVLayout, group_layers
 from .batch import Work
 from .engine import Engine
 from .kv_cache import KVCache
@@ -66,7 +66,7 @@ def profile_steps(
     torch.cuda.reset_peak_memory_stats(model.device)
     length = min(max_batched_tokens, max_model_len - 1)
     lengths = [length] * (max_batched_tokens // length)
-    num_blocks = max(sum(-(-(n + 1) // layout.block_tokens) for n in lengths), max_running)
+    num_blocks = len(model.groups) * max(sum(-(-(n + 1) // layout.block_tokens) for n in lengths), max_running)
     cache = KVCache(layout, num_blocks, model.device)
     runner = Runner(model, cache.tensor, (0,))
     runner.kept_layers = kept_layers
@@ -104,11 +104,12 @@ def lacking(
         known: what was measured, if it came to that.
         total: the GPU's memory in bytes.
     """
-    thousand = format_bytes(1000 * layout.block_bytes // layout.block_tokens)
+    thousand = format_bytes(len(group_layers(spec.windows)) * 1000 * layout.block_bytes // layout.block_tokens)
     steps = f"the largest steps and their graphs {format_bytes(known.steps + _MARGIN_BYTES)}, " if known else ""
     return ConfigError(
         f"out of device memory: of {format_bytes(total)}, {spec.architecture}'s weights take "
-        f"{format_bytes(weights_bytes)}, {steps}and each 1,000 tokens of KV {thousand}",
+        f"{format_bytes(weights_bytes)}, {steps}and each 1,000 tokens of KV"
+        f"{', within a window,' if any(spec.windows) else ''} {thousand}",
         fix="lower kv.capacity, model.max_model_len, pools.*.max_batched_tokens or pools.*.max_running, "
         "or use a larger GPU",
     )

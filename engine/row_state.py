@@ -22,12 +22,14 @@ class RowTable:
     Args:
         num_rows: sequences at a time.
         max_blocks: of the longest context.
+        num_groups: KV groups of the model.
     """
 
-    def __init__(self, num_rows: int, max_blocks: int) -> None:
+    def __init__(self, num_rows: int, max_blocks: int, num_groups: int = 1) -> None:
         self.spare = num_rows
         """A row that no sequence has: what fills a batch up writes there."""
         self._max_blocks = max_blocks
+        self._num_groups = num_groups
         self._free = list(range(num_rows - 1, -1, -1))
 
     def assign(self, sequence: Sequence) -> None:
@@ -53,8 +55,10 @@ class RowTable:
             last = sequence.num_computed // block_tokens
             if last > sequence.num_row_blocks:
                 start = sequence.num_row_blocks
-                places.append(sequence.row * self._max_blocks + np.arange(start, last))
-                blocks.append(sequence.block_table[start:last])
+                for group in range(self._num_groups):
+                    row = group * (self.spare + 1) + sequence.row
+                    places.append(row * self._max_blocks + np.arange(start, last))
+                    blocks.append(sequence.arrays[group][start:last])
             sequence.num_row_blocks = last + 1
         arrays = {"rows": np.array([sequence.row for sequence in single], np.int64)}
         if places:
@@ -71,12 +75,15 @@ class RowState:
         block_tokens: tokens a block.
         device: where.
         ops: the kernels.
+        num_groups: KV groups of the model.
     """
 
-    def __init__(self, num_rows: int, max_blocks: int, block_tokens: int, device: torch.device, ops: Ops) -> None:
+    def __init__(
+        self, num_rows: int, max_blocks: int, block_tokens: int, device: torch.device, ops: Ops, num_groups: int = 1
+    ) -> None:
         self.last_tokens = torch.zeros(num_rows + 1, dtype=torch.int64, device=device)
-        self.tables = torch.zeros(num_rows + 1, max_blocks, dtype=torch.int64, device=device)
-        self.block_tables = torch.zeros(num_rows + 1, max_blocks, dtype=torch.int64, device=device)
+        self.tables = torch.zeros(num_groups, num_rows + 1, max_blocks, dtype=torch.int64, device=device)
+        self.block_tables = torch.zeros_like(self.tables)
         """The present batch's, in its order."""
         self.context_lens = torch.zeros(num_rows + 1, dtype=torch.int64, device=device)
         """Likewise."""
@@ -93,7 +100,7 @@ class RowState:
         Args:
             tokens: [n] int64, overwritten where negative.
             positions: [n] int64.
-            slots: [n] int64.
+            slots: [groups, n] int64.
             rows: [n] int64.
         """
         self._ops.complete(

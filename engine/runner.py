@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..core.messages import TokenLogprobs
 from ..kernels.prefill_attention import Span, Spans
-from .batch import Batch, StepInput
+from .batch import Batch, GroupBlocks, StepInput
 from .graphs import DecodeGraphs
 from .models.decoder import Decoder
 from .penalty_counts import PenaltyCounts
@@ -182,29 +182,23 @@ class Runner:
         if self.state is not None:
             if "table_places" in tensors:
                 self.state.enter(*(tensors[name] for name in _TABLE_ENTRIES))
-            tokens, positions, slots = (tensors[name][:single] for name in ("tokens", "positions", "slots"))
+            tokens, positions, slots = (tensors[name][..., :single] for name in ("tokens", "positions", "slots"))
             self.state.complete(tokens, positions, slots, tensors["rows"])
-            block_tables, context_lens = self.state.block_tables[:single], self.state.context_lens[:single]
+            block_tables, context_lens = self.state.block_tables[:, :single], self.state.context_lens[:single]
         else:
             block_tables, context_lens = tensors["block_tables"], tensors["context_lens"]
-        spans = None
+        num_groups = len(tensors["slots"])
+        spans: list[Spans | None] = [None] * num_groups
         if "span_table" in tensors:
-            table, blocks = tensors["span_table"], tensors["span_blocks"]
             rows = step.arrays["span_table"].tolist()
-            ends = [row[3] for row in rows[1:]] + [len(blocks)]
-            each = [
-                Span(start, start + count, blocks[first:end], context)
-                for (start, count, context, first), end in zip(rows, ends, strict=True)
-            ]
-            spans = Spans(each, table, blocks)
+            spans = [_spans(rows, tensors["span_table"], blocks) for blocks in tensors["span_blocks"]]
+        groups = [GroupBlocks(*parts) for parts in zip(tensors["slots"], block_tables, spans, strict=True)]
         return Batch(
             tokens=tensors["tokens"],
             positions=tensors["positions"],
-            slots=tensors["slots"],
             num_single=single,
-            block_tables=block_tables,
             context_lens=context_lens,
-            spans=spans,
+            groups=tuple(groups),
             logit_rows=tensors["logit_rows"],
         )
 
@@ -215,3 +209,13 @@ class Runner:
             if self.state is not None:
                 self.state.keep(tensors["draw_rows"], tokens)
         return tokens
+
+
+def _spans(rows: list[list[int]], table: Tensor, blocks: Tensor) -> Spans:
+    """The spans of a step in one KV group's blocks."""
+    ends = [row[3] for row in rows[1:]] + [len(blocks)]
+    each = [
+        Span(start, start + count, blocks[first:end], context)
+        for (start, count, context, first), end in zip(rows, ends, strict=True)
+    ]
+    return Spans(each, table, blocks)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Several
+from itertools import zip_longest
+
 import numpy as np
 
 from ..core.hashing import BlockHash, block_hashes
@@ -43,9 +46,15 @@ class Sequence:
         self.hidden_states = hidden_states
         self.num_computed = 0
         """Tokens whose KV is in the blocks."""
-        self.blocks: list[int] = []
-        self.block_table = np.zeros(0, np.int64)
-        """`blocks` as an array, which may be longer."""
+        self.tables: list[list[int]] = [[]]
+        """For each KV group, its blocks by position; −1: none, as no token to come sees what is there."""
+        self.arrays: list[np.ndarray] = [np.zeros(0, np.int64)]
+        """`tables` as arrays, which may be longer."""
+        self.num_reserved = 0
+        """All groups have blocks for the tokens from `num_computed` up to this one."""
+        self.num_matched_blocks = 0
+        """How many of a table's first blocks came from the prefix cache, and may be others' as well."""
+        self._num_trimmed = [0]
         self.root = root
         self._keys: list[BlockHash] = []
         self.num_committed = 0
@@ -76,25 +85,56 @@ class Sequence:
         """Tokens after the prompt."""
         return len(self.tokens) - self.num_prompt_tokens
 
-    @property
-    def tables(self) -> list[list[int]]:
-        """The blocks of each KV group."""
-        return [self.blocks]
+    def add_blocks(self, blocks: list[int], group: int = 0, positions: Several[int] | None = None) -> None:
+        """Enter blocks, already referenced for this sequence, into a group's table.
 
-    def add_blocks(self, blocks: list[int]) -> None:
-        """Append blocks, already referenced for this sequence."""
-        start = len(self.blocks)
-        self.blocks.extend(blocks)
-        if len(self.blocks) > len(self.block_table):
-            grown = np.zeros(max(len(self.blocks), 2 * len(self.block_table), 8), np.int64)
-            grown[:start] = self.block_table[:start]
-            self.block_table = grown
-        self.block_table[start : len(self.blocks)] = blocks
+        Args:
+            blocks: their numbers.
+            group: whose.
+            positions: where, in ascending order; None: at the end.
+        """
+        while len(self.tables) <= group:
+            self.tables.append([])
+            self.arrays.append(np.zeros(0, np.int64))
+            self._num_trimmed.append(0)
+        table, array = self.tables[group], self.arrays[group]
+        start = len(table)
+        if positions is None:
+            table.extend(blocks)
+        elif blocks:
+            table.extend([-1] * (positions[-1] + 1 - start))
+            for position, block in zip(positions, blocks, strict=True):
+                table[position] = block
+            start = min(start, positions[0])
+        if len(table) > len(array):
+            grown = np.full(max(len(table), 2 * len(array), 8), -1, np.int64)
+            grown[:start] = array[:start]
+            array = self.arrays[group] = grown
+        array[start : len(table)] = table[start:]
+
+    def take_blocks(self, group: int, start: int, end: int) -> list[int]:
+        """Take positions ``start`` … ``end`` − 1 out of a group's table. Returns their blocks, to be released."""
+        table = self.tables[group]
+        taken = [block for block in table[start:end] if block >= 0]
+        end = min(end, len(table))
+        table[start:end] = [-1] * (end - start)
+        self.arrays[group][start:end] = -1
+        return taken
+
+    def trim_blocks(self, group: int, end: int) -> list[int]:
+        """`take_blocks` of the positions before ``end``. Later calls do not look at them again."""
+        start = self._num_trimmed[group]
+        if end <= start:
+            return []
+        self._num_trimmed[group] = end
+        return self.take_blocks(group, start, end)
 
     def drop_blocks(self) -> list[int]:
-        """Forget all blocks, and what was computed. Returns them, to be released."""
-        blocks, self.blocks = self.blocks, []
-        self.num_computed = self.num_committed = 0
+        """Forget all blocks, and what was computed. Returns them, to be released: those of a prefix before those of
+        longer ones."""
+        blocks = [block for row in zip_longest(*self.tables, fillvalue=-1) for block in row if block >= 0]
+        self.tables, self.arrays, self._num_trimmed = [[]], self.arrays[:1], [0]
+        self.num_computed = self.num_committed = self.num_reserved = self.num_matched_blocks = 0
         return blocks
 
     def keys(self, num_blocks: int, block_tokens: int) -> list[BlockHash]:

@@ -33,7 +33,8 @@ def reference(
         q: [sequences, heads, head_dim].
         cache: [blocks, layers, 2, kv_heads, block_tokens, head_dim] of any dtype; heads are grouped over kv_heads.
         layer: which layer.
-        block_tables: [sequences, max_blocks] int64, block numbers in order; the rest is ignored.
+        block_tables: [sequences, max_blocks] int64, block numbers in order; what lies before the window or beyond the
+            context is ignored.
         context_lens: [sequences] int64, tokens in the cache, the new one included.
         scale: of the scores.
         window: tokens that a token sees, itself included; 0: all.
@@ -46,10 +47,11 @@ def reference(
     out = torch.empty_like(q)
     kv_heads, block_tokens, head_dim = cache.shape[3:]
     for i, length in enumerate(context_lens.tolist()):
-        blocks = block_tables[i, : -(-length // block_tokens)]
-        kv = cache[blocks, layer].permute(1, 2, 0, 3, 4).reshape(2, kv_heads, -1, head_dim)[:, :, :length]
-        if window:
-            kv = kv[:, :, -window:]
+        first = max(length - window, 0) if window else 0
+        skipped = first // block_tokens
+        blocks = block_tables[i, skipped : -(-length // block_tokens)]
+        kv = cache[blocks, layer].permute(1, 2, 0, 3, 4).reshape(2, kv_heads, -1, head_dim)
+        kv = kv[:, :, first - skipped * block_tokens : length - skipped * block_tokens]
         k, v = kv.to(torch.float32)
         grouped = q[i].float().view(kv_heads, -1, head_dim)
         logits = grouped @ k.transpose(1, 2) * scale

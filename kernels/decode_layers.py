@@ -56,10 +56,14 @@ class LayerWeights(NamedTuple):
     """Of the attention's scores."""
     window: int
     """Tokens that a token sees; 0: all."""
+    group: int
+    """Which of the KV groups' blocks hold its KV."""
+    place: int
+    """Where in a block."""
 
 
 class Rows(NamedTuple):
-    """One new token of each of several sequences."""
+    """One new token of each of several sequences, and where one KV group has its KV."""
 
     positions: Tensor
     """[rows] int64"""
@@ -74,7 +78,7 @@ class Rows(NamedTuple):
 def reference(
     x: Tensor,
     layers: Sequence[LayerWeights],
-    rows: Rows,
+    rows: Sequence[Rows],
     cache: Tensor,
     cos_sin: Tensor,
     done: Callable[[int], None] | None = None,
@@ -84,8 +88,8 @@ def reference(
     Args:
         x: [rows, hidden], the embeddings.
         layers: parameters.
-        rows: where the tokens stand.
-        cache: [blocks, layers, 2, kv_heads, block_tokens, head_dim], written.
+        rows: where the tokens stand, for each KV group.
+        cache: [blocks, places, 2, kv_heads, block_tokens, head_dim], written.
         cos_sin: [max positions, head_dim].
         done: called with each layer's number when its KV is in the cache.
 
@@ -96,8 +100,9 @@ def reference(
     for layer, w in enumerate(layers):
         x, residual = rms_norm.reference(x, residual, w.input_norm, w.eps)
         qkv = linear.reference(x, w.qkv, w.qkv_bias)
-        q, _, _ = rotary.reference(qkv, w.head_norm, cos_sin, rows.positions, cache, layer, rows.slots)
-        seen = decode_attention.reference(q, cache, layer, rows.block_tables, rows.context_lens, w.scale, w.window)
+        own = rows[w.group]
+        q, _, _ = rotary.reference(qkv, w.head_norm, cos_sin, own.positions, cache, w.place, own.slots)
+        seen = decode_attention.reference(q, cache, w.place, own.block_tables, own.context_lens, w.scale, w.window)
         x = linear.reference(seen.flatten(1), w.o, w.o_bias)
         x, residual = rms_norm.reference(x, residual, w.post_norm, w.eps)
         if w.router is not None:
@@ -138,6 +143,8 @@ class Prepared:
             weights.scale,
             weights.window,
         )
+        self.group = weights.group
+        self.place = weights.place
 
 
 def num_weights(weights: LayerWeights) -> int:
@@ -148,7 +155,7 @@ def num_weights(weights: LayerWeights) -> int:
 def native(
     x: Tensor,
     layers: Sequence[Prepared],
-    rows: Rows,
+    rows: Sequence[Rows],
     cache: Tensor,
     cos_sin: Tensor,
     done: Callable[[int], None] | None = None,
@@ -156,9 +163,9 @@ def native(
     """`reference` for float32 on a CPU. Overwrites ``x``."""
     residual = torch.zeros_like(x)
     parts = min(num_threads(), len(x))
-    stream: Any = [tensor.numpy() for tensor in (x, residual, *rows, cache, cos_sin)]
+    streams: Any = [[tensor.numpy() for tensor in (x, residual, *own, cache, cos_sin)] for own in rows]
     for number, layer in enumerate(layers):
-        arguments: Any = (*stream, number, *layer.arrays)
+        arguments: Any = (*streams[layer.group], layer.place, *layer.arrays)
         if parts == 1:
             _layer_rows(*arguments)
         else:

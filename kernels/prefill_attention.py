@@ -34,7 +34,7 @@ class Span(NamedTuple):
     start: int
     stop: int
     block_table: Tensor
-    """[blocks of the context] int64, in order."""
+    """[blocks of the context] int64, in order; those that no row sees are not read."""
     context_len: int
     """Tokens in the cache, the new ones included."""
 
@@ -92,8 +92,12 @@ def reference(
     heads, head_dim = q.shape[1:]
     kv_heads = cache.shape[3]
     for start, stop, block_table, context_len in spans.each:
+        first = max(context_len - (stop - start) - window + 1, 0) if window else 0
+        skipped = first // cache.shape[4]  # blocks
+        context_len -= skipped * cache.shape[4]
         mask = _causal_mask(stop - start, context_len, window, q.device)
-        kv = cache[block_table, layer].permute(1, 2, 0, 3, 4).reshape(2, kv_heads, -1, head_dim)[:, :, :context_len]
+        kv = cache[block_table[skipped:], layer].permute(1, 2, 0, 3, 4).reshape(2, kv_heads, -1, head_dim)
+        kv = kv[:, :, :context_len]
         kv = kv.to(q.dtype)
         if sinks is not None:
             kv, mask = _with_sinks(kv, mask, stop - start, sinks)
@@ -321,7 +325,6 @@ def _tile(
         for r in range(rows):
             top[r] = sinks[h * group + r % group]
     low = max(0, first_position + start - window + 1) if window > 0 else 0
-    low -= low % _KEY_TILE
     for at in range(low, first_position + stop, _KEY_TILE):
         count = min(_KEY_TILE, first_position + stop - at)
         # Whole vectors; what lies beyond the context is masked below.

@@ -14,6 +14,7 @@ import msgspec
 import numpy as np
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "fp8_e4m3": 1}
+_MAX_GROUPS = 8
 
 
 class Runs(NamedTuple):
@@ -30,10 +31,10 @@ class Runs(NamedTuple):
 
 
 class KVLayout(msgspec.Struct, frozen=True):
-    """The layout of a rank's blocks."""
+    """The layout of a rank's blocks, each of which holds the layers of one KV group."""
 
     num_layers: int
-    """Places in a block: the layers of the largest KV group."""
+    """Places for layers: as many as the largest group has."""
     num_kv_heads: int
     head_dim: int
     block_tokens: int
@@ -72,15 +73,23 @@ class KVGroup(NamedTuple):
         return range(bisect.bisect_left(self.layers, layers.start), bisect.bisect_left(self.layers, layers.stop))
 
     def first_needed(self, num_tokens: int) -> int:
-        """The first token whose KV the token after ``num_tokens`` sees."""
-        return max(0, num_tokens - self.window + 1) if self.window else 0
+        """The first token whose KV the token after ``num_tokens`` sees; at most the last of them, for somebody has to
+        hold the block that it goes to."""
+        return max(0, min(num_tokens - self.window + 1, num_tokens - 1)) if self.window else 0
+
+    def first_block(self, token: int, block_tokens: int) -> int:
+        """The first block that the token at position ``token``, or a later one, sees; those before it are dead."""
+        return max(0, token - self.window + 1) // block_tokens if self.window else 0
 
 
 def group_layers(windows: Sequence[int]) -> tuple[KVGroup, ...]:
     """Split a model's layers into groups that can share one pool of equal blocks. Pure.
 
-    All layers of a group see equally far, and no group has more layers than the kind of layer that is rarest; a group
-    may have fewer, and then leaves a part of its blocks unused.
+    All layers of a group see equally far. All blocks have room for the layers of the largest group; a smaller one
+    leaves a part of its blocks unused. Every group costs a table of its own in every step, so there are few of them;
+    padding costs memory, for every token of a sequence where all is seen, for those of a window else. Of at most
+    `_MAX_GROUPS` groups: the least padding where all is seen, then in windows, then the fewest groups. So 52 layers
+    with a window beside 10 without become 7 groups of at most 10, and one with a window beside 27, 4 of at most 9.
 
     Args:
         windows: for each layer, the tokens that its attention sees; 0: all.
@@ -91,18 +100,19 @@ def group_layers(windows: Sequence[int]) -> tuple[KVGroup, ...]:
     kinds: dict[int, list[int]] = {}
     for layer, window in enumerate(windows):
         kinds.setdefault(window, []).append(layer)
-    size = min(len(layers) for layers in kinds.values())
+
+    def cost(size: int) -> tuple[bool, int, int, int]:
+        padding = {window: -len(layers) % size for window, layers in kinds.items()}
+        count = sum(-(-len(layers) // size) for layers in kinds.values())
+        return count > max(_MAX_GROUPS, len(kinds)), padding.get(0, 0), sum(padding.values()), count
+
+    size = min(range(1, max(map(len, kinds.values())) + 1), key=cost)
     groups = [
         KVGroup(tuple(layers[start : start + size]), window)
         for window, layers in kinds.items()
         for start in range(0, len(layers), size)
     ]
     return tuple(sorted(groups))
-
-
-def one_group(num_layers: int) -> tuple[KVGroup, ...]:
-    """The groups of a model whose layers all see everything."""
-    return group_layers([0] * num_layers)
 
 
 def coalesce(

@@ -15,7 +15,10 @@ from .job import Job, JobState
 class PrefillScheduler:
     """The jobs of a worker. Owned by the engine thread; nothing blocks.
 
-    A job takes all the blocks that it will need when it starts, so that a started prompt never waits for another.
+    A job takes all the blocks that it will need when it starts, so that a started prompt never waits for another. Of
+    KV groups with a window it takes the blocks that its reader will be told of, and those of a window and a chunk,
+    which move along with it. Where one of these is not free again, as another job has found it in the prefix cache, the
+    job may pause: nothing new starts before it can go on, and the job that started last never pauses.
 
     Args:
         engine: whose blocks are given out.
@@ -70,7 +73,9 @@ class PrefillScheduler:
         Returns:
             the jobs started, matched against the prefix cache.
         """
-        started = []
+        started: list[Job] = []
+        if not all(self._engine.room(job.sequence, 1) for job in self._running.values()):
+            return started
         tokens = sum(job.sequence.num_tokens - job.sequence.num_computed for job in self._running.values())
         while (
             self._queued
@@ -79,7 +84,7 @@ class PrefillScheduler:
         ):
             transfer, job = next(iter(self._queued.items()))
             self._engine.match_prefix(job.sequence)
-            if not self._engine.reserve(job.sequence, job.sequence.num_tokens):
+            if not self._engine.reserve_prompt(job.sequence, announced=True):
                 self._engine.free(job.sequence)
                 break
             del self._queued[transfer]
@@ -98,8 +103,10 @@ class PrefillScheduler:
             if room == 0:
                 break
             num_new = min(room, job.sequence.num_tokens - job.sequence.num_computed)
-            works.append(Work(job.sequence, num_new))
-            room -= num_new
+            num_new = self._engine.room(job.sequence, num_new)
+            if num_new:
+                works.append(Work(job.sequence, num_new))
+                room -= num_new
         return works
 
     def hold(self, job: Job) -> None:
@@ -107,6 +114,7 @@ class PrefillScheduler:
         del self._running[job.transfer]
         job.move(JobState.HELD, self._clock.monotonic_s())
         self._held[job.transfer] = job
+        self._engine.trim(job.sequence)
 
     def remove(self, job: Job) -> None:
         """A job is over, in whatever state; its blocks are free."""

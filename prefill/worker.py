@@ -189,9 +189,7 @@ class PrefillWorker:
             _log.warning("twice", "%s sent transfer %d twice; the second is ignored", *transfer)
             return
         try:
-            capacity = self._engine.pool.num_blocks * self._engine.block_tokens
-            vocab_size = self._engine.model.spec.vocab_size
-            check_prompt(message.tokens, vocab_size, min(self._max_model_len, capacity))
+            check_prompt(message.tokens, self._engine.model.spec.vocab_size, self._max_model_len)
             if message.skip_tokens >= len(message.tokens):
                 raise RequestError(f"skip_tokens {message.skip_tokens} leaves none of {len(message.tokens)} tokens")
             if message.sum_tokens and message.sum_dtype not in DTYPE_BYTES:

@@ -10,7 +10,8 @@ from torch import Tensor
 from ...kernels.decode_layers import MAX_WEIGHTS, LayerWeights, Prepared, Rows, num_weights
 from ...kernels.oracle import Ops
 from ...kernels.rotary import HeadNorm
-from ..batch import Batch
+from ...kv_transfer.layout import group_layers
+from ..batch import Batch, GroupBlocks
 from ..tensor_parallel import Alone, Group
 from .rope import cos_sin_table
 from .shard import padded_rows, shard, vocabulary_rows
@@ -60,12 +61,18 @@ class Layer:
         index: which layer.
         make: an uninitialised tensor of a shape.
         group: the ranks that share the layer.
+        kv_group: which blocks hold its KV.
+        place: where in a block.
     """
 
-    def __init__(self, spec: ModelSpec, index: int, make: Callable[..., Tensor], group: Group) -> None:
+    def __init__(
+        self, spec: ModelSpec, index: int, make: Callable[..., Tensor], group: Group, kv_group: int, place: int
+    ) -> None:
         heads, kv_heads, head_dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
         rows = (heads + 2 * kv_heads) * head_dim
         self.index = index
+        self.kv_group = kv_group
+        self.place = place
         self.window = spec.windows[index]
         self.eps = spec.norm_eps
         self.scale = head_dim**-0.5
@@ -102,6 +109,8 @@ class Layer:
             eps=self.eps,
             scale=self.scale,
             window=self.window,
+            group=self.kv_group,
+            place=self.place,
         )
 
     def __call__(
@@ -109,19 +118,22 @@ class Layer:
     ) -> tuple[Tensor, Tensor]:
         x, residual = ops.rms_norm(x, residual, self.input_norm, self.eps)
         qkv = ops.linear(x, self.qkv, self.qkv_bias)
-        rotated = ops.rotary(qkv, self.head_norm, cos_sin, batch.positions, cache, self.index, batch.slots)
-        x = ops.linear(self._attend(*rotated, batch, cache, ops).flatten(1), self.o, self._added_bias)
+        own = batch.groups[self.kv_group]
+        rotated = ops.rotary(qkv, self.head_norm, cos_sin, batch.positions, cache, self.place, own.slots)
+        x = ops.linear(self._attend(*rotated, batch, own, cache, ops).flatten(1), self.o, self._added_bias)
         x, residual = ops.rms_norm(self._group.all_reduce(x), residual, self.post_norm, self.eps)
         return self._group.all_reduce(self.mlp(x, ops)), residual
 
-    def _attend(self, q: Tensor, k: Tensor | None, v: Tensor | None, batch: Batch, cache: Tensor, ops: Ops) -> Tensor:
+    def _attend(
+        self, q: Tensor, k: Tensor | None, v: Tensor | None, batch: Batch, own: GroupBlocks, cache: Tensor, ops: Ops
+    ) -> Tensor:
         single = batch.num_single
-        tables, lengths = batch.block_tables, batch.context_lens
-        if batch.spans is None:
-            return ops.decode_attention(q, cache, self.index, tables, lengths, self.scale, self.window)
-        out = ops.prefill_attention(q, k, v, cache, self.index, batch.spans, self.scale, self.window)
+        tables, lengths = own.block_tables, batch.context_lens
+        if own.spans is None:
+            return ops.decode_attention(q, cache, self.place, tables, lengths, self.scale, self.window)
+        out = ops.prefill_attention(q, k, v, cache, self.place, own.spans, self.scale, self.window)
         if single:
-            out[:single] = ops.decode_attention(q[:single], cache, self.index, tables, lengths, self.scale, self.window)
+            out[:single] = ops.decode_attention(q[:single], cache, self.place, tables, lengths, self.scale, self.window)
         return out
 
 
@@ -131,6 +143,7 @@ class Decoder:
     Attributes:
         spec: of the whole model.
         local: of this rank's layers.
+        groups: layers whose KV lies in the same blocks.
 
     Args:
         spec: what to build.
@@ -174,7 +187,9 @@ class Decoder:
             self.embedding = make(spec.vocab_size, spec.hidden)
             self.head = make(rows, spec.hidden)
         self.head[len(vocabulary_rows(spec, group.rank, group.size)) :].zero_()
-        self.layers = [Layer(self.local, index, make, group) for index in range(spec.num_layers)]
+        self.groups = group_layers(spec.windows)
+        places = {layer: (n, place) for n, kv in enumerate(self.groups) for place, layer in enumerate(kv.layers)}
+        self.layers = [Layer(self.local, index, make, group, *places[index]) for index in range(spec.num_layers)]
         self.norm = make(spec.hidden)
         table = cos_sin_table(spec.rope, spec.head_dim, max_model_len, spec.max_positions)
         self._cos_sin = table.to(device)
@@ -188,8 +203,9 @@ class Decoder:
         done: Callable[[int], None],
         look: Callable[[int, Tensor, Tensor], None] | None,
     ) -> tuple[Tensor, Tensor]:
-        if self._decode_layers and self.ops.decode_layers is not None and batch.spans is None and look is None:
-            rows = Rows(batch.positions, batch.slots, batch.block_tables, batch.context_lens)
+        at_once = batch.groups[0].spans is None and look is None
+        if at_once and self._decode_layers and self.ops.decode_layers is not None:
+            rows = [Rows(batch.positions, own.slots, own.block_tables, batch.context_lens) for own in batch.groups]
             return self.ops.decode_layers(x, self._decode_layers, rows, cache, self._cos_sin, done)
         residual: Tensor | None = None
         for layer in self.layers:
@@ -220,9 +236,10 @@ class Decoder:
 
         Args:
             batch: the tokens.
-            cache: [blocks, layers, 2, kv_heads, block_tokens, head_dim]; of this rank's heads.
-            groups: first layer of each layer group.
-            publish: called with a group's number when its layers' KV is in the cache.
+            cache: [blocks, places, 2, kv_heads, block_tokens, head_dim]; of this rank's heads.
+            groups: first place of each layer group.
+            publish: called with a layer group's number when the KV of its places, in all KV groups' blocks, is in the
+                cache; in order.
             look: called after each layer with its number and two tensors [tokens, hidden] that are overwritten later,
                 whose sum is the layer's output.
 
@@ -232,11 +249,13 @@ class Decoder:
         Raises:
             WorkerError: another rank did not take part.
         """
-        ends = {end - 1: group for group, end in enumerate((*groups[1:], len(self.layers)))}
+        ends = self._ends(groups) if publish is not None else []
 
         def done(layer: int) -> None:
-            if publish is not None and layer in ends:
-                publish(ends[layer])
+            if publish is not None:
+                for number, end in enumerate(ends):
+                    if end == layer:
+                        publish(number)
 
         x = self.embedding[batch.tokens].to(self.dtype)
         x, residual = self._run_layers(x, batch, cache, done, look)
@@ -245,6 +264,11 @@ class Decoder:
         x, _ = self.ops.rms_norm(x, residual, self.norm, self.spec.norm_eps)
         logits = self.ops.linear(x, self.head)
         return logits if self.group.size == 1 else self._gather(logits)
+
+    def _ends(self, groups: Sequence[int]) -> list[int]:
+        """Of each layer group, the last layer."""
+        stops = (*groups[1:], max(len(kv.layers) for kv in self.groups))
+        return [max(kv.layers[min(stop, len(kv.layers)) - 1] for kv in self.groups) for stop in stops]
 
     def _gather(self, logits: Tensor) -> Tensor:
         vocabulary = self.spec.vocab_size

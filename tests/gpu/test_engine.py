@@ -24,7 +24,6 @@ from tandem.engine.engine import Engine
 from tandem.engine.sequence import Sequence
 from tandem.kv_transfer.connector import Connector
 from tandem.kv_transfer.ends import End
-from tandem.kv_transfer.layout import one_group
 
 pytestmark = [
     pytest.mark.gpu,
@@ -167,7 +166,7 @@ def test_ten_thousand_requests_fit_into_the_memory_that_was_planned(tmp_path: Pa
     metrics, clock = WorkerMetrics(CollectorRegistry()), SystemClock()
     layout = cache.layout
     connector = Connector(
-        "colocated-0#1", built.fingerprint, layout, one_group(layout.num_layers), engine.runner.layer_groups,
+        "colocated-0#1", built.fingerprint, layout, engine.groups, engine.runner.layer_groups,
         [End(range(layout.num_kv_heads), {})], "auto", 30, clock, metrics,
     )  # fmt: skip
     worker = DecodeWorker(engine, connector, pool, config, built.fingerprint, built.max_model_len, clock, metrics, send)

@@ -125,21 +125,22 @@ def test_moe_with_one_expert_for_all(rng: torch.Generator) -> None:
 
 
 @pytest.mark.parametrize(("batch", "block_tokens"), [(1, 16), (7, 1), (40, 3)])
-def test_complete(rng: torch.Generator, batch: int, block_tokens: int) -> None:
+@pytest.mark.parametrize("groups", [1, 3])
+def test_complete(rng: torch.Generator, batch: int, block_tokens: int, groups: int) -> None:
     """Unknown tokens are filled in, tables grow by the blocks that begin, rows that fill up touch nothing."""
     num_rows, max_blocks = batch + 5, 600
     rows = torch.randperm(num_rows, generator=rng, device=DEVICE)[:batch]
     positions = torch.randint(0, max_blocks * block_tokens, (batch,), generator=rng, device=DEVICE)
-    slots = torch.randint(0, 10**12, (batch,), generator=rng, device=DEVICE)
+    slots = torch.randint(0, 10**12, (groups, batch + 3), generator=rng, device=DEVICE)[:, :batch]
     tokens = torch.randint(0, 1000, (batch,), generator=rng, device=DEVICE)
     tokens[::2] = -1 - rows[::2]
-    slots[3::4] = -1
+    slots[:, 3::4] = -1
     last = torch.randint(-1, 1000, (num_rows,), generator=rng, device=DEVICE)
-    tables = torch.randint(0, 10**9, (num_rows, max_blocks), generator=rng, device=DEVICE)
+    tables = torch.randint(-1, 10**9, (groups, num_rows, max_blocks), generator=rng, device=DEVICE)
     results = []
     for complete in (decode_inputs.reference, decode_inputs.fused):
         own = tokens.clone(), tables.clone()
-        out = torch.full((batch + 2, max_blocks), -7, device=DEVICE), torch.full((batch + 2,), -7, device=DEVICE)
+        out = tuple(torch.full(shape, -7, device=DEVICE) for shape in ((groups, batch + 2, max_blocks), (batch + 2,)))
         complete(own[0], positions, slots, rows, last, own[1], *out, block_tokens)
         results.append((*own, *out))
     (tokens_a, tables_a, out_a, lens_a), (tokens_b, tables_b, out_b, lens_b) = results
@@ -150,8 +151,8 @@ def test_complete(rng: torch.Generator, batch: int, block_tokens: int) -> None:
     assert (lens_b[batch:] == -7).all()
     for i in range(batch):
         used = -(-int(lens_a[i]) // block_tokens)
-        assert out_a[i, :used].equal(out_b[i, :used])
-        assert (out_b[i, used:] == -7).all()
+        assert out_a[:, i, :used].equal(out_b[:, i, :used])
+        assert (out_b[:, i, used:] == -7).all()
 
 
 @pytest.mark.parametrize("word_bytes", [1, 8])

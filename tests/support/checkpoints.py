@@ -48,6 +48,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
+    "qwen3_mixed": (
+        "Qwen3",
+        {
+            "head_dim": 14, "num_hidden_layers": 6, "use_sliding_window": True, "sliding_window": 27,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"] * 2,
+        },
+    ),
     "qwen3_moe": (
         "Qwen3Moe",
         {

@@ -35,7 +35,6 @@ from tandem.engine.models.shard import kv_heads_of
 from tandem.kv_transfer.connector import Connector
 from tandem.kv_transfer.ends import End, host_end
 from tandem.kv_transfer.hidden_states import open_writer
-from tandem.kv_transfer.layout import one_group
 from tandem.kv_transfer.transports.inproc import InprocTransport
 from tandem.prefill.worker import PrefillWorker
 
@@ -74,9 +73,13 @@ class Node:
         built: Built
         self.ranks: ThreadRanks | None = None
         if pool.tensor_parallel > 1:
-            built, self.ranks = build_on_threads(config, pool.max_running, pool.tensor_parallel, pair.overlap)
+            built, self.ranks = build_on_threads(
+                config, pool.max_running, pool.max_batched_tokens, pool.tensor_parallel, pair.overlap
+            )
         else:
-            built = build_engine(config, pool.max_running, torch.device("cpu"), lambda *_: None, overlap=pair.overlap)
+            built = build_engine(
+                config, pool.max_running, torch.device("cpu"), lambda *_: None, pool.max_batched_tokens, pair.overlap
+            )
         self.engine = built.engine
         self.transport = InprocTransport(lambda: None)
         cache, model, layout = self.engine.cache, self.engine.model, self.engine.cache.layout
@@ -86,7 +89,7 @@ class Node:
         if self.ranks is not None:
             ends += [End(*others) for others in zip(heads[1:], self.ranks.transports, strict=True)]
         self.connector = Connector(
-            peer, built.fingerprint, layout, one_group(layout.num_layers), self.engine.runner.layer_groups, ends,
+            peer, built.fingerprint, layout, self.engine.groups, self.engine.runner.layer_groups, ends,
             "auto", config.kv.lease_s, pair.clock, self.metrics, config.kv.checksums,
         )  # fmt: skip
 

@@ -68,7 +68,7 @@ def engine_of(folder: Path, group: Group, device: torch.device) -> Engine:
     model = Decoder(spec, 256, torch.float32, device, ops, group=group)
     load_weights(model, folder)
     heads = local_kv_heads(spec, group.size)
-    layout = KVLayout(spec.num_layers, heads, spec.head_dim, BLOCK_TOKENS, "float32")
+    layout = KVLayout(max(len(kv.layers) for kv in model.groups), heads, spec.head_dim, BLOCK_TOKENS, "float32")
     cache = KVCache(layout, 64, device)
     return Engine(Runner(model, cache.tensor, [0]), cache, prefix_cache=False)
 

@@ -120,11 +120,15 @@ class ThreadRanks:
             send_frame(connection, frame)
 
 
-def build_on_threads(config: Config, max_running: int, size: int, overlap: bool = False) -> tuple[Built, ThreadRanks]:
+def build_on_threads(
+    config: Config, max_running: int, max_batched_tokens: int, size: int, overlap: bool = False
+) -> tuple[Built, ThreadRanks]:
     """An engine whose model ``size`` threads share, this one among them, and the others."""
     meeting = _Meeting(size)
     builts = [
-        build_engine(config, max_running, CPU, lambda *_: None, overlap=overlap, group=ThreadGroup(rank, size, meeting))
+        build_engine(
+            config, max_running, CPU, lambda *_: None, max_batched_tokens, overlap, ThreadGroup(rank, size, meeting)
+        )
         for rank in range(size)
     ]
     ranks = ThreadRanks(builts[1:])

@@ -141,10 +141,16 @@ def test_penalties_do_not_depend_on_the_way(folder: Path) -> None:
 def test_a_step_is_plain_data() -> None:
     sequence = sequence_of(list(range(11)), Sampling(frequency_penalty=1.0, logit_bias={4: 1.0}))
     sequence.add_blocks([7, 2, 9])
+    sequence.add_blocks([3, 8], 1, [1, 2])
     other = sequence_of([5, 6], Sampling(temperature=0.5))
     other.add_blocks([1])
+    other.add_blocks([0], 1)
     other.num_computed = 1
-    step = lay_out([Work(other, 1), Work(sequence, 11)], 4, None, PenaltySlots())
+    sequence.num_computed = 4
+    step = lay_out([Work(other, 1), Work(sequence, 7)], 4, None, PenaltySlots(), 2)
+    assert step.arrays["slots"].tolist() == [[5, 8, 9, 10, 11, 36, 37, 38], [1, 12, 13, 14, 15, 32, 33, 34]]
+    assert step.arrays["span_blocks"].tolist() == [[7, 2, 9], [-1, 3, 8]]
+    assert step.arrays["block_tables"].tolist() == [[[1]], [[0]]]
     ours, theirs = socket.socketpair()
     with ours, theirs:
         send_frame(ours, encode_step(step, eager=True))

@@ -136,6 +136,10 @@ def test_decode_attention(
     want = decode_attention.reference(q, cache, 1, tables, lengths, head_dim**-0.5, window, sinks)
     assert not want.isnan().any()
     close(decode_attention.native(q, cache, 1, tables, lengths, head_dim**-0.5, window, sinks), want)
+    for table, length in zip(tables, lengths.tolist(), strict=True):
+        table[: max(0, length - window) // block_tokens if window else 0] = 6 * most  # dead
+    for attention in (decode_attention.reference, decode_attention.native):
+        close(attention(q, cache, 1, tables, lengths, head_dim**-0.5, window, sinks), want)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "block_tokens"), CASES)
@@ -162,6 +166,14 @@ def test_prefill_attention(
     want = prefill_attention.reference(q, None, None, cache, 1, Spans.of(spans), head_dim**-0.5, window, sinks)
     got = prefill_attention.native(q, None, None, cache, 1, Spans.of(spans), head_dim**-0.5, window, sinks)
     close(got[3:], want[3:])
+    # Blocks that no row sees are gone: what their entries name is another's.
+    unused = next(block for block in range(blocks + 2) if all(block not in table for table in tables))
+    cache[unused] = torch.nan
+    for table, (tokens, context) in zip(tables, sizes, strict=True):
+        table[: max(0, context - tokens - window + 1) // block_tokens if window else 0] = unused
+    for attention in (prefill_attention.reference, prefill_attention.native):
+        again = attention(q, None, None, cache, 1, Spans.of(spans), head_dim**-0.5, window, sinks)
+        close(again[3:], want[3:])
 
 
 def test_both_attentions_agree(rng: torch.Generator) -> None:
@@ -240,7 +252,7 @@ def test_decode_layers(
         values = 0.3 * torch.randn(*shape, generator=rng)
         return values.to(dtype) if len(shape) > 1 else values
 
-    def layer() -> decode_layers.LayerWeights:
+    def layer(group: int, place: int) -> decode_layers.LayerWeights:
         return decode_layers.LayerWeights(
             input_norm=make(hidden),
             qkv=make((heads + 2 * kv_heads) * head_dim, hidden),
@@ -256,18 +268,21 @@ def test_decode_layers(
             renormalize=not bias,
             eps=1e-6,
             scale=head_dim**-0.5,
-            window=window,
+            window=window if group else 0,
+            group=group,
+            place=place,
         )
 
     def widened(weights: decode_layers.LayerWeights) -> decode_layers.LayerWeights:
         return decode_layers.LayerWeights(*(w.float() if isinstance(w, torch.Tensor) else w for w in weights))
 
-    weights = [layer() for _ in range(3)]
+    weights = [layer(0, 1), layer(1, 0), layer(0, 0)]
     lengths = torch.arange(1, rows + 1) * 3
-    tables = torch.randperm(rows * 6, generator=rng).view(rows, 6)
-    slots = tables.gather(1, (lengths - 1).unsqueeze(1) // block_tokens).squeeze(1) * block_tokens
-    where = decode_layers.Rows(lengths - 1, slots + (lengths - 1) % block_tokens, tables, lengths)
-    cache = torch.randn(rows * 6, 3, 2, kv_heads, block_tokens, head_dim, generator=rng)
+    where = []
+    for tables in torch.randperm(rows * 12, generator=rng).view(2, rows, 6):
+        slots = tables.gather(1, (lengths - 1).unsqueeze(1) // block_tokens).squeeze(1) * block_tokens
+        where.append(decode_layers.Rows(lengths - 1, slots + (lengths - 1) % block_tokens, tables, lengths))
+    cache = torch.randn(rows * 12, 2, 2, kv_heads, block_tokens, head_dim, generator=rng)
     other, x = cache.clone(), torch.randn(rows, hidden, generator=rng)
     table = torch.randn(64, head_dim, generator=rng)
     want = decode_layers.reference(x, [widened(w) for w in weights], where, cache, table)

@@ -222,12 +222,12 @@ def test_peak_memory_is_the_weights(tmp_path: Path) -> None:
 def test_the_cache_fits_one_sequence_or_says_what_is_needed() -> None:
     layout = KVLayout(num_layers=2, num_kv_heads=2, head_dim=8, block_tokens=16, dtype="float32")
     assert layout.block_bytes == 2 * 2 * 2 * 8 * 16 * 4
-    assert plan_num_blocks(layout, 100 * layout.block_bytes + 5, 4, 64, 0) == 100
-    assert plan_num_blocks(layout, "auto", 4, 64, 1 << 40) == 16
+    assert plan_num_blocks(layout, 4, 100 * layout.block_bytes + 5, 4, 64, 0) == 100
+    assert plan_num_blocks(layout, 4, "auto", 4, 64, 1 << 40) == 16
     with pytest.raises(
-        ConfigError, match=r"hold 32 tokens; one sequence of model.max_model_len = 64 tokens needs"
+        ConfigError, match=r"hold 2 blocks of 16 tokens; one sequence of model.max_model_len = 64 tokens needs 4,"
     ) as caught:
-        plan_num_blocks(layout, 2 * layout.block_bytes, 4, 64, 1 << 40)
+        plan_num_blocks(layout, 4, 2 * layout.block_bytes, 4, 64, 1 << 40)
     assert "raise kv.capacity" in caught.value.fix
 
 

@@ -140,8 +140,8 @@ def handed_over(pair: Pair) -> tuple[torch.Tensor, torch.Tensor]:
         found[node.peer] = kv_of(node, blocks, len(prompt)).clone()
 
     hold, begin = prefill._scheduler.hold, decode._begin
-    prefill._scheduler.hold = lambda job: keep(pair.prefill, job.sequence.blocks) or hold(job)  # type: ignore[func-returns-value,method-assign]
-    decode._begin = lambda stream: keep(pair.decode, stream.sequence.blocks) or begin(stream)  # type: ignore[func-returns-value,method-assign]
+    prefill._scheduler.hold = lambda job: keep(pair.prefill, job.sequence.tables[0]) or hold(job)  # type: ignore[func-returns-value,method-assign]
+    decode._begin = lambda stream: keep(pair.decode, stream.sequence.tables[0]) or begin(stream)  # type: ignore[func-returns-value,method-assign]
     pair.generate([prompt], max_tokens=4)
     landed, sent = found[pair.decode.peer], found[pair.prefill.peer]
     assert sent.abs().sum() > 0
