@@ -13,7 +13,10 @@ import psutil
 
 from .. import __version__
 
-_PACKAGES = ("torch", "ray", "numba", "numpy", "transformers", "pyzmq", "msgspec", "uvicorn", "tbb")
+_PACKAGES = (
+    "torch", "ray", "numba", "numpy", "transformers", "pyzmq", "msgspec", "uvicorn", "tbb",
+    "nixl-cu13", "nixl-cu12", "ucxx-cu13", "libucx-cu13",
+)  # fmt: skip
 
 
 def describe() -> dict[str, Any]:

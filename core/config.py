@@ -327,6 +327,11 @@ def worker_environment() -> dict[str, str]:
     return {name: os.environ.get(name, value) for name, value in wanted.items()}
 
 
+def prepare_children() -> None:
+    """Have the processes that this one starts from now on begin as workers do, see `worker_environment`."""
+    os.environ |= worker_environment()
+
+
 def prepare_collectives(one_host: bool) -> None:
     """Set what NCCL and gloo read when they start: call this before.
 

@@ -14,8 +14,12 @@ import importlib.metadata
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
+import numpy as np
+
 try:
     import numba
+    import numba.core.cgutils
+    import numba.extending
 except ImportError:
     numba = None  # type: ignore[assignment]
 
@@ -76,3 +80,35 @@ def set_num_threads(count: int) -> None:
 def num_threads() -> int:
     """How many threads a compiled operation of the calling thread uses."""
     return int(numba.get_num_threads()) if AVAILABLE else 1
+
+
+def move_bytes(target: np.ndarray, to: int, source: np.ndarray, start: int, size: int) -> None:
+    """target[to : to + size] = source[start : start + size], by memcpy: for `compiled` functions.
+
+    Numba's own assignment of slices copies byte by byte, at a fourth of the speed.
+
+    Args:
+        target: [bytes] uint8, contiguous.
+        to: where to.
+        source: [bytes] uint8, contiguous, other memory.
+        start: where from.
+        size: bytes.
+    """
+    target[to : to + size] = source[start : start + size]
+
+
+if AVAILABLE:
+
+    @numba.extending.intrinsic
+    def _move_bytes(context, target, to, source, start, size):  # type: ignore[no-untyped-def]
+        def generate(context, builder, signature, values):  # type: ignore[no-untyped-def]
+            ends = [
+                builder.gep(context.make_array(kind)(context, builder, array).data, [offset])
+                for kind, array, offset in zip(signature.args[0:4:2], values[0:4:2], values[1:4:2], strict=True)
+            ]
+            numba.core.cgutils.raw_memcpy(builder, ends[0], ends[1], values[4], 1)
+            return context.get_dummy_value()
+
+        return numba.types.void(target, to, source, start, size), generate
+
+    move_bytes = _move_bytes  # type: ignore[assignment]

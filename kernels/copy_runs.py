@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
-from .compiled import AVAILABLE, compiled
+from .compiled import AVAILABLE, compiled, move_bytes
 from .on_gpu import kernel_varying, tl
 
 _TILE_BYTES = 32 << 10
@@ -96,6 +96,4 @@ def _copy(
     source: np.ndarray, target: np.ndarray, source_offsets: np.ndarray, target_offsets: np.ndarray, sizes: np.ndarray
 ) -> None:
     for i in range(len(sizes)):
-        s = source_offsets[i]
-        t = target_offsets[i]
-        target[t : t + sizes[i]] = source[s : s + sizes[i]]
+        move_bytes(target, target_offsets[i], source, source_offsets[i], sizes[i])

@@ -268,3 +268,28 @@ def bench_engine(
     from .bench import bench_engine as run
 
     run(file, [*(set_ or []), f"model.load={load}"], out, profile=profile)
+
+
+@bench_app.command("kv")
+def bench_kv(
+    transport: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="One of kv.transport's. Repeatable. Default: all that this machine can run."),
+    ] = None,
+    block_kib: Annotated[
+        Optional[list[int]],  # noqa: UP045
+        typer.Option(min=1, help="Bytes of a block, in KiB. Repeatable. Default: 16, 64 and 256."),
+    ] = None,
+    region_mib: Annotated[int, typer.Option(min=1, help="Memory that the blocks lie scattered in, at each end.")] = 256,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed pulls of each transport and of its baseline.")] = 15,
+    out: Annotated[Path, typer.Option(help="Folder for the JSON lines.")] = Path("bench/out"),
+) -> None:
+    """Measure how fast each transport moves scattered blocks between two processes of this host, in turn with the same
+    bytes moved by the same means with nothing around them.
+
+    Exit 1 if a transport is slower than four fifths of that.
+    """
+    from .bench import bench_kv as run
+
+    if not run(transport or [], block_kib or [16, 64, 256], region_mib, repeats, out):
+        raise typer.Exit(1)

@@ -17,6 +17,8 @@ from rich.table import Table
 
 from ...bench.client import Server
 from ...bench.engine import records
+from ...bench.kv import CASES
+from ...bench.kv import records as kv_records
 from ...bench.machine import describe
 from ...bench.plot import plot
 from ...bench.serve import Arm, Load, ServedArm, TransformersArm, colocated, compare, verdict, warm_up_jobs
@@ -66,6 +68,25 @@ def bench_engine(file: Path | None, overrides: list[str], out: Path, *, profile:
             lines.write(line + "\n")
             if "profile" in record:
                 Console(stderr=True).print(_profile_table(record))
+
+
+def bench_kv(transports: list[str], block_kib: list[int], region_mib: int, repeats: int, out: Path) -> bool:
+    """Run the transports' benchmark; JSON lines on standard output and in a file. Says whether all were fast enough."""
+    for name in transports:
+        if name not in {case.transport for case in CASES}:
+            known = ", ".join(sorted({case.transport for case in CASES}))
+            raise ConfigError(f"bench kv: there is no case of {name}", fix=f"choose of {known}")
+    cases = [case for case in CASES if not transports or case.transport in transports]
+    enough = True
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / time.strftime("kv-%Y%m%d-%H%M%S.jsonl", time.gmtime())).open("w") as lines:
+        for record in kv_records(cases, [size << 10 for size in block_kib], region_mib << 20, repeats):
+            line = json.dumps(record)
+            sys.stdout.write(line + "\n")
+            sys.stdout.flush()
+            lines.write(line + "\n")
+            enough &= record.get("enough", True)
+    return enough
 
 
 def _profile_table(record: dict[str, Any]) -> Table:

@@ -16,7 +16,7 @@ import os
 import secrets
 import select
 import threading
-from collections import deque
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -38,13 +38,16 @@ from .pieces import MAX_RUNS, Piece, Pieces, integers, octets, pack
 FRAME_BYTES = 2 << 20
 IN_FLIGHT_FRAMES = 8
 _MAX_ANSWERS = 2 * IN_FLIGHT_FRAMES
+_MAX_ARRIVING = 256
 _CODE_BYTES = 32
 _MAX_REQUEST_BYTES = 16 * MAX_RUNS + (64 << 10)
 _REQUEST = 1
 """The tag of requests and refusals. Frames' tags are greater."""
 
 _FIRST_FRAME_TAG = 1 << 62
-_ABANDONED = 4096
+_DRAIN_S = 2.0
+"""How long frames that are on their way are awaited before a connection is closed under them."""
+
 _IDLE_S = 0.2
 """How long a thread with something under way sleeps at most: UCX notices dead peers while it is driven."""
 
@@ -94,6 +97,9 @@ class _Owner:
         self.descriptor = descriptor
         self.asked: dict[int, Piece] = {}
         """By tag; what has not begun to arrive."""
+        self.abandoned: set[int] = set()
+        """Tags of frames that nobody waits for any more and that may still come."""
+        self.leaves_by_s = 0.0
 
 
 class _Reader:
@@ -120,6 +126,7 @@ class _Reader:
 
 class _Landing(NamedTuple):
     request: Any
+    owner: _Owner
     piece: Piece
     staged: np.ndarray | None
     """Where the frame lands; None: where it belongs."""
@@ -170,8 +177,10 @@ class UcxTransport:
         self._landing: list[_Landing] = []
         self._leaving: list[tuple[Any, Any, _Reader | None]] = []
         """Requests of messages on their way out, or away, and what they must not outlive."""
-        self._abandoned: deque[int] = deque(maxlen=_ABANDONED)
-        """Tags of frames that nobody waits for any more and that may still come."""
+        self._parting: list[_Owner] = []
+        """Owners that are no peers any more, whose last frames are awaited."""
+        self._abandoned: set[int] = set()
+        """Tags of those frames."""
         self._any_tag, self._any_mask = ucx.UCXXTag(0), ucx.UCXXTagMask(0)
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._stopping = False
@@ -235,20 +244,28 @@ class UcxTransport:
         poller = select.poll()
         poller.register(self._worker.epoll_file_descriptor, select.POLLIN)
         poller.register(self._wake_fd, select.POLLIN)
-        while not self._stopping:
+        stop_by_s = float("inf")
+        while True:
             self._worker.progress()
             moved = self._take_messages()
             moved |= self._look_after_requests()
             self._follow_peers()
-            moved |= self._ask()
+            waiting = bool(self._landing or self._leaving or self._abandoned)
+            if self._stopping:
+                stop_by_s = min(stop_by_s, time.monotonic() + _DRAIN_S)
+                if not waiting or time.monotonic() > stop_by_s:
+                    break
+            else:
+                moved |= self._ask()
             if moved or not self._worker.arm():
                 continue
-            waiting = self._landing or self._leaving or any(owner.asked for owner in self._owners.values())
+            waiting |= any(owner.asked for owner in self._owners.values())
             if (self._wake_fd, select.POLLIN) in poller.poll(1e3 * _IDLE_S if waiting else None):
                 os.eventfd_read(self._wake_fd)
-        ends: list[_Owner | _Reader] = [*self._owners.values(), *self._readers.values()]
+        ends: list[_Owner | _Reader] = [*self._owners.values(), *self._parting, *self._readers.values()]
         for end in ends:
             end.endpoint.close_blocking()
+        self._parting.clear()
         # The worker's end is the end of every request: nothing is written after it.
         self._worker.cancel_inflight_requests()
         self._owners.clear()
@@ -263,22 +280,23 @@ class UcxTransport:
         moved = False
         while (probe := self._worker.tag_probe(self._any_tag, self._any_mask, remove=True)).matched:
             moved = True
-            if probe.sender_tag == _REQUEST and probe.length <= _MAX_REQUEST_BYTES:
+            acceptable = probe.length <= _MAX_REQUEST_BYTES and len(self._arriving) < _MAX_ARRIVING
+            if probe.sender_tag == _REQUEST and acceptable:
                 body = bytearray(max(1, probe.length))
                 self._arriving.append((self._worker.tag_recv_with_handle(self._array(body), probe), body))
                 continue
             owner = next((owner for owner in self._owners.values() if probe.sender_tag in owner.asked), None)
             if owner is not None:
-                self._land(owner.asked.pop(probe.sender_tag), probe)
+                self._land(owner, owner.asked.pop(probe.sender_tag), probe)
                 continue
             self._discard(probe)
             if probe.sender_tag in self._abandoned:
-                self._abandoned.remove(probe.sender_tag)
+                self._abandoned.discard(probe.sender_tag)
             else:
                 self._refuse("a message with a tag that nobody gave")
         return moved
 
-    def _land(self, piece: Piece, probe: Any) -> None:
+    def _land(self, owner: _Owner, piece: Piece, probe: Any) -> None:
         sizes, targets = piece.runs.sizes, piece.runs.target_offsets
         target = bytes_of(self._regions, piece.read.target)
         error = ""
@@ -294,7 +312,7 @@ class UcxTransport:
         else:
             landing = staged = np.empty(probe.length, np.uint8)
         request = self._worker.tag_recv_with_handle(self._array(landing), probe)
-        self._landing.append(_Landing(request, piece, staged))
+        self._landing.append(_Landing(request, owner, piece, staged))
 
     def _discard(self, probe: Any) -> None:
         """Have UCX forget a message: it is received into a byte, where it does not fit."""
@@ -367,6 +385,7 @@ class UcxTransport:
             self._leaving.append((request, payload, reader))
 
     def _refused(self, refusal: _Refusal) -> None:
+        self._abandoned.discard(refusal.frame)
         for owner in self._owners.values():
             piece = owner.asked.pop(refusal.frame, None)
             if piece is not None:
@@ -375,15 +394,26 @@ class UcxTransport:
     def _follow_peers(self) -> None:
         """Let go of owners that were removed or came back, and of both sides that died."""
         with self._lock:
-            wanted = dict(self._descriptors)
+            wanted = {} if self._stopping else dict(self._descriptors)
         for peer, owner in list(self._owners.items()):
             left = wanted.get(peer) != owner.descriptor
             if left or not owner.endpoint.alive:
                 del self._owners[peer]
-                owner.endpoint.close_blocking()
-                self._abandoned.extend(owner.asked)
-                for piece in owner.asked.values():
+                asked, owner.asked = owner.asked, {}
+                self._parting.append(owner)
+                owner.leaves_by_s = time.monotonic() + _DRAIN_S
+                owner.abandoned = set(asked)
+                self._abandoned |= owner.abandoned
+                for piece in asked.values():
                     self._pieces.finish(piece, f"{peer} is gone" if left else f"ucx: the connection to {peer} was lost")
+        for owner in list(self._parting):
+            # An endpoint that is closed while messages are on their way over it can take the peer's UCX down.
+            owner.abandoned &= self._abandoned
+            busy = owner.abandoned or any(landing.owner is owner for landing in self._landing)
+            if not busy or not owner.endpoint.alive or time.monotonic() > owner.leaves_by_s:
+                self._parting.remove(owner)
+                self._abandoned -= owner.abandoned
+                owner.endpoint.close_blocking()
         for token, reader in list(self._readers.items()):
             if not reader.endpoint.alive and not reader.answers:
                 del self._readers[token]
@@ -411,7 +441,11 @@ class UcxTransport:
                 owner.asked[frame] = piece
                 offsets, sizes = octets(piece.runs.source_offsets), octets(piece.runs.sizes)
                 ask = _Ask(self._token, self._address, self._number, frame, piece.read.source, offsets, sizes)
-                self._send(owner.endpoint, owner.descriptor.ucx, ask, None)
+                try:
+                    self._send(owner.endpoint, owner.descriptor.ucx, ask, None)
+                except self._ucx.UCXError as problem:
+                    del owner.asked[frame]
+                    self._pieces.finish(piece, f"ucx: {peer} cannot be asked: {problem}")
         return moved
 
     def _connect(self, address: bytes) -> Any:
