@@ -80,7 +80,7 @@ class Examination:
         """Worker → its probe and the node's id, and rows about the placement."""
         notes = Notes("Ray", "cluster")
         by_address = {node.address: node.node_id for node in reversed(nodes)}
-        wanted = [(worker, role) for worker, role in desired_workers(self._config) if role in ("prefill", "decode")]
+        wanted = [(worker, role) for worker, role in desired_workers(self._config) if role != "gateway"]
         lacking = "" if self._running else self._probes.lacking()
         placed: dict[str, PlacedProbe] = {}
         for worker, role in wanted:

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -143,6 +144,18 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing(cluster: RayCluster) ->
     assert up.returncode == 1
     assert f"cannot listen on 127.0.0.1:{port}" in up.stderr
     assert "no Tandem runs" in cluster.tandem("status").stderr
+
+
+def test_up_ends_where_rdma_is_required_and_missing(cluster: RayCluster) -> None:
+    port = free_port()
+    start_s = time.monotonic()
+    up = cluster.tandem("up", "--set", f"gateway.port={port}", "--set", "kv={transport: zmq, require_rdma: true}")
+    assert up.returncode == 1, up.stdout
+    assert time.monotonic() - start_s < 60
+    assert "decode-0#1 cannot read KV from prefill-0#1: kv.transport zmq: nothing works" in up.stderr
+    assert "no Tandem runs" in cluster.tandem("status").stderr
+    with socket.create_server(("127.0.0.1", port)):
+        pass
 
 
 def test_the_doctor_sees_both_nodes(cluster: RayCluster) -> None:
