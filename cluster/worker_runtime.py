@@ -30,7 +30,9 @@ from ..engine.engine import Engine
 from ..engine.ranks import Ranks, build_on_ranks
 from ..kv_transfer.connector import Connector
 from ..kv_transfer.layout import layer_groups
+from ..kv_transfer.memory import DeviceBuffer
 from ..kv_transfer.transports import Transport
+from ..kv_transfer.transports.cuda_ipc import CudaIpcTransport
 from ..kv_transfer.transports.shm import ShmTransport
 from ..kv_transfer.transports.zmq import ZmqTransport
 from ..prefill.worker import PrefillWorker
@@ -237,7 +239,9 @@ class WorkerRuntime:
     def _connect(self, engine: Engine, fingerprint: str) -> Connector:
         cache, kv = engine.cache, self._config.kv
         transports: dict[str, Transport] = {}
-        if self._role != "colocated":
+        if self._role != "colocated" and isinstance(cache.blocks, DeviceBuffer):
+            transports["cuda_ipc"] = CudaIpcTransport(self._nudge, cache.blocks.device, kv.copy_programs)
+        elif self._role != "colocated":
             transports["shm"] = ShmTransport(self._nudge)
             bad_frame = self._metrics.bad_frames.labels("kv-zmq").inc
             transports["zmq"] = ZmqTransport(self._nudge, self._context, self._address, bad_frame)
@@ -266,6 +270,8 @@ class WorkerRuntime:
             self._look_after_links(now_s)
             self._publish_report(now_s)
         self._connector.close()
+        if isinstance(self._worker, PrefillWorker):
+            self._worker.close()
         self._mesh.close()
         self._engine.cache.close()
         self._end_ranks()

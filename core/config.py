@@ -21,7 +21,6 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
-    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -62,7 +61,7 @@ class _Pool(_Section):
     cpus_per_replica: float = Field(default=1, ge=0)
     """Logical CPUs that Ray reserves for each."""
     gpus_per_replica: int = Field(default=0, ge=0, le=8)
-    """0 runs on the CPU; otherwise one GPU for each of tensor_parallel. In this version for colocated workers alone."""
+    """0 runs on the CPU; otherwise one GPU for each of tensor_parallel."""
     tensor_parallel: int = Field(default=1, ge=1, le=8)
     """Processes of one host that share the model, each with a part of every layer. In this version for colocated
     workers alone."""
@@ -71,14 +70,11 @@ class _Pool(_Section):
 
     _moves_kv: ClassVar[bool] = True
 
-    @field_validator("gpus_per_replica", "tensor_parallel")
+    @field_validator("tensor_parallel")
     @classmethod
-    def _check_transport(cls, value: int, info: ValidationInfo) -> int:
-        if cls._moves_kv and value > (info.field_name == "tensor_parallel"):
-            raise ValueError(
-                "no transport of this version reads KV from GPU memory or from several ranks; "
-                "colocated workers need none"
-            )
+    def _check_transport(cls, value: int) -> int:
+        if cls._moves_kv and value > 1:
+            raise ValueError("no transport of this version reads KV from several ranks; colocated workers need none")
         return value
 
     @model_validator(mode="after")
@@ -144,8 +140,11 @@ class KVConfig(_Section):
     quarter of the memory that is free when the worker starts; on a GPU, what the largest steps leave."""
     dtype: Literal["auto", "float32", "bfloat16", "float16", "fp8_e4m3"] = "auto"
     """auto: the model's. fp8_e4m3 halves the memory: 8 bits, 3 of them mantissa, unscaled, ±448 at most; on GPUs."""
-    transport: Literal["auto", "shm", "zmq"] = "auto"
-    """How KV travels from prefill to decode. auto: shared memory on one host, ZMQ between hosts."""
+    transport: Literal["auto", "cuda_ipc", "shm", "zmq"] = "auto"
+    """How KV travels from prefill to decode. auto: cuda_ipc between GPUs of one host; otherwise shared memory on one
+    host, ZMQ between hosts."""
+    copy_programs: int = Field(default=16, ge=1, le=128)
+    """Processors of a decode worker's GPU that a copy of KV may take at a time."""
     layer_groups: int = Field(default=2, ge=1, le=256)
     """Groups of layers whose KV is handed over as soon as they are computed, while later layers still compute."""
     lease_s: float = Field(default=30, gt=0, le=3600)

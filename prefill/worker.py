@@ -32,6 +32,7 @@ from ..core.metrics import WorkerMetrics
 from ..engine.engine import Engine, Outcome, device_is_lost
 from ..engine.limits import check_prompt
 from ..engine.sequence import Sequence
+from ..engine.watermarks import Watermarks
 from ..kv_transfer.connector import Connector
 from ..kv_transfer.lease import LeaseTable
 from .job import Job, JobState
@@ -53,7 +54,8 @@ class PrefillWorker:
         max_model_len: tokens of the longest prompt.
         clock: tells the time.
         metrics: counts.
-        send: delivers a message to a peer; never blocks.
+        send: delivers a message to a peer; never blocks. On a GPU it is also called by the thread that waits for layers
+            to be computed, never by two at a time for one transfer.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class PrefillWorker:
         self._send = send
         self._leases = LeaseTable(lease_s, clock)
         self._scheduler = PrefillScheduler(engine, pool.max_batched_tokens, pool.max_running, clock)
+        self._watermarks = Watermarks(engine.model.device)
         self._prompt_tokens = 0
 
     # ---- messages ---------------------------------------------------------------------------------------------------
@@ -137,13 +140,16 @@ class PrefillWorker:
         ends = [(jobs[id(w.sequence)], w.sequence.num_computed + w.num_new) for w in plan]
 
         def publish(layer_group: int) -> None:
-            for job, num_tokens in ends:
-                self._publish(job, layer_group, num_tokens)
+            marks = [self._mark(job, layer_group, num_tokens) for job, num_tokens in ends]
+            self._watermarks.after(lambda: self._send_all(marks))
 
         start_s = self._clock.monotonic_s()
         try:
             outcomes = self._engine.step(plan, publish)
+            # Everything has been computed, and readers must know of the last layers before they hear of the end.
+            self._watermarks.flush()
         except RuntimeError as error:  # torch's; the worker goes on without the prompts that it failed on
+            self._watermarks.flush()
             logger.exception("a prefill step failed")
             for job, _ in ends:
                 self._fail(job, f"the prefill step failed: {error}", 500)
@@ -169,6 +175,10 @@ class PrefillWorker:
             leases=len(self._leases),
             prompt_tokens=self._prompt_tokens,
         )
+
+    def close(self) -> None:
+        """End the thread that waits for the GPU. Idempotent."""
+        self._watermarks.close()
 
     def drained(self) -> bool:
         """Whether no reader needs us any more."""
@@ -216,12 +226,17 @@ class PrefillWorker:
         generations = self._engine.pool.generations_of(blocks)
         self._send(job.transfer.reader, Accepted(job.transfer.number, blocks, generations, sequence.num_computed))
         if sequence.num_computed > job.skip_tokens:
-            for layer_group in range(len(self._connector.layer_groups)):
-                self._publish(job, layer_group, sequence.num_computed)
+            groups = range(len(self._connector.layer_groups))
+            self._send_all([self._mark(job, layer_group, sequence.num_computed) for layer_group in groups])
 
-    def _publish(self, job: Job, layer_group: int, num_tokens: int) -> None:
+    def _mark(self, job: Job, layer_group: int, num_tokens: int) -> tuple[PeerId, Message]:
+        """A watermark, to be sent when it is true."""
         self._leases.publish(job.transfer)
-        self._send(job.transfer.reader, BlocksReady(job.transfer.number, layer_group, num_tokens))
+        return job.transfer.reader, BlocksReady(job.transfer.number, layer_group, num_tokens)
+
+    def _send_all(self, messages: list[tuple[PeerId, Message]]) -> None:
+        for peer, message in messages:
+            self._send(peer, message)
 
     def _finish(self, job: Job, outcome: Outcome, s_per_token: float) -> None:
         self._prompt_tokens += outcome.num_new

@@ -2,7 +2,7 @@
 
 from .base import Read, Region, TransferResult, Transport
 
-PREFERENCE = ("inproc", "shm", "zmq")
+PREFERENCE = ("inproc", "cuda_ipc", "shm", "zmq")
 """The order in which `auto` tries what both ends offer."""
 
 __all__ = ["PREFERENCE", "Read", "Region", "TransferResult", "Transport"]

@@ -27,6 +27,8 @@ class InprocTransport:
     """See `Transport`."""
 
     name = "inproc"
+    converts = False
+    memory = frozenset({"host"})
 
     def __init__(self, notify: Notify) -> None:
         self._notify = notify

@@ -24,7 +24,7 @@ from ...core.messages import decode_with
 from ...core.wire import SecureContext
 from ...kernels import copy_runs
 from ..layout import Runs
-from .base import Notify, Read, Region, TransferResult, check_runs
+from .base import Notify, Read, Region, TransferResult, bytes_of, check_runs
 
 FRAME_BYTES = 2 << 20
 IN_FLIGHT_FRAMES = 8
@@ -86,6 +86,8 @@ class ZmqTransport:
     """
 
     name = "zmq"
+    converts = False
+    memory = frozenset({"host"})
 
     def __init__(
         self, notify: Notify, context: SecureContext, address: str, on_bad_frame: Callable[[], None] | None = None
@@ -132,8 +134,8 @@ class ZmqTransport:
         self._number += 1
         number = self._number
         with self._lock:
-            target = self._regions.get(read.target)
-            error = check_runs(read.runs, 1 << 62, len(target.buffer.array)) if target else f"no region {read.target}"
+            target = bytes_of(self._regions, read.target)
+            error = f"no region {read.target}" if target is None else check_runs(read.runs, 1 << 62, len(target))
             if read.peer not in self._endpoints:
                 error = f"{read.peer} is gone"
             frames = [] if error else [_Frame(number, read, runs) for runs in split_runs(read.runs)]
@@ -266,12 +268,11 @@ class ZmqTransport:
             self._server.send_multipart([sender, head, payload.data], copy=False, flags=zmq.DONTWAIT)
 
     def _pack_payload(self, name: str, offsets: np.ndarray, sizes: np.ndarray) -> tuple[str, np.ndarray]:
-        region = self._regions.get(name)
-        if region is None:
+        source = bytes_of(self._regions, name)
+        if source is None:
             return f"no region {name[:80]!r}", _NOTHING
         if len(offsets) != len(sizes) or not 0 < len(sizes) <= _MAX_RUNS or int(sizes.max(initial=0)) > FRAME_BYTES:
             return "malformed ranges", _NOTHING
-        source = region.buffer.array
         target_offsets = np.cumsum(sizes) - sizes
         error = check_runs(Runs(offsets, target_offsets, sizes), len(source), FRAME_BYTES)
         if error:
@@ -302,9 +303,8 @@ class ZmqTransport:
             if not error_text and len(received) != int(sizes.sum()):
                 error_text = f"{len(received)} bytes arrived, expected {int(sizes.sum())}"
             with self._lock:
-                region = self._regions.get(frame.target)
-            if not error_text and region is not None:
-                target = region.buffer.array
+                target = bytes_of(self._regions, frame.target)
+            if not error_text and target is not None:
                 copy_runs.native(received, target, np.cumsum(sizes) - sizes, frame.runs.target_offsets, sizes)
             self._finish_frame(frame, error_text)
 
