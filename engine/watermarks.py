@@ -24,6 +24,8 @@ class Watermarks:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        if device.type == "cuda" and device.index is None:
+            self._device = torch.device("cuda", torch.cuda.current_device())
         self._pending: deque[tuple[torch.cuda.Event, Callable[[], None]]] = deque()
         self._changed = threading.Condition()
         self._closing = False

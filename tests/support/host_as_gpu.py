@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from tandem.core.errors import TransferError
 from tandem.kernels import cuda_memory, gather
-from tandem.kv_transfer.memory import Buffer, SharedMemory, map_shared
+from tandem.kv_transfer.memory import Buffer, DeviceBuffer, SharedMemory, map_shared
 from tandem.kv_transfer.transports import cuda_ipc
 
 PLAN = gather.Plan(programs=1, warps=1, tile_bytes=256 << 10)
@@ -28,13 +28,41 @@ mapped: dict[int, np.ndarray] = {}
 
 class Allocation:
     def __init__(self, num_bytes: int, device: int) -> None:
-        self._buffer = Buffer(num_bytes)
+        self.take(Buffer(num_bytes))
+
+    def take(self, buffer: Buffer) -> None:
+        self._buffer = buffer
         self.array = self._buffer.array
         self.address = self.array.ctypes.data
         assert self._buffer.shared is not None
         encoded = msgspec.msgpack.encode(msgspec.structs.astuple(self._buffer.shared))
         self.handle = encoded.ljust(cuda_memory.HANDLE_BYTES, b"\xc0")
         assert len(self.handle) == cuda_memory.HANDLE_BYTES
+
+
+def adopt(buffer: Buffer) -> DeviceBuffer:
+    """The host's memory, as if it were the GPU's."""
+    allocation = Allocation.__new__(Allocation)
+    allocation.take(buffer)
+    adopted = DeviceBuffer.__new__(DeviceBuffer)
+    adopted.num_bytes, adopted.device, adopted.memory = len(buffer.array), 0, allocation
+    adopted.address, adopted.handle = allocation.address, allocation.handle
+    return adopted
+
+
+class Event:
+    """Stands for `torch.cuda.Event`: fires a while after it was recorded."""
+
+    delay_s = 0.002
+
+    def __init__(self, blocking: bool = False) -> None:
+        self._recorded_s = 0.0
+
+    def record(self, stream: object = None) -> None:
+        self._recorded_s = time.monotonic()
+
+    def synchronize(self) -> None:
+        time.sleep(max(0.0, self._recorded_s + self.delay_s - time.monotonic()))
 
 
 def open_handle(handle: bytes, device: int) -> int:

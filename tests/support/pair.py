@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from prometheus_client import CollectorRegistry
@@ -30,6 +32,7 @@ from tandem.core.messages import (
 from tandem.core.metrics import WorkerMetrics
 from tandem.decode.worker import DecodeWorker
 from tandem.engine.build import Built, build_engine
+from tandem.engine.kv_cache import KVCache
 from tandem.kv_transfer.connector import Connector
 from tandem.kv_transfer.transports.inproc import InprocTransport
 from tandem.prefill.worker import PrefillWorker
@@ -64,15 +67,15 @@ class Node:
                 pool = config.pools.decode or DecodePool()
             case _:
                 pool = config.pools.colocated or ColocatedPool()
-        built: Built = build_engine(
-            config, pool.max_running, torch.device("cpu"), lambda *_: None, overlap=pair.overlap
-        )
+        self.device = pair.device_of(role)
+        with self.here():
+            built: Built = build_engine(config, pool.max_running, self.device, lambda *_: None, overlap=pair.overlap)
         self.engine = built.engine
-        self.transport = InprocTransport(lambda: None)
         cache = self.engine.cache
+        self.transport = pair.transport_of(cache)
         self.connector = Connector(
             peer, built.fingerprint, cache.layout, self.engine.runner.layer_groups, cache.blocks, cache.generations_buffer,
-            {"inproc": self.transport}, "auto", config.kv.lease_s, pair.clock, self.metrics,
+            {self.transport.name: self.transport}, "auto", config.kv.lease_s, pair.clock, self.metrics,
         )  # fmt: skip
 
         def send(to: str, message: Message) -> None:
@@ -90,6 +93,10 @@ class Node:
                 self.metrics, send,
             )  # fmt: skip
 
+    def here(self) -> AbstractContextManager[object]:
+        """What concerns the worker happens on its device."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+
     def check_idle(self) -> None:
         """All blocks are free, and the pool is consistent."""
         self.engine.pool.check()
@@ -104,10 +111,20 @@ class Pair:
     Args:
         config: which workers there are.
         overlap: decode runs a step ahead of its outcomes, as it does on a GPU.
+        device_of: where a role computes.
+        transport_of: what reads into a cache, and out of it.
     """
 
-    def __init__(self, config: Config, overlap: bool = False) -> None:
+    def __init__(
+        self,
+        config: Config,
+        overlap: bool = False,
+        device_of: Callable[[str], torch.device] = lambda role: torch.device("cpu"),
+        transport_of: Callable[[KVCache], Any] = lambda cache: InprocTransport(lambda: None),
+    ) -> None:
         self.overlap = overlap
+        self.device_of = device_of
+        self.transport_of = transport_of
         self.clock = ManualClock()
         self.config = config
         self.outputs: dict[int, Output] = {}
@@ -133,14 +150,16 @@ class Pair:
         node.transport.close()
         self._wire = deque(item for item in self._wire if peer not in item[:2])
         for other in self.nodes.values():
-            other.worker.peer_lost(peer)
+            with other.here():
+                other.worker.peer_lost(peer)
         self.announce()
 
     def announce(self) -> None:
         """Tell everybody who is there."""
         members = [Member(peer, peer.split("-")[0], "node", "", True) for peer in (*self.nodes, GATEWAY)]
         for node in self.nodes.values():
-            node.worker.handle("controller", Membership(1, members))
+            with node.here():
+                node.worker.handle("controller", Membership(1, members))
 
     def post(self, sender: str, to: str, message: Message) -> None:
         self._wire.append((sender, to, encode(message)))
@@ -183,15 +202,17 @@ class Pair:
             if to == GATEWAY:
                 self._receive(message)
             elif to in self.nodes:
-                self.nodes[to].worker.handle(sender, message)
+                with self.nodes[to].here():
+                    self.nodes[to].worker.handle(sender, message)
 
     def turn(self) -> bool:
         """Deliver, and let each worker take one step. Returns whether anything happened."""
         busy = bool(self._wire)
         self.pump()
         for node in list(self.nodes.values()):
-            node.worker.tick()
-            busy |= node.worker.step()
+            with node.here():
+                node.worker.tick()
+                busy |= node.worker.step()
         return busy or bool(self._wire) or bool(self.decode.connector.num_pulls)
 
     def run(self, max_turns: int = 100_000) -> None:

@@ -85,12 +85,16 @@ def test_colocated_excludes_the_others() -> None:
         load_config(None, ["pools.colocated={}", "pools.decode={}"])
 
 
-def test_gpus_are_for_colocated_workers() -> None:
-    with pytest.raises(ConfigError, match=r"pools\.decode\.gpus_per_replica: no transport of this version"):
-        load_config(None, ["pools.decode={gpus_per_replica: 1}"])
-    colocated = load_config(None, ["pools.colocated={gpus_per_replica: 1}"]).pools.colocated
+def test_every_pool_may_have_gpus_and_colocated_ones_ranks() -> None:
+    pools = load_config(None, ["pools.decode={gpus_per_replica: 1}", "pools.prefill={gpus_per_replica: 1}"]).pools
+    assert pools.prefill is not None
+    assert pools.decode is not None
+    assert pools.prefill.gpus_per_replica == pools.decode.gpus_per_replica == 1
+    with pytest.raises(ConfigError, match=r"pools\.decode\.tensor_parallel: no transport of this version"):
+        load_config(None, ["pools.decode={gpus_per_replica: 2, tensor_parallel: 2}"])
+    colocated = load_config(None, ["pools.colocated={gpus_per_replica: 2, tensor_parallel: 2}"]).pools.colocated
     assert colocated is not None
-    assert colocated.gpus_per_replica == 1
+    assert colocated.gpus_per_replica == 2
 
 
 def test_overrides(tmp_path: Path) -> None:
