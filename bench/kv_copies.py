@@ -195,14 +195,13 @@ def decode_records(owner: Owner, folder: Path, batch: int, context: int, steps: 
     warm_up(engine, 8192, lambda *_: None)
     rng = np.random.default_rng(0)
     vocabulary = engine.model.spec.vocab_size
+    prompts = rng.integers(vocabulary, size=(batch, context)).tolist()
     sequences = [
-        Tokens(
-            "bench", rng.integers(vocabulary, size=context).tolist(), context, [Child(0, i)], Sampling(), root_hash("b")
-        )
-        for i in range(batch)
+        Tokens("bench", prompt, context, [Child(0, index)], Sampling(), root_hash("bench"))
+        for index, prompt in enumerate(prompts)
     ]
     for sequence in sequences:
-        if not engine.reserve(sequence, context + 8 * steps + 16):
+        if not engine.reserve(sequence, context + 3 * steps + 16):
             raise MemoryError("the KV cache is too small")
     for start in range(0, batch, 8192 // context):
         _append(engine.step([Work(s, context) for s in sequences[start : start + 8192 // context]]))
@@ -216,7 +215,7 @@ def decode_records(owner: Owner, folder: Path, batch: int, context: int, steps: 
         for turn in range(4):
             pulls = _Pulls(reader, engine, np.array(landing), owner.num_bytes, rng) if turn % 2 else None
             start_s = time.perf_counter()
-            times[pulls is not None] += _decode(engine, sequences, steps // 8, pulls)
+            times[pulls is not None] += _decode(engine, sequences, steps // 4, pulls)
             if pulls is not None:
                 seconds += time.perf_counter() - start_s
                 num_bytes += pulls.end()
@@ -282,7 +281,7 @@ def _decode(engine: Engine, sequences: Sequence[Tokens], steps: int, pulls: _Pul
             _append(engine.collect(flight))
             ends.append(time.perf_counter())
         flight = started
-    return np.diff(ends)[3:].tolist()
+    return [float(seconds) for seconds in np.diff(ends)[3:]]
 
 
 def _append(outcomes: Sequence[Any]) -> None:

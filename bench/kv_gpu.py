@@ -61,16 +61,13 @@ def table(found: Sequence[dict[str, Any]]) -> list[str]:
                     f"{record['best_gb_per_s']:6.1f} by {record['best_plan']}"
                     + (", WRONG BYTES" if record["correct"] is False else "")
                 )
-            case {"bench": "kv-pull-latency"}:
+            case {"bench": "kv-pull-latency", "us": us}:
+                lines.append(f"read of {record['bytes'] >> 10:6} KiB: {us['p50']:.0f} us, p99 {us['p99']:.0f}")
+            case {"bench": "kv-decode", "alone_ms": alone, "while_pulling_ms": beside}:
                 lines.append(
-                    f"read of {record['bytes'] >> 10:6} KiB: {record['us']['p50']:.0f} us, p99 {record['us']['p99']:.0f}"
-                )
-            case {"bench": "kv-decode"}:
-                alone, beside = record["alone_ms"], record["while_pulling_ms"]
-                lines.append(
-                    f"decode {record['batch']} x {record['context']}, {record['programs']:2} programs: alone "
-                    f"{alone['p50']:.2f} ms (p99 {alone['p99']:.2f}), while {record['pulled_gb_per_s']:.0f} GB/s arrive "
-                    f"{beside['p50']:.2f} ms (p99 {beside['p99']:.2f}): {record['slower']:+.1%}"
+                    f"decode {record['batch']} x {record['context']}, {record['programs']:2} programs: "
+                    f"alone {alone['p50']:.2f} ms (p99 {alone['p99']:.2f}), while {record['pulled_gb_per_s']:.0f} GB/s "
+                    f"arrive {beside['p50']:.2f} ms (p99 {beside['p99']:.2f}): {record['slower']:+.1%}"
                 )
             case {"bench": "kv-handoff"}:
                 lines.append(

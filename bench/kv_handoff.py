@@ -1,4 +1,4 @@
-"""Whole handoffs between two workers, each a process with a GPU of its own: how long a prompt's KV takes beyond its prefill.
+"""Whole handoffs between two workers, each a process with a GPU of its own: what a prompt's KV takes beyond it.
 
 `python -m tandem.bench.kv_handoff ROLE KEYS CONFIG` is one such worker; this process is the gateway.
 """

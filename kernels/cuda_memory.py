@@ -72,8 +72,13 @@ class Allocation:
         with _current(device):
             self.address = _allocate(-(-num_bytes // _PIECE_BYTES) * _PIECE_BYTES)
             # Not at exit: the driver has gone by then, and the memory with it.
-            weakref.finalize(self, _free, self.address, device).atexit = False
-            self.handle = bytes(call("cudaIpcGetMemHandle", self.address).reserved)
+            free = weakref.finalize(self, _free, self.address, device)
+            free.atexit = False
+            try:
+                self.handle = bytes(call("cudaIpcGetMemHandle", self.address).reserved)
+            except OSError:
+                free()
+                raise
         place = {"shape": (num_bytes,), "typestr": "|u1", "data": (self.address, False), "version": 3}
         self.__cuda_array_interface__ = place
 
@@ -167,9 +172,10 @@ def _allocate(num_bytes: int) -> int:
 
 
 def _free(address: int, device: int) -> None:
-    if torch.cuda.is_current_stream_capturing():
-        _unfreed.append((address, device))
-        return
     # A device that is lost has freed everything.
-    with contextlib.suppress(OSError, RuntimeError), _current(device):
-        call("cudaFree", address)
+    with contextlib.suppress(OSError, RuntimeError):
+        if torch.cuda.is_current_stream_capturing():
+            _unfreed.append((address, device))
+            return
+        with _current(device):
+            call("cudaFree", address)

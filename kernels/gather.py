@@ -162,7 +162,7 @@ def _gather_kernel(  # type: ignore[no-untyped-def]
         row = first + each
         there = row < rows
         piece = row // parts
-        done = (row % parts) * WIDTH
+        done = (row % parts).to(tl.int64) * WIDTH  # bytes of one range may exceed 32 bits
         start = tl.load(lists + piece, mask=there, other=0) + done * SOURCE_BYTES
         place = tl.load(lists + pieces + piece, mask=there, other=0) + done * TARGET_BYTES
         taken = (source + start).to(tl.pointer_type(SOURCE))

@@ -18,7 +18,7 @@ from ..core.log import logger
 from ..core.messages import PROTOCOL_VERSION, FailureReason, Hello, HelloReply
 from ..core.metrics import WorkerMetrics
 from .layout import KVLayout, coalesce, plan_copies
-from .memory import Buffer
+from .memory import Buffer, DeviceBuffer
 from .transports import PREFERENCE, Read, Region, Transport
 
 BLOCKS = "blocks"
@@ -74,7 +74,7 @@ class Connector:
         fingerprint: str,
         layout: KVLayout,
         layer_groups: Sequence[int],
-        blocks: Buffer,
+        blocks: Buffer | DeviceBuffer,
         generations: Buffer,
         transports: Mapping[str, Transport],
         choice: str,

@@ -64,11 +64,11 @@ class CopyQueue:
 
     def warm_up(self) -> None:
         """Compile the kernel for all kinds of ranges that keep their type. Blocks for some seconds the first time."""
-        one = np.zeros(1, np.int64)
+        start = np.zeros(1, np.int64)
         memory = torch.empty(2 * 4096, dtype=torch.uint8, device=self._device)
         torch.cuda.current_stream(self._device).synchronize()
         for size in (4096, 512, 16, 1):
-            rows = gather.lay_out(one, one, one + size)
+            rows = gather.lay_out(start, start, start + size)
             self.start(memory.data_ptr(), memory.data_ptr() + 4096, rows).synchronize()
 
     def adopt_thread(self) -> None:
