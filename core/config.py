@@ -196,6 +196,14 @@ class Config(_Section):
     gateway: GatewayConfig = GatewayConfig()
     log: LogConfig = LogConfig()
 
+    @model_validator(mode="after")
+    def _check_devices(self) -> Self:
+        movers = {"prefill": self.pools.prefill, "decode": self.pools.decode}
+        lacking = [name for name, pool in movers.items() if pool is not None and not pool.gpus_per_replica]
+        if self.kv.transport == "cuda_ipc" and lacking:
+            raise ValueError(f"kv.transport: cuda_ipc is for GPUs, and pools.{lacking[0]}.gpus_per_replica is 0")
+        return self
+
 
 def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Config:
     """Read and check a configuration. Reads one file; blocks for that long.

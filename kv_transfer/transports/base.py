@@ -137,10 +137,11 @@ def check_runs(
         (runs.source_offsets, source_element, source_bytes, "the peer's"),
         (runs.target_offsets, target_element, target_bytes, "the local"),
     ):
-        sizes = runs.sizes // source_element * element
+        sizes = runs.sizes if element == source_element else runs.sizes // source_element * element
         # Each bound alone first: their sum could overflow.
         if int(offsets.max()) > limit or int(sizes.max()) > limit or int((offsets + sizes).max()) > limit:
             return f"a range ends beyond {whose} region of {limit} bytes"
-        if (offsets % element).any() or (runs.sizes % source_element).any():
+        whole = element == 1 or not (offsets % element).any()
+        if not whole or (source_element > 1 and (runs.sizes % source_element).any()):
             return f"a range is not of whole elements of {element} bytes in {whose} region"
     return ""

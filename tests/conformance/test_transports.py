@@ -141,7 +141,7 @@ def test_large_reads(kit: Kit) -> None:
     size = 2 * IN_FLIGHT_BYTES + FRAME_BYTES // 2 + 77
     ends = Ends(kit, size)
     number = ends.read(runs((0, 0, size)))
-    assert ends.wait(number)[number].error == ""
+    assert ends.wait(number, timeout_s=100)[number].error == ""  # Triton's interpreter takes seconds
     assert (ends.target.array == ends.source.array).all()
 
 

@@ -97,6 +97,14 @@ def test_every_pool_may_have_gpus_and_colocated_ones_ranks() -> None:
     assert colocated.gpus_per_replica == 2
 
 
+def test_a_transport_for_gpus_wants_them() -> None:
+    gpus = ["pools.prefill={gpus_per_replica: 1}", "kv.transport=cuda_ipc"]
+    with pytest.raises(ConfigError, match=r"cuda_ipc is for GPUs, and pools\.decode\.gpus_per_replica is 0"):
+        load_config(None, gpus)
+    assert load_config(None, [*gpus, "pools.decode={gpus_per_replica: 1}"]).kv.transport == "cuda_ipc"
+    assert load_config(None, ["pools.colocated={}", "kv.transport=cuda_ipc"]).pools.decode is None
+
+
 def test_overrides(tmp_path: Path) -> None:
     path = write(tmp_path, "kv: {block_tokens: 8}\n")
     config = load_config(path, ["kv.block_tokens=32", "gateway.api_keys=[a, b]", "pools.decode.max_running=3"])
