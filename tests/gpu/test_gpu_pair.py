@@ -148,7 +148,10 @@ def test_aborts_in_every_state(bench: Bench, tmp_path: Path) -> None:
     prompt = list(range(1, 51))
     neighbour = pair.generate([prompt], max_tokens=20)[0]
     seen: Counter[StreamState] = Counter()
-    for _ in range(60 if GPUS else 10):
+    wanted = {StreamState.WAITING, StreamState.LOADING, StreamState.PREFILLING, StreamState.RUNNING}
+    rounds = 0
+    while rounds < (60 if GPUS else 10) or (not wanted <= set(seen) and rounds < 300):
+        rounds += 1
         kept = pair.submit(prompt, max_tokens=20)
         doomed = [
             pair.submit(
@@ -160,7 +163,7 @@ def test_aborts_in_every_state(bench: Bench, tmp_path: Path) -> None:
             for _ in range(4)
         ]
         for ticket in doomed:
-            for _ in range(rng.randrange(0, 9)):
+            for _ in range(rng.choice((0, 1, 2, 4, 8, 16, 64, 256))):
                 pair.turn()
             for stream in pair.decode.worker._scheduler:  # type: ignore[union-attr]
                 if stream.request.ticket == ticket:
@@ -170,7 +173,7 @@ def test_aborts_in_every_state(bench: Bench, tmp_path: Path) -> None:
         assert pair.outputs[kept].tokens[0] == neighbour
         for node in pair.nodes.values():
             node.check_idle()
-    assert {StreamState.WAITING, StreamState.LOADING, StreamState.PREFILLING, StreamState.RUNNING} <= set(seen), seen
+    assert wanted <= set(seen), seen
 
 
 def test_prefill_dies_while_it_is_read(bench: Bench, tmp_path: Path) -> None:
