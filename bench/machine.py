@@ -13,7 +13,7 @@ import psutil
 
 from .. import __version__
 
-_PACKAGES = ("torch", "ray", "numba", "numpy", "transformers", "pyzmq", "msgspec", "uvicorn", "tbb")
+_PACKAGES = ("torch", "triton", "cuda-bindings", "ray", "numba", "numpy", "transformers", "pyzmq", "msgspec", "uvicorn", "tbb")
 
 
 def describe() -> dict[str, Any]:

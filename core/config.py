@@ -307,6 +307,17 @@ def worker_environment() -> dict[str, str]:
     return {name: os.environ.get(name, value) for name, value in wanted.items()}
 
 
+def show_gpus(ids: Sequence[str]) -> None:
+    """Let this process see the GPUs that it was given, and no others, also where Ray was told to leave that to us
+    (RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES): call this before CUDA starts.
+
+    Args:
+        ids: as Ray names them; none: nothing changes.
+    """
+    if ids:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(ids)
+
+
 def prepare_collectives(one_host: bool) -> None:
     """Set what NCCL and gloo read when they start: call this before.
 

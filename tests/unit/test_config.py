@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
-from tandem.core.config import Config, load_config, model_folder, model_name
+from tandem.core.config import Config, load_config, model_folder, model_name, show_gpus
 from tandem.core.errors import ConfigError
 from tandem.core.units import format_bytes, parse_bytes
 
@@ -103,6 +104,14 @@ def test_a_transport_for_gpus_wants_them() -> None:
         load_config(None, gpus)
     assert load_config(None, [*gpus, "pools.decode={gpus_per_replica: 1}"]).kv.transport == "cuda_ipc"
     assert load_config(None, ["pools.colocated={}", "kv.transport=cuda_ipc"]).pools.decode is None
+
+
+def test_a_process_sees_the_gpus_that_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    show_gpus([])
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1,2,3"
+    show_gpus(["2", "3"])
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "2,3"
 
 
 def test_overrides(tmp_path: Path) -> None:
