@@ -13,7 +13,9 @@ import psutil
 
 from .. import __version__
 
-_PACKAGES = ("torch", "triton", "cuda-bindings", "ray", "numba", "numpy", "transformers", "pyzmq", "msgspec", "uvicorn", "tbb")
+_PACKAGES = (
+    "torch", "triton", "cuda-bindings", "ray", "numba", "numpy", "transformers", "pyzmq", "msgspec", "uvicorn", "tbb",
+)  # fmt: skip
 
 
 def describe() -> dict[str, Any]:
