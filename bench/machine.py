@@ -14,7 +14,7 @@ import psutil
 from .. import __version__
 
 _PACKAGES = (
-    "torch", "ray", "numba", "numpy", "transformers", "pyzmq", "msgspec", "uvicorn", "tbb",
+    "torch", "triton", "cuda-bindings", "ray", "numba", "numpy", "transformers", "pyzmq", "msgspec", "uvicorn", "tbb",
     "nixl-cu13", "nixl-cu12", "ucxx-cu13", "libucx-cu13",
 )  # fmt: skip
 

@@ -23,7 +23,7 @@ import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ..core.clock import SystemClock
-from ..core.config import Config, announce_local_ray, cache_folder, ray_authenticates, worker_environment
+from ..core.config import Config, announce_local_ray, cache_folder, ray_authenticates, show_gpus, worker_environment
 from ..core.errors import ConfigError, TandemError, WorkerError
 from ..core.ids import PeerId
 from ..core.log import configure_logging
@@ -62,6 +62,7 @@ class _Process:
     def start(self) -> bytes:
         """Build and serve; returns the encoded `Member`."""
         address = ray.util.get_node_ip_address()
+        show_gpus(ray.get_runtime_context().get_accelerator_ids().get("GPU", []))
 
         def progress(phase: str) -> None:
             self._controller.phase.remote(self._peer, phase)

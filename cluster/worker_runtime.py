@@ -31,9 +31,8 @@ from ..engine.models.shard import kv_heads_of
 from ..engine.rank_wire import PeerAccess
 from ..engine.ranks import Ranks, build_on_ranks
 from ..kv_transfer.connector import Connector
-from ..kv_transfer.ends import End, host_end, open_transports
+from ..kv_transfer.ends import End, first_end, open_transports
 from ..kv_transfer.hidden_states import open_writer
-from ..kv_transfer.layout import layer_groups
 from ..prefill.worker import PrefillWorker
 from .mesh import Mesh
 
@@ -246,7 +245,7 @@ class WorkerRuntime:
             fingerprint,
             layout,
             engine.groups,
-            layer_groups(layout.num_layers, kv.layer_groups),
+            engine.runner.layer_groups,
             self._ends(engine),
             kv.transport,
             kv.lease_s,
@@ -260,14 +259,14 @@ class WorkerRuntime:
         cache, spec, num_ranks = engine.cache, engine.model.spec, engine.model.group.size
         heads = [kv_heads_of(spec, rank, num_ranks) for rank in range(num_ranks)]
         if self._role == "colocated":
-            return [host_end(heads[0], {}, cache.blocks, cache.generations_buffer)]
+            return [first_end(heads[0], {}, cache.blocks, cache.generations_buffer)]
         kv, bad_frame = self._config.kv, self._metrics.bad_frames.labels("kv").inc
         transports, missing = open_transports(self._nudge, self._context, self._address, cache.blocks, kv, bad_frame)
-        ends = [host_end(heads[0], transports, cache.blocks, cache.generations_buffer, missing)]
+        ends = [first_end(heads[0], transports, cache.blocks, cache.generations_buffer, missing)]
         if self._ranks is not None:
             access = PeerAccess(self._keys, self._address)
             others = self._ranks.transports(access, self._nudge, bad_frame)
-            ends += [End(*other) for other in zip(heads[1:], others, strict=True)]
+            ends += [End(*other, cache.blocks.kind) for other in zip(heads[1:], others, strict=True)]
         return ends
 
     def _run(self) -> None:
@@ -281,6 +280,8 @@ class WorkerRuntime:
             self._look_after_links(now_s)
             self._publish_report(now_s)
         self._connector.close()
+        if isinstance(self._worker, PrefillWorker):
+            self._worker.close()
         if self._hidden_states is not None:
             self._hidden_states.close()
         self._mesh.close()

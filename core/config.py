@@ -12,7 +12,7 @@ import secrets
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
 from pydantic import (
@@ -21,7 +21,6 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
-    field_validator,
     model_validator,
 )
 
@@ -61,21 +60,12 @@ class _Pool(_Section):
     cpus_per_replica: float = Field(default=1, ge=0)
     """Logical CPUs that Ray reserves for each."""
     gpus_per_replica: int = Field(default=0, ge=0, le=8)
-    """0 runs on the CPU; otherwise one GPU for each of tensor_parallel. In this version for colocated workers alone."""
+    """0 runs on the CPU; otherwise one GPU for each of tensor_parallel."""
     tensor_parallel: int = Field(default=1, ge=1, le=8)
     """Processes of one host that share the model, each with a part of every layer. Prefill and decode workers may have
     different numbers of them."""
     threads: int | None = Field(default=None, ge=1, le=1024)
     """Threads that one CPU operation may use. Default: all of the node's."""
-
-    _moves_kv: ClassVar[bool] = True
-
-    @field_validator("gpus_per_replica")
-    @classmethod
-    def _check_transport(cls, value: int) -> int:
-        if cls._moves_kv and value:
-            raise ValueError("no transport of this version reads KV from GPU memory; colocated workers need none")
-        return value
 
     @model_validator(mode="after")
     def _check_ranks(self) -> Self:
@@ -104,8 +94,6 @@ class DecodePool(_Pool):
 class ColocatedPool(DecodePool):
     max_batched_tokens: int = Field(default=2048, ge=16, le=1 << 20)
     """Tokens of one step, prompts' and outputs' together."""
-
-    _moves_kv: ClassVar[bool] = False
 
 
 class PoolsConfig(_Section):
@@ -145,6 +133,8 @@ class KVConfig(_Section):
     hosts NIXL or UCX where they are installed and RDMA is up, else ZMQ. Only ZMQ encrypts."""
     require_rdma: bool = False
     """Refuse to move KV between hosts by anything but RDMA: at the start an error, later that peer is not used."""
+    copy_programs: int = Field(default=16, ge=1, le=128)
+    """Processors of a decode worker's GPU that a copy of KV may take at a time."""
     layer_groups: int = Field(default=2, ge=1, le=256)
     """Groups of layers whose KV is handed over as soon as they are computed, while later layers still compute."""
     lease_s: float = Field(default=30, gt=0, le=3600)
@@ -216,6 +206,14 @@ class Config(_Section):
     gateway: GatewayConfig = GatewayConfig()
     hidden_states: HiddenStatesConfig = HiddenStatesConfig()
     log: LogConfig = LogConfig()
+
+    @model_validator(mode="after")
+    def _check_devices(self) -> Self:
+        movers = {"prefill": self.pools.prefill, "decode": self.pools.decode}
+        lacking = [name for name, pool in movers.items() if pool is not None and not pool.gpus_per_replica]
+        if self.kv.transport == "cuda_ipc" and lacking:
+            raise ValueError(f"kv.transport: cuda_ipc is for GPUs, and pools.{lacking[0]}.gpus_per_replica is 0")
+        return self
 
 
 def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Config:
@@ -328,6 +326,17 @@ def worker_environment() -> dict[str, str]:
 def prepare_children() -> None:
     """Have the processes that this one starts from now on begin as workers do, see `worker_environment`."""
     os.environ |= worker_environment()
+
+
+def show_gpus(ids: Sequence[str]) -> None:
+    """Let this process see the GPUs that it was given, and no others, also where Ray was told to leave that to us
+    (RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES): call this before CUDA starts.
+
+    Args:
+        ids: as Ray names them; none: nothing changes.
+    """
+    if ids:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(ids)
 
 
 def prepare_collectives(one_host: bool) -> None:

@@ -261,7 +261,7 @@ class DecodeWorker:
     def _prefill_peer(self, stream: Stream, avoid: PeerId = "") -> PeerId:
         """The prefill peer for a stream: the one that the gateway chose, or another; "" when there is none."""
         wanted = stream.request.prefill
-        if not wanted or len(self._engine.groups) > 1:  # a handoff carries one KV group
+        if not wanted:
             return ""
         if wanted != avoid and self._connector.connected(wanted):
             return wanted

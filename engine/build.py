@@ -116,7 +116,7 @@ def build_engine(
         meta = Decoder(spec, 16, TORCH_DTYPES[dtype], torch.device("meta"), ops, matrix_dtype, group)
         total = torch.cuda.get_device_properties(device).total_memory
         raise lacking(spec, layout, num_bytes(meta), memory, total) from None
-    table, runner = None, Runner(model, cache.tensor, layer_groups(layout.num_layers, config.kv.layer_groups))
+    table, runner = None, Runner(model, cache.tensor, layer_groups(spec.num_layers, config.kv.layer_groups))
     runner.kept_layers = kept_layers
     if device.type == "cuda" if overlap is None else overlap:
         # Outputs of one request may exceed the limit, when it is alone.

@@ -8,7 +8,7 @@ import torch
 from ..core.errors import ConfigError
 from ..core.units import format_bytes
 from ..kv_transfer.layout import KVLayout
-from ..kv_transfer.memory import Buffer
+from ..kv_transfer.memory import Buffer, DeviceBuffer
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Of weights and activations."""
@@ -16,12 +16,16 @@ KV_DTYPES = {**TORCH_DTYPES, "fp8_e4m3": torch.float8_e4m3fn}
 
 
 class KVCache:
-    """A cache of ``num_blocks`` blocks: on the CPU, in memory that peers can map.
+    """A cache of ``num_blocks`` blocks, in memory that peers can map. On a GPU it starts with any content.
 
     Attributes:
         tensor: `KVLayout.shape` elements of the layout's dtype.
-        blocks: the same bytes; on a GPU, empty.
-        generations: [num_blocks] uint64.
+        blocks: the same bytes.
+        generations: [num_blocks] uint64, in the host's memory.
+
+    Raises:
+        ConfigError: the GPU's memory cannot be shared.
+        torch.OutOfMemoryError: it is not enough.
     """
 
     def __init__(self, layout: KVLayout, num_blocks: int, device: torch.device) -> None:
@@ -30,12 +34,15 @@ class KVCache:
         self.generations_buffer = Buffer(num_blocks * 8)
         self.generations: np.ndarray = self.generations_buffer.array.view(np.uint64)
         dtype, shape = KV_DTYPES[layout.dtype], layout.shape(num_blocks)
+        num_bytes = num_blocks * layout.block_bytes
+        self.blocks: Buffer | DeviceBuffer
         if device.type == "cpu":
-            self.blocks = Buffer(num_blocks * layout.block_bytes)
-            self.tensor = torch.from_numpy(self.blocks.array).view(dtype).view(shape)
+            self.blocks = Buffer(num_bytes)
+            flat = torch.from_numpy(self.blocks.array)
         else:
-            self.blocks = Buffer(1)
-            self.tensor = torch.empty(shape, dtype=dtype, device=device)
+            self.blocks = DeviceBuffer(num_bytes, torch.cuda.current_device() if device.index is None else device.index)
+            flat = self.blocks.tensor()
+        self.tensor = flat.view(dtype).view(shape)
 
     def close(self) -> None:
         """Let the memory go when its last user does."""

@@ -1,26 +1,18 @@
-"""Memory that the GPUs of one host read from each other, mapped by CUDA's inter-process communication.
-
-The memory is CUDA's own and not from torch's allocator, whose tensors are parts of larger pieces: a handle names a
-whole piece, and would open all of it to the peers.
-"""
+"""Memory that the GPUs of one host read from each other, mapped by CUDA's inter-process communication."""
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
 from ..core.errors import ConfigError
+from . import cuda_memory
 
 Exchange = Callable[[bytes], list[bytes]]
 """Gives this rank's bytes to all, and returns every rank's, in the order of ranks; equally many from each."""
 
-_HANDLE_BYTES = 64
 _PROBLEM_BYTES = 160
-# CUDA shares memory by pieces of this size: a smaller one would take its neighbours along.
-_PIECE_BYTES = 2 << 20
 
 
 class PeerMemory:
@@ -42,14 +34,15 @@ class PeerMemory:
     def __init__(self, num_bytes: int, rank: int, device: torch.device, exchange: Exchange) -> None:
         self.addresses: list[int] = []
         self._rank = rank
-        self._device = device
+        self._device = torch.cuda.current_device() if device.index is None else device.index
         self._exchange = exchange
-        self._own: int | None = None
-        handle, problem = bytes(_HANDLE_BYTES), ""
+        self._own: cuda_memory.Allocation | None = None
+        handle, problem = bytes(cuda_memory.HANDLE_BYTES), ""
         try:
-            self._cuda: Any = importlib.import_module("cuda.bindings.runtime")
-            handle = self._allocate(num_bytes)
-        except (ImportError, OSError) as error:
+            self._own = cuda_memory.Allocation(num_bytes, self._device)
+            cuda_memory.clear(self._own.address, num_bytes, self._device)
+            handle = self._own.handle
+        except (ImportError, OSError, torch.OutOfMemoryError) as error:
             problem = str(error)
         handles = exchange(handle)
         if not problem:
@@ -69,41 +62,17 @@ class PeerMemory:
 
     def close(self) -> None:
         """Unmap the peers' memory and, when all have, free this rank's. Nothing may use it any more."""
-        with torch.cuda.device(self._device):
-            for rank, address in enumerate(self.addresses):
-                if rank != self._rank:
-                    self._call("cudaIpcCloseMemHandle", address)
-            self.addresses = []
-            self._exchange(b"\0")
-            if self._own is not None:
-                self._call("cudaFree", self._own)
-                self._own = None
-
-    def _allocate(self, num_bytes: int) -> bytes:
-        with torch.cuda.device(self._device):
-            # These bindings may bring a runtime of their own, with a current device of its own.
-            self._call("cudaSetDevice", self._device.index)
-            size = -(-num_bytes // _PIECE_BYTES) * _PIECE_BYTES
-            self._own = int(self._call("cudaMalloc", size))
-            self._call("cudaMemset", self._own, 0, size)
-            self._call("cudaDeviceSynchronize")
-            return bytes(self._call("cudaIpcGetMemHandle", self._own).reserved)
+        for rank, address in enumerate(self.addresses):
+            if rank != self._rank:
+                cuda_memory.close_handle(address, self._device)
+        self.addresses = []
+        self._exchange(b"\0")
+        self._own = None
 
     def _map(self, handles: list[bytes]) -> None:
-        # A handle is mapped into the device that is current, and that is the one which reads.
-        with torch.cuda.device(self._device):
-            for rank, data in enumerate(handles):
-                if rank == self._rank:
-                    assert self._own is not None
-                    self.addresses.append(self._own)
-                    continue
-                handle = self._cuda.cudaIpcMemHandle_t()
-                handle.reserved = data
-                flags = self._cuda.cudaIpcMemLazyEnablePeerAccess
-                self.addresses.append(int(self._call("cudaIpcOpenMemHandle", handle, flags)))
-
-    def _call(self, name: str, *arguments: Any) -> Any:
-        error, *values = getattr(self._cuda, name)(*arguments)
-        if int(error):
-            raise OSError(f"{name}: {error.name}")
-        return values[0] if values else None
+        for rank, handle in enumerate(handles):
+            if rank == self._rank:
+                assert self._own is not None
+                self.addresses.append(self._own.address)
+            else:
+                self.addresses.append(cuda_memory.open_handle(handle, self._device))

@@ -9,7 +9,7 @@ from ..core.config import KVConfig
 from ..core.errors import ConfigError
 from ..core.log import logger
 from ..core.wire import SecureContext
-from .memory import Buffer
+from .memory import Buffer, DeviceBuffer
 from .rdma import rdma_devices, rule_out_tcp
 from .transports import Region, Transport
 from .transports.base import Notify
@@ -35,36 +35,41 @@ class End(NamedTuple):
     """By name, why other transports are not to be had here."""
 
 
-def host_end(
+def first_end(
     heads: range,
     transports: Mapping[str, Transport],
-    blocks: Buffer,
+    blocks: Buffer | DeviceBuffer,
     generations: Buffer | None,
     missing: Mapping[str, str] = {},
 ) -> End:
-    """A rank whose cache lies in this process's host memory: registers its regions with its transports.
+    """A rank whose cache is this process's: registers its regions with its transports.
 
     Args:
         heads: see `End`.
-        transports: by name; those that only copy are made to convert.
+        transports: by name; those that only copy are made to convert, if the cache is the host's.
         blocks: the cache's memory.
         generations: [blocks] uint64, bumped before a block is written anew; of the first rank, else None.
         missing: see `End`.
     """
-    able = converting(transports)
+    able = converting(transports) if blocks.kind == "host" else dict(transports)
     for transport in able.values():
         transport.register(Region(BLOCKS, blocks))
         if generations is not None:
             transport.register(Region(GENERATIONS, generations))
-    return End(heads, able, "host", blocks, missing)
+    return End(heads, able, blocks.kind, blocks if isinstance(blocks, Buffer) else None, missing)
 
 
 def open_transports(
-    notify: Notify, context: SecureContext, address: str, blocks: Buffer, kv: KVConfig, on_bad_frame: Callable[[], None]
+    notify: Notify,
+    context: SecureContext,
+    address: str,
+    blocks: Buffer | DeviceBuffer,
+    kv: KVConfig,
+    on_bad_frame: Callable[[], None],
 ) -> tuple[dict[str, Transport], dict[str, str]]:
     """The transports that work for a rank here, and why others do not, by name. Blocks while they start.
 
-    They convert, and have no regions yet.
+    They have no regions yet. In host memory all of them convert.
 
     Args:
         notify: each transport's.
@@ -77,7 +82,10 @@ def open_transports(
     Raises:
         ConfigError: the one that is wanted does not work here; says why.
     """
-    transports, missing = offer(notify, context, address, blocks.kind, kv.transport, on_bad_frame)
+    device = blocks.device if isinstance(blocks, DeviceBuffer) else 0
+    transports, missing = offer(
+        notify, context, address, blocks.kind, kv.transport, on_bad_frame, device, kv.copy_programs
+    )
     if kv.transport in missing:
         raise ConfigError(f"kv.transport: {kv.transport}: {missing[kv.transport]}")
     if kv.require_rdma:
@@ -85,7 +93,7 @@ def open_transports(
     if kv.transport == "auto":
         for name, why in missing.items():
             logger.info("no KV by %s: %s", name, why)
-    return converting(transports), missing
+    return converting(transports) if blocks.kind == "host" else transports, missing
 
 
 def converting(transports: Mapping[str, Transport]) -> dict[str, Transport]:

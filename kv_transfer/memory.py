@@ -1,8 +1,9 @@
-"""Memory that a peer on the same host can map, and that the kernel frees whatever happens to its owner.
+"""Memory that a peer on the same host can map, and that the system frees whatever happens to its owner.
 
-The memory is an anonymous file (memfd_create, Linux): it has no name in any file system, so a killed process leaves
+Host memory is an anonymous file (memfd_create, Linux): it has no name in any file system, so a killed process leaves
 nothing behind. A peer opens it through ``/proc/<pid>/fd/<n>``, and checks a random token against its name there, so
-that a reused process id is never mistaken for the owner. A mapping outlives its owner's death.
+that a reused process id is never mistaken for the owner. GPU memory is an allocation of CUDA's own, which a peer opens
+by its handle. Either mapping outlives its owner's death.
 """
 
 from __future__ import annotations
@@ -10,11 +11,15 @@ from __future__ import annotations
 import mmap
 import os
 import secrets
+from pathlib import Path
 
 import msgspec
 import numpy as np
+import torch
+from torch import Tensor
 
-from ..core.errors import TransferError
+from ..core.errors import ConfigError, TransferError
+from ..kernels.cuda_memory import Allocation
 
 
 class SharedMemory(msgspec.Struct, frozen=True):
@@ -54,6 +59,54 @@ class Buffer:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+
+
+class DeviceBuffer:
+    """Memory of one GPU, uninitialized.
+
+    Attributes:
+        address: a multiple of 2 MiB.
+        handle: opens it in another process of the host (cudaIpcMemHandle_t, 64 bytes).
+        memory: the allocation; it lives as long as anybody refers to it.
+
+    Args:
+        num_bytes: ≥ 1.
+        device: the GPU's number in this process.
+
+    Raises:
+        ConfigError: the GPU's memory cannot be shared; says why.
+        torch.OutOfMemoryError: so much is not free.
+    """
+
+    kind = "cuda"
+
+    def __init__(self, num_bytes: int, device: int) -> None:
+        self.num_bytes = num_bytes
+        self.device = device
+        try:
+            self.memory: Allocation | None = Allocation(num_bytes, device)
+        except (ImportError, OSError) as error:
+            raise ConfigError(
+                f"GPU memory that other processes can read could not be made: {error}",
+                fix="pip install 'tandem[gpu]' brings CUDA's Python bindings",
+            ) from None
+        self.address, self.handle = self.memory.address, self.memory.handle
+
+    def tensor(self) -> Tensor:
+        """The memory as [num_bytes] uint8; it lives as long as any tensor of it does."""
+        return torch.as_tensor(self.memory, device=torch.device("cuda", self.device))
+
+    def close(self) -> None:
+        """Give the memory up; it goes with the last tensor, or reader in this process, of it. Idempotent."""
+        self.memory = None
+
+
+def host_id() -> str:
+    """Equal in all processes that run under the same kernel, in containers, too; differs between hosts and boots."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
 
 
 def map_shared(shared: SharedMemory) -> np.ndarray:

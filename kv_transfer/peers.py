@@ -95,9 +95,8 @@ def link_peer(layout: KVLayout, ends: Sequence[End], theirs: Hello, choice: str,
                 )
                 first = offered[peer_rank].start
                 links.append(Link(rank, _name_of(peer, peer_rank), transport, heads, held, first))
-        firsts = [link.transport for link in links if link.rank == 0 and link.name == peer]
-        able = [transport for transport in firsts if "host" in transport.memory]
-        fence = able[0] if able else _choose(ends[0], theirs, 0, "auto", {"host"}, ("", ""))
+        # Of equal heads the first rank reads the first rank's; small host regions travel by every transport.
+        [fence] = {link.transport for link in links if link.rank == 0 and link.name == peer}
     except TransferError:
         for link in links:
             link.transport.remove_peer(link.name)

@@ -33,6 +33,7 @@ from ..core.metrics import WorkerMetrics
 from ..engine.engine import Engine, Outcome, device_is_lost
 from ..engine.limits import check_prompt
 from ..engine.sequence import Sequence
+from ..engine.watermarks import Watermarks
 from ..kv_transfer.connector import Connector
 from ..kv_transfer.hidden_states import HiddenStateWriter, record
 from ..kv_transfer.layout import DTYPE_BYTES
@@ -56,7 +57,8 @@ class PrefillWorker:
         max_model_len: tokens of the longest prompt.
         clock: tells the time.
         metrics: counts.
-        send: delivers a message to a peer; never blocks.
+        send: delivers a message to a peer; never blocks. On a GPU it is also called by the thread that waits for layers
+            to be computed, never by two at a time for one transfer.
         hidden_states: writes those of prompts; None: nobody may ask.
     """
 
@@ -83,6 +85,7 @@ class PrefillWorker:
         self._hidden_states = hidden_states
         self._leases = LeaseTable(lease_s, clock)
         self._scheduler = PrefillScheduler(engine, pool.max_batched_tokens, pool.max_running, clock)
+        self._watermarks = Watermarks(engine.model.device)
         self._prompt_tokens = 0
 
     # ---- messages ---------------------------------------------------------------------------------------------------
@@ -143,13 +146,16 @@ class PrefillWorker:
         ends = [(jobs[id(w.sequence)], w.sequence.num_computed + w.num_new) for w in plan]
 
         def publish(layer_group: int) -> None:
-            for job, num_tokens in ends:
-                self._publish(job, layer_group, num_tokens)
+            marks = [self._mark(job, layer_group, num_tokens) for job, num_tokens in ends]
+            self._watermarks.after(lambda: self._send_all(marks))
 
         start_s = self._clock.monotonic_s()
         try:
             outcomes = self._engine.step(plan, publish)
+            # Everything has been computed, and readers must know of the last layers before they hear of the end.
+            self._watermarks.flush()
         except RuntimeError as error:  # torch's; the worker goes on without the prompts that it failed on
+            self._watermarks.flush()
             logger.exception("a prefill step failed")
             for job, _ in ends:
                 self._fail(job, f"the prefill step failed: {error}", 500)
@@ -175,6 +181,10 @@ class PrefillWorker:
             leases=len(self._leases),
             prompt_tokens=self._prompt_tokens,
         )
+
+    def close(self) -> None:
+        """End the thread that waits for the GPU. Idempotent."""
+        self._watermarks.close()
 
     def drained(self) -> bool:
         """Whether no reader needs us any more."""
@@ -227,13 +237,18 @@ class PrefillWorker:
         self._metrics.cached_tokens.inc(sequence.num_computed)
         self._send(job.transfer.reader, Accepted(job.transfer.number, tables, sequence.num_computed))
         if sequence.num_computed > job.skip_tokens:
-            for layer_group in range(len(self._connector.layer_groups)):
-                self._publish(job, layer_group, sequence.num_computed)
+            groups = range(len(self._connector.layer_groups))
+            self._send_all([self._mark(job, layer_group, sequence.num_computed) for layer_group in groups])
 
-    def _publish(self, job: Job, layer_group: int, num_tokens: int) -> None:
+    def _mark(self, job: Job, layer_group: int, num_tokens: int) -> tuple[PeerId, Message]:
+        """A watermark, to be sent when it is true."""
         self._leases.publish(job.transfer)
         first_sum, sums = self._sums(job, layer_group, num_tokens) if job.sum_tokens else (0, b"")
-        self._send(job.transfer.reader, BlocksReady(job.transfer.number, layer_group, num_tokens, first_sum, sums))
+        return job.transfer.reader, BlocksReady(job.transfer.number, layer_group, num_tokens, first_sum, sums)
+
+    def _send_all(self, messages: list[tuple[PeerId, Message]]) -> None:
+        for peer, message in messages:
+            self._send(peer, message)
 
     def _sums(self, job: Job, layer_group: int, num_tokens: int) -> tuple[int, bytes]:
         """The checksums that a watermark completes, and the number of the first."""

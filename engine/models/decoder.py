@@ -237,9 +237,8 @@ class Decoder:
         Args:
             batch: the tokens.
             cache: [blocks, places, 2, kv_heads, block_tokens, head_dim]; of this rank's heads.
-            groups: first place of each layer group.
-            publish: called with a layer group's number when the KV of its places, in all KV groups' blocks, is in the
-                cache; in order.
+            groups: first layer of each layer group.
+            publish: called with a layer group's number when its layers' KV is in the cache.
             look: called after each layer with its number and two tensors [tokens, hidden] that are overwritten later,
                 whose sum is the layer's output.
 
@@ -249,13 +248,11 @@ class Decoder:
         Raises:
             WorkerError: another rank did not take part.
         """
-        ends = self._ends(groups) if publish is not None else []
+        ends = {end - 1: group for group, end in enumerate((*groups[1:], len(self.layers)))}
 
         def done(layer: int) -> None:
-            if publish is not None:
-                for number, end in enumerate(ends):
-                    if end == layer:
-                        publish(number)
+            if publish is not None and layer in ends:
+                publish(ends[layer])
 
         x = self.embedding[batch.tokens].to(self.dtype)
         x, residual = self._run_layers(x, batch, cache, done, look)
@@ -264,11 +261,6 @@ class Decoder:
         x, _ = self.ops.rms_norm(x, residual, self.norm, self.spec.norm_eps)
         logits = self.ops.linear(x, self.head)
         return logits if self.group.size == 1 else self._gather(logits)
-
-    def _ends(self, groups: Sequence[int]) -> list[int]:
-        """Of each layer group, the last layer."""
-        stops = (*groups[1:], max(len(kv.layers) for kv in self.groups))
-        return [max(kv.layers[min(stop, len(kv.layers)) - 1] for kv in self.groups) for stop in stops]
 
     def _gather(self, logits: Tensor) -> Tensor:
         vocabulary = self.spec.vocab_size

@@ -14,7 +14,7 @@ import numpy as np
 from ...core.ids import PeerId
 from ...kernels import copy_runs
 from ..layout import Runs
-from ..memory import Buffer
+from ..memory import Buffer, DeviceBuffer, SharedMemory
 
 Notify = Callable[[], None]
 
@@ -23,7 +23,7 @@ class Region(NamedTuple):
     """A named part of this process's memory that peers may read, and that reads may land in."""
 
     name: str
-    buffer: Buffer
+    buffer: Buffer | DeviceBuffer
 
 
 class Read(NamedTuple):
@@ -59,7 +59,7 @@ class Transport(Protocol):
     converts: bool
     """Whether `submit` takes reads whose dtypes differ."""
     memory: frozenset[str]
-    """Kinds of region that it can move: "host", "cuda"."""
+    """Kinds of buffer whose contents it is for, "host" or "cuda"; small host regions travel by every transport."""
 
     def register(self, region: Region) -> None:
         """Make a region readable by peers and writable by reads. Before `descriptor`."""
@@ -100,9 +100,15 @@ class Transport(Protocol):
 
 
 def bytes_of(regions: dict[str, Region], name: str) -> np.ndarray | None:
-    """A registered region's bytes, or None."""
+    """A registered region's bytes, or None, also where a GPU has them."""
     region = regions.get(name)
-    return None if region is None else region.buffer.array
+    return region.buffer.array if region is not None and isinstance(region.buffer, Buffer) else None
+
+
+def shared_of(regions: dict[str, Region]) -> dict[str, SharedMemory]:
+    """How a peer on this host reaches those regions that it can map."""
+    buffers = {name: region.buffer for name, region in regions.items()}
+    return {name: b.shared for name, b in buffers.items() if isinstance(b, Buffer) and b.shared is not None}
 
 
 def copy_checked(read: Read, source: np.ndarray | None, target: np.ndarray | None) -> str:
@@ -117,17 +123,31 @@ def copy_checked(read: Read, source: np.ndarray | None, target: np.ndarray | Non
     return error
 
 
-def check_runs(runs: Runs, source_bytes: int, target_bytes: int) -> str:
-    """Why these ranges cannot be copied between buffers of these sizes, or "". Safe for any values."""
+def check_runs(
+    runs: Runs, source_bytes: int, target_bytes: int, source_element: int = 1, target_element: int = 1
+) -> str:
+    """Why these ranges cannot be copied between buffers of these sizes, or "". Safe for any values.
+
+    Args:
+        runs: the ranges.
+        source_bytes: of the peer's buffer.
+        target_bytes: of ours.
+        source_element: bytes of the elements that are read.
+        target_element: bytes of what they become.
+    """
     if len(runs.sizes) == 0:
         return ""
     if int(runs.sizes.min()) <= 0 or int(runs.source_offsets.min()) < 0 or int(runs.target_offsets.min()) < 0:
         return "a range is empty or starts before its region"
-    for offsets, limit, whose in (
-        (runs.source_offsets, source_bytes, "the peer's"),
-        (runs.target_offsets, target_bytes, "the local"),
+    for offsets, element, limit, whose in (
+        (runs.source_offsets, source_element, source_bytes, "the peer's"),
+        (runs.target_offsets, target_element, target_bytes, "the local"),
     ):
+        sizes = runs.sizes if element == source_element else runs.sizes // source_element * element
         # Each bound alone first: their sum could overflow.
-        if int(offsets.max()) > limit or int(runs.sizes.max()) > limit or int((offsets + runs.sizes).max()) > limit:
+        if int(offsets.max()) > limit or int(sizes.max()) > limit or int((offsets + sizes).max()) > limit:
             return f"a range ends beyond {whose} region of {limit} bytes"
+        whole = element == 1 or not (offsets % element).any()
+        if not whole or (source_element > 1 and (runs.sizes % source_element).any()):
+            return f"a range is not of whole elements of {element} bytes in {whose} region"
     return ""

@@ -72,7 +72,8 @@ class Landing:
         inner.register(Region(_STAGING, self._staging))
 
     def register(self, region: Region) -> None:
-        self._targets[region.name] = region.buffer.array
+        if isinstance(region.buffer, Buffer):
+            self._targets[region.name] = region.buffer.array
         self._inner.register(region)
 
     def descriptor(self) -> bytes:

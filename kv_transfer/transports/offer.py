@@ -8,12 +8,15 @@ from ...core.errors import ConfigError, TandemError
 from ...core.wire import SecureContext
 from . import PREFERENCE
 from .base import Notify, Transport
+from .cuda_ipc import CudaIpcTransport
 from .nixl import NixlTransport
 from .shm import ShmTransport
 from .ucx import UcxTransport, rdma_ports
 from .zmq import ZmqTransport
 
-_MEMORY = {kind.name: kind.memory for kind in (ShmTransport, NixlTransport, UcxTransport, ZmqTransport)}
+_MEMORY = {
+    kind.name: kind.memory for kind in (CudaIpcTransport, ShmTransport, NixlTransport, UcxTransport, ZmqTransport)
+}
 _NEEDS_RDMA = ("nixl", "ucx")
 """Without RDMA they use TCP, which they do not encrypt: only who asks for them by name gets that."""
 
@@ -25,6 +28,8 @@ def offer(
     memory_kind: str,
     choice: str,
     on_bad_frame: Callable[[], None] | None = None,
+    device: int = 0,
+    copy_programs: int = 16,
 ) -> tuple[dict[str, Transport], dict[str, str]]:
     """Make the transports that work here. Blocks while they start: half a second for NIXL.
 
@@ -35,6 +40,8 @@ def offer(
         memory_kind: "host" or "cuda": where the KV blocks lie.
         choice: ``kv.transport``.
         on_bad_frame: called, from any thread, for each frame that is refused.
+        device: number of the GPU whose memory it is.
+        copy_programs: see ``kv.copy_programs``.
 
     Returns:
         transports by name in order of preference, and why each of the others is not there.
@@ -52,16 +59,24 @@ def offer(
             missing[name] = f"no RDMA device here is up; kv.transport: {name} takes it over TCP, unencrypted"
         else:
             try:
-                transports[name] = _make(name, notify, context, address, on_bad_frame)
+                transports[name] = _make(name, notify, context, address, on_bad_frame, device, copy_programs)
             except TandemError as error:
                 missing[name] = str(error)
     return transports, missing
 
 
 def _make(
-    name: str, notify: Notify, context: SecureContext, address: str, on_bad_frame: Callable[[], None] | None
+    name: str,
+    notify: Notify,
+    context: SecureContext,
+    address: str,
+    on_bad_frame: Callable[[], None] | None,
+    device: int,
+    copy_programs: int,
 ) -> Transport:
     match name:
+        case "cuda_ipc":
+            return CudaIpcTransport(notify, device, copy_programs)
         case "shm":
             return ShmTransport(notify)
         case "nixl":

@@ -12,7 +12,7 @@ import numpy as np
 from ...core.errors import TransferError
 from ...core.ids import PeerId
 from ..memory import SharedMemory, map_shared
-from .base import Notify, Read, Region, TransferResult, bytes_of, copy_checked
+from .base import Notify, Read, Region, TransferResult, bytes_of, copy_checked, shared_of
 
 
 class ShmTransport:
@@ -39,8 +39,7 @@ class ShmTransport:
         self._regions[region.name] = region
 
     def descriptor(self) -> bytes:
-        shared = {name: region.buffer.shared for name, region in self._regions.items() if region.buffer.shared}
-        return msgspec.msgpack.encode(shared)
+        return msgspec.msgpack.encode(shared_of(self._regions))
 
     def add_peer(self, peer: PeerId, descriptor: bytes) -> None:
         found = msgspec.msgpack.decode(descriptor, type=dict[str, SharedMemory])

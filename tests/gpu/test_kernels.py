@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tandem.kernels import activation, copy_runs, decode_inputs, moe, on_gpu, rms_norm, rotary
+from tandem.kernels import activation, decode_inputs, moe, on_gpu, rms_norm, rotary
 
 pytestmark = pytest.mark.skipif(not on_gpu.AVAILABLE, reason="Triton is not installed")
 
@@ -153,22 +153,3 @@ def test_complete(rng: torch.Generator, batch: int, block_tokens: int, groups: i
         used = -(-int(lens_a[i]) // block_tokens)
         assert out_a[:, i, :used].equal(out_b[:, i, :used])
         assert (out_b[:, i, used:] == -7).all()
-
-
-@pytest.mark.parametrize("word_bytes", [1, 8])
-@pytest.mark.parametrize("programs", [1, 5])
-def test_copy_runs(rng: torch.Generator, word_bytes: int, programs: int) -> None:
-    """Ranges of any length, some empty, land where they belong, and nothing else changes."""
-    sizes = torch.tensor([0, 1, 40, 5000, 7, 4096, 3], device=DEVICE) * word_bytes
-    gaps = torch.tensor([3, 0, 1, 2, 0, 5, 1], device=DEVICE) * word_bytes
-    offsets = (sizes + gaps).cumsum(0) - sizes
-    order = torch.tensor([4, 2, 6, 0, 5, 1, 3], device=DEVICE)
-    places = torch.empty_like(offsets)
-    places[order] = (sizes[order] + word_bytes).cumsum(0) - sizes[order]
-    total = int((sizes + gaps).sum()) + 8 * word_bytes
-    source = torch.randint(0, 256, (total,), generator=rng, device=DEVICE).to(torch.uint8)
-    target = torch.full((total,), 7, dtype=torch.uint8, device=DEVICE)
-    want = target.cpu().numpy()
-    copy_runs.reference(source.cpu().numpy(), want, *(part.cpu().numpy() for part in (offsets, places, sizes)))
-    copy_runs.fused(source, target, offsets, places, sizes, word_bytes, programs)
-    assert target.cpu().equal(torch.from_numpy(want))

@@ -116,13 +116,12 @@ class MovedTransport:
         return self._transport
 
 
-class _Mapped:
-    """A `Buffer` of another process."""
-
-    kind = "host"
+class _Mapped(Buffer):
+    """A buffer of another process."""
 
     def __init__(self, descriptor: int, num_bytes: int) -> None:
-        own = Buffer(1)
+        super().__init__(1)
+        own = self
         assert own.shared is not None
         token = os.readlink(f"/proc/self/fd/{descriptor}").removeprefix("/memfd:tandem-").removesuffix(" (deleted)")
         self.shared = msgspec.structs.replace(
@@ -147,7 +146,7 @@ def main(control: socket.socket) -> None:
             continue
         _, files, _, _ = socket.recv_fds(control, 1, 16)
         regions = [
-            Region(region, _Mapped(descriptor, size))  # type: ignore[arg-type]
+            Region(region, _Mapped(descriptor, size))
             for (region, size), descriptor in zip(sizes.items(), files[1:], strict=True)
         ]
 

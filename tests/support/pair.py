@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from prometheus_client import CollectorRegistry
@@ -30,10 +32,11 @@ from tandem.core.messages import (
 )
 from tandem.core.metrics import WorkerMetrics
 from tandem.decode.worker import DecodeWorker
-from tandem.engine.build import Built, build_engine
+from tandem.engine.build import build_engine
+from tandem.engine.kv_cache import KVCache
 from tandem.engine.models.shard import kv_heads_of
 from tandem.kv_transfer.connector import Connector
-from tandem.kv_transfer.ends import End, host_end
+from tandem.kv_transfer.ends import End, first_end
 from tandem.kv_transfer.hidden_states import open_writer
 from tandem.kv_transfer.transports.inproc import InprocTransport
 from tandem.prefill.worker import PrefillWorker
@@ -70,22 +73,23 @@ class Node:
                 pool = config.pools.decode or DecodePool()
             case _:
                 pool = config.pools.colocated or ColocatedPool()
-        built: Built
+        self.device = pair.device_of(role)
         self.ranks: ThreadRanks | None = None
         if pool.tensor_parallel > 1:
             built, self.ranks = build_on_threads(
                 config, pool.max_running, pool.max_batched_tokens, pool.tensor_parallel, pair.overlap
             )
         else:
-            built = build_engine(
-                config, pool.max_running, torch.device("cpu"), lambda *_: None, pool.max_batched_tokens, pair.overlap
-            )
+            with self.here():
+                built = build_engine(
+                    config, pool.max_running, self.device, lambda *_: None, pool.max_batched_tokens, pair.overlap
+                )
         self.engine = built.engine
-        self.transport = InprocTransport(lambda: None)
         cache, model, layout = self.engine.cache, self.engine.model, self.engine.cache.layout
+        self.transport = pair.transport_of(cache)
         self.writer = open_writer(config.hidden_states, model.spec.hidden, model.dtype, self.metrics)
         heads = [kv_heads_of(model.spec, rank, pool.tensor_parallel) for rank in range(pool.tensor_parallel)]
-        ends = [host_end(heads[0], {"inproc": self.transport}, cache.blocks, cache.generations_buffer)]
+        ends = [first_end(heads[0], {self.transport.name: self.transport}, cache.blocks, cache.generations_buffer)]
         if self.ranks is not None:
             ends += [End(*others) for others in zip(heads[1:], self.ranks.transports, strict=True)]
         self.connector = Connector(
@@ -108,6 +112,10 @@ class Node:
                 self.metrics, send, self.writer,
             )  # fmt: skip
 
+    def here(self) -> AbstractContextManager[object]:
+        """What concerns the worker happens on its device."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+
     def check_idle(self) -> None:
         """All blocks are free, and the pool is consistent."""
         self.engine.pool.check()
@@ -128,10 +136,21 @@ class Pair:
         config: which workers there are.
         overlap: decode runs a step ahead of its outcomes, as it does on a GPU.
         prefill: the configuration of the prefill workers, where it is another.
+        device_of: where a role computes.
+        transport_of: what reads into a cache, and out of it.
     """
 
-    def __init__(self, config: Config, overlap: bool = False, prefill: Config | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        overlap: bool = False,
+        prefill: Config | None = None,
+        device_of: Callable[[str], torch.device] = lambda role: torch.device("cpu"),
+        transport_of: Callable[[KVCache], Any] = lambda cache: InprocTransport(lambda: None),
+    ) -> None:
         self.overlap = overlap
+        self.device_of = device_of
+        self.transport_of = transport_of
         self.clock = ManualClock()
         self.config = config
         self.prefill_config = prefill or config
@@ -159,14 +178,16 @@ class Pair:
         node.close()
         self._wire = deque(item for item in self._wire if peer not in item[:2])
         for other in self.nodes.values():
-            other.worker.peer_lost(peer)
+            with other.here():
+                other.worker.peer_lost(peer)
         self.announce()
 
     def announce(self) -> None:
         """Tell everybody who is there."""
         members = [Member(peer, peer.split("-")[0], "node", "", True) for peer in (*self.nodes, GATEWAY)]
         for node in self.nodes.values():
-            node.worker.handle("controller", Membership(1, members))
+            with node.here():
+                node.worker.handle("controller", Membership(1, members))
 
     def post(self, sender: str, to: str, message: Message) -> None:
         self._wire.append((sender, to, encode(message)))
@@ -211,15 +232,17 @@ class Pair:
             if to == GATEWAY:
                 self._receive(message)
             elif to in self.nodes:
-                self.nodes[to].worker.handle(sender, message)
+                with self.nodes[to].here():
+                    self.nodes[to].worker.handle(sender, message)
 
     def turn(self) -> bool:
         """Deliver, and let each worker take one step. Returns whether anything happened."""
         busy = bool(self._wire)
         self.pump()
         for node in list(self.nodes.values()):
-            node.worker.tick()
-            busy |= node.worker.step()
+            with node.here():
+                node.worker.tick()
+                busy |= node.worker.step()
         if self.decode.connector.num_pulls and not busy and self.decode.ranks is not None:
             time.sleep(1e-4)  # its other ranks read in threads
         return busy or bool(self._wire) or bool(self.decode.connector.num_pulls)

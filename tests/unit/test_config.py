@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
-from tandem.core.config import Config, load_config, model_folder, model_name
+from tandem.core.config import Config, load_config, model_folder, model_name, show_gpus
 from tandem.core.errors import ConfigError
 from tandem.core.units import format_bytes, parse_bytes
 
@@ -85,12 +86,30 @@ def test_colocated_excludes_the_others() -> None:
         load_config(None, ["pools.colocated={}", "pools.decode={}"])
 
 
-def test_gpus_are_for_colocated_workers() -> None:
-    with pytest.raises(ConfigError, match=r"pools\.decode\.gpus_per_replica: no transport of this version"):
-        load_config(None, ["pools.decode={gpus_per_replica: 1}"])
-    colocated = load_config(None, ["pools.colocated={gpus_per_replica: 1}"]).pools.colocated
-    assert colocated is not None
-    assert colocated.gpus_per_replica == 1
+def test_every_pool_may_have_gpus_and_ranks() -> None:
+    pools = load_config(None, ["pools.decode={gpus_per_replica: 1}", "pools.prefill={gpus_per_replica: 1}"]).pools
+    assert pools.prefill is not None
+    assert pools.decode is not None
+    assert pools.prefill.gpus_per_replica == pools.decode.gpus_per_replica == 1
+    for role in ("decode", "colocated"):
+        pool = getattr(load_config(None, [f"pools.{role}={{gpus_per_replica: 2, tensor_parallel: 2}}"]).pools, role)
+        assert pool.gpus_per_replica == pool.tensor_parallel == 2
+
+
+def test_a_transport_for_gpus_wants_them() -> None:
+    gpus = ["pools.prefill={gpus_per_replica: 1}", "kv.transport=cuda_ipc"]
+    with pytest.raises(ConfigError, match=r"cuda_ipc is for GPUs, and pools\.decode\.gpus_per_replica is 0"):
+        load_config(None, gpus)
+    assert load_config(None, [*gpus, "pools.decode={gpus_per_replica: 1}"]).kv.transport == "cuda_ipc"
+    assert load_config(None, ["pools.colocated={}", "kv.transport=cuda_ipc"]).pools.decode is None
+
+
+def test_a_process_sees_the_gpus_that_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    show_gpus([])
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1,2,3"
+    show_gpus(["2", "3"])
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "2,3"
 
 
 def test_prefill_and_decode_may_differ_in_ranks() -> None:

@@ -19,7 +19,7 @@ from tandem.core.metrics import WorkerMetrics
 from tandem.kernels.convert_runs import DTYPES, convert
 from tandem.kv_transfer import connector as connector_module
 from tandem.kv_transfer.connector import Connector, PullResult
-from tandem.kv_transfer.ends import End, host_end
+from tandem.kv_transfer.ends import End, first_end
 from tandem.kv_transfer.fence import Fence
 from tandem.kv_transfer.handoff import Handoff, Instruction, Loaded, Pull, Release
 from tandem.kv_transfer.layout import KVGroup, KVLayout, group_layers, layer_groups
@@ -105,7 +105,7 @@ class Side:
         self.generations[:] = self.rng.integers(1, 1000, NUM_BLOCKS)
         self.wires = [Wire() for _ in heads]
         ends = [
-            host_end(held, {"inproc": wire}, cache, None if rank else generations)
+            first_end(held, {"inproc": wire}, cache, None if rank else generations)
             for rank, (held, wire, cache) in enumerate(zip(heads, self.wires, self.caches, strict=True))
         ]
         self.metrics = WorkerMetrics(CollectorRegistry())
@@ -483,7 +483,7 @@ def test_an_older_hello_is_understood_as_far_as_its_protocol() -> None:
 
 
 def test_memory_decides_which_transport_moves_what() -> None:
-    """GPU memory by what moves it; generations, on the host, by what moves those."""
+    """GPU memory by what moves it, and generations, on the host, by the same."""
 
     class Other(Wire):
         name = "shm"
@@ -495,7 +495,7 @@ def test_memory_decides_which_transport_moves_what() -> None:
     for side in (reader, source):
         other = Other()
         plain = side.connector._ends[0].transports
-        host_end(range(4), {"shm": other}, side.caches[0], None)
+        first_end(range(4), {"shm": other}, side.caches[0], side.buffers[-1])
         ends[side] = other
         side.connector = Connector(
             "decode-0#1" if side is reader else "prefill-0#1", "model", side.layout, side.groups, [0, 2],
@@ -505,8 +505,8 @@ def test_memory_decides_which_transport_moves_what() -> None:
     assert reader.connector.transport_of("prefill-0#1") == "shm"
     pull(reader, source)
     assert [result.failure for result in run(reader)] == [None]
-    assert [read.source for read in ends[reader].reads] == ["blocks"]
-    assert [read.source for read in reader.wires[0].reads] == ["generations"]
+    assert [read.source for read in ends[reader].reads] == ["blocks", "generations"]
+    assert reader.wires[0].reads == []
 
 
 # ---- checksums ------------------------------------------------------------------------------------------------------
