@@ -434,7 +434,12 @@ class UcxTransport:
                 except self._ucx.UCXError as problem:
                     self._pieces.drop(peer, f"ucx: {peer} cannot be reached: {problem}")
                     continue
-            while len(owner.asked) < IN_FLIGHT_FRAMES and (piece := self._pieces.take(peer)):
+            while len(owner.asked) < IN_FLIGHT_FRAMES:
+                with self._lock:  # what is meant for a peer that came back waits for its own connection
+                    current = self._descriptors.get(peer) == owner.descriptor
+                    piece = self._pieces.take(peer) if current else None
+                if piece is None:
+                    break
                 moved = True
                 self._number += 1
                 frame = _FIRST_FRAME_TAG + secrets.randbelow(_FIRST_FRAME_TAG)
