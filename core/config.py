@@ -146,7 +146,7 @@ class KVConfig(_Section):
     """auto: the model's. fp8_e4m3 halves the memory: 8 bits, 3 of them mantissa, unscaled, ±448 at most; on GPUs."""
     transport: Literal["auto", "cuda_ipc", "shm", "nixl", "ucx", "zmq"] = "auto"
     """How KV travels from prefill to decode. auto: on one host shared memory, between GPUs of one host CUDA's; between
-    hosts NIXL or UCX where they are installed and RDMA is up, else ZMQ. Only ZMQ encrypts."""
+    hosts NIXL where it is installed and RDMA is up, else ZMQ. Only ZMQ encrypts."""
     layer_groups: int = Field(default=2, ge=1, le=256)
     """Groups of layers whose KV is handed over as soon as they are computed, while later layers still compute."""
     lease_s: float = Field(default=30, gt=0, le=3600)
