@@ -130,7 +130,7 @@ class KVConfig(_Section):
     """auto: the model's. fp8_e4m3 halves the memory: 8 bits, 3 of them mantissa, unscaled, ±448 at most; on GPUs."""
     transport: Literal["auto", "cuda_ipc", "shm", "nixl", "ucx", "zmq"] = "auto"
     """How KV travels from prefill to decode. auto: on one host shared memory, between GPUs of one host CUDA's; between
-    hosts NIXL or UCX where they are installed and RDMA is up, else ZMQ. Only ZMQ encrypts."""
+    hosts NIXL where it is installed and RDMA is up, else ZMQ. Only ZMQ encrypts."""
     require_rdma: bool = False
     """Refuse to move KV between hosts by anything but RDMA: at the start an error, later that peer is not used."""
     copy_programs: int = Field(default=16, ge=1, le=128)

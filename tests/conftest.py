@@ -27,10 +27,16 @@ settings.load_profile("tandem")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--ucx", action="store_true", help="run tests of UCX in this process, which UCX may end")
     parser.addoption("--soak", type=float, default=0.0, metavar="MINUTES", help="run the soak tests for so long")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--ucx"):
+        skip = pytest.mark.skip(reason="UCX may end the process: test_ucx.py runs it in another")
+        for item in items:
+            if "ucx" in item.keywords:
+                item.add_marker(skip)
     if not config.getoption("--soak"):
         skip = pytest.mark.skip(reason="a soak; run it with --soak MINUTES")
         for item in items:

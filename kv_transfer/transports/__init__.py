@@ -1,4 +1,4 @@
-"""Transports by name, the fastest first. One suite holds for all: `tests/conformance/test_transports.py`."""
+"""Transports by name, the fastest first. One suite holds for all: `tests/conformance`."""
 
 from .base import Read, Region, TransferResult, Transport
 

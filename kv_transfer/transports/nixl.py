@@ -219,7 +219,11 @@ class NixlTransport:
                 self._pieces.drop(peer, f"{peer} is gone")
                 continue
             room = IN_FLIGHT_PIECES - sum(read.piece.read.peer == peer for read in under_way)
-            while room > 0 and (piece := self._pieces.take(peer)):
+            while room > 0:
+                with self._lock:  # what is meant for a peer that came back is not read from its former life
+                    piece = self._pieces.take(peer) if self._peers.get(peer) is found else None
+                if piece is None:
+                    break
                 room -= 1
                 started = True
                 try:

@@ -17,8 +17,8 @@ from .zmq import ZmqTransport
 _MEMORY = {
     kind.name: kind.memory for kind in (CudaIpcTransport, ShmTransport, NixlTransport, UcxTransport, ZmqTransport)
 }
-_NEEDS_RDMA = ("nixl", "ucx")
-"""Without RDMA they use TCP, which they do not encrypt: only who asks for them by name gets that."""
+_NEEDS_RDMA = ("nixl",)
+"""Without RDMA it uses TCP, which it does not encrypt: only who asks for it by name gets that."""
 
 
 def offer(
@@ -55,6 +55,8 @@ def offer(
             missing[name] = f"kv.transport is {choice}"
         elif memory_kind not in _MEMORY.get(name, frozenset()):
             missing[name] = f"it does not move KV in {memory_kind} memory"
+        elif choice == "auto" and name == "ucx":
+            missing[name] = "only kv.transport: ucx takes it: UCX may crash a process whose peer dies"
         elif choice == "auto" and name in _NEEDS_RDMA and not rdma_ports():
             missing[name] = f"no RDMA device here is up; kv.transport: {name} takes it over TCP, unencrypted"
         else:

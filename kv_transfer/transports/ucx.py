@@ -38,6 +38,9 @@ from .pieces import MAX_RUNS, Piece, Pieces, integers, octets, pack
 FRAME_BYTES = 2 << 20
 IN_FLIGHT_FRAMES = 8
 _MAX_ANSWERS = 2 * IN_FLIGHT_FRAMES
+_CANCEL_S = 0.1
+"""How long UCX gets to cancel a dead connection's requests; with anything under way the thread wakes as often."""
+
 _MAX_ARRIVING = 256
 _CODE_BYTES = 32
 _MAX_REQUEST_BYTES = 16 * MAX_RUNS + (64 << 10)
@@ -48,10 +51,9 @@ _FIRST_FRAME_TAG = 1 << 62
 _DRAIN_S = 2.0
 """How long frames that are on their way are awaited before a connection is closed under them."""
 
-_IDLE_S = 0.2
-"""How long a thread with something under way sleeps at most: UCX notices dead peers while it is driven."""
-
 _log = RateLimited()
+_dead: list[Any] = []
+"""Endpoints that died, until the process ends."""
 
 _Token = Annotated[bytes, Meta(min_length=16, max_length=16)]
 _Address = Annotated[bytes, Meta(min_length=1, max_length=16 << 10)]
@@ -250,7 +252,7 @@ class UcxTransport:
             moved = self._take_messages()
             moved |= self._look_after_requests()
             self._follow_peers()
-            waiting = bool(self._landing or self._leaving or self._abandoned)
+            waiting = bool(self._landing or self._leaving or self._abandoned or self._parting)
             if self._stopping:
                 stop_by_s = min(stop_by_s, time.monotonic() + _DRAIN_S)
                 if not waiting or time.monotonic() > stop_by_s:
@@ -260,11 +262,11 @@ class UcxTransport:
             if moved or not self._worker.arm():
                 continue
             waiting |= any(owner.asked for owner in self._owners.values())
-            if (self._wake_fd, select.POLLIN) in poller.poll(1e3 * _IDLE_S if waiting else None):
+            if (self._wake_fd, select.POLLIN) in poller.poll(1e3 * _CANCEL_S if waiting else None):
                 os.eventfd_read(self._wake_fd)
         ends: list[_Owner | _Reader] = [*self._owners.values(), *self._parting, *self._readers.values()]
         for end in ends:
-            end.endpoint.close_blocking()
+            self._let_go(end.endpoint)
         self._parting.clear()
         # The worker's end is the end of every request: nothing is written after it.
         self._worker.cancel_inflight_requests()
@@ -375,6 +377,7 @@ class UcxTransport:
             self._refuse("a request that came before, or one too many")
             return
         if not reader.endpoint.alive:  # the link was cut, and the reader is back
+            self._let_go(reader.endpoint)
             reader.endpoint = self._connect(ask.address)
         error, payload = pack(self._regions, ask.region, integers(ask.offsets), integers(ask.sizes), FRAME_BYTES)
         reader.answers += 1
@@ -410,13 +413,18 @@ class UcxTransport:
             # An endpoint that is closed while messages are on their way over it can take the peer's UCX down.
             owner.abandoned &= self._abandoned
             busy = owner.abandoned or any(landing.owner is owner for landing in self._landing)
-            if not busy or not owner.endpoint.alive or time.monotonic() > owner.leaves_by_s:
+            if not owner.endpoint.alive:
+                # UCX cancels its requests first, in its own time.
+                owner.leaves_by_s = min(owner.leaves_by_s, time.monotonic() + _CANCEL_S)
+                busy = True
+            if not busy or time.monotonic() > owner.leaves_by_s:
                 self._parting.remove(owner)
                 self._abandoned -= owner.abandoned
-                owner.endpoint.close_blocking()
+                self._let_go(owner.endpoint)
         for token, reader in list(self._readers.items()):
             if not reader.endpoint.alive and not reader.answers:
                 del self._readers[token]
+                self._let_go(reader.endpoint)
 
     def _ask(self) -> bool:
         """Ask for what waits, and fits."""
@@ -434,7 +442,12 @@ class UcxTransport:
                 except self._ucx.UCXError as problem:
                     self._pieces.drop(peer, f"ucx: {peer} cannot be reached: {problem}")
                     continue
-            while len(owner.asked) < IN_FLIGHT_FRAMES and (piece := self._pieces.take(peer)):
+            while len(owner.asked) < IN_FLIGHT_FRAMES:
+                with self._lock:  # what is meant for a peer that came back waits for its own connection
+                    current = self._descriptors.get(peer) == owner.descriptor
+                    piece = self._pieces.take(peer) if current else None
+                if piece is None:
+                    break
                 moved = True
                 self._number += 1
                 frame = _FIRST_FRAME_TAG + secrets.randbelow(_FIRST_FRAME_TAG)
@@ -447,6 +460,13 @@ class UcxTransport:
                     del owner.asked[frame]
                     self._pieces.finish(piece, f"ucx: {peer} cannot be asked: {problem}")
         return moved
+
+    def _let_go(self, endpoint: Any) -> None:
+        """Close a connection that works. One that died is kept as it is: UCX 1.21 crashes when it is closed."""
+        if endpoint.alive:
+            endpoint.close_blocking()
+        else:
+            _dead.append(endpoint)
 
     def _connect(self, address: bytes) -> Any:
         found = self._ucx.UCXAddress.create_from_buffer(bytearray(address))

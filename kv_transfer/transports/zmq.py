@@ -156,8 +156,10 @@ class ZmqTransport:
                 elif socket is self._server:
                     self._serve()
                 else:
-                    peer = next(p for p, dealer in dealers.items() if dealer is socket)
-                    self._land(peer, socket, asked[peer])
+                    # A socket may have been closed on account of the same poll.
+                    peer = next((p for p, dealer in dealers.items() if dealer is socket), None)
+                    if peer is not None:
+                        self._land(peer, socket, asked[peer])
             for peer, dealer in dealers.items():
                 number = self._ask(peer, dealer, asked[peer], number)
         for socket in (*dealers.values(), self._server, self._wake_inner):
@@ -168,8 +170,11 @@ class ZmqTransport:
     ) -> None:
         with self._lock:
             wanted = dict(self._endpoints)
-        for peer in dealers.keys() - wanted.keys():
-            dealer = dealers.pop(peer)
+        for peer, dealer in list(dealers.items()):
+            # A peer can have gone and come back, elsewhere, before we looked.
+            if dealer.getsockopt_string(zmq.LAST_ENDPOINT) == wanted.get(peer):
+                continue
+            del dealers[peer]
             poller.unregister(dealer)
             dealer.close()
             for piece in asked.pop(peer).values():
@@ -181,7 +186,12 @@ class ZmqTransport:
                 asked[peer] = {}
 
     def _ask(self, peer: PeerId, dealer: zmq.Socket[bytes], asked: dict[int, Piece], number: int) -> int:
-        while len(asked) < IN_FLIGHT_FRAMES and (piece := self._pieces.take(peer)):
+        endpoint = dealer.getsockopt_string(zmq.LAST_ENDPOINT)
+        while len(asked) < IN_FLIGHT_FRAMES:
+            with self._lock:  # what is meant for a peer that came back elsewhere waits for its own socket
+                piece = self._pieces.take(peer) if self._endpoints.get(peer) == endpoint else None
+            if piece is None:
+                break
             number += 1
             asked[number] = piece
             offsets, sizes = piece.runs.source_offsets, piece.runs.sizes

@@ -10,7 +10,11 @@ from tandem.bench.kv import CASES, Case, Load, records
 _NEEDS = {"nixl": "nixl_cu13", "ucx": "ucxx"}
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.transport}-{case.security}")
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=pytest.mark.ucx) if case.transport == "ucx" else case for case in CASES],
+    ids=lambda case: f"{case.transport}-{case.security}",
+)
 def test_a_row_for_each_transport(case: Case) -> None:
     header, row = records([case], [16 << 10], 1 << 20, 2)
     assert header["machine"]["versions"]["python"]
