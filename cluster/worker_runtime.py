@@ -28,9 +28,10 @@ from ..decode.worker import DecodeWorker
 from ..engine.build import use_threads, warm_up
 from ..engine.engine import Engine
 from ..engine.ranks import Ranks, build_on_ranks
-from ..kv_transfer.connector import Connector
+from ..kv_transfer.connector import GENERATIONS, Connector
 from ..kv_transfer.layout import layer_groups
 from ..kv_transfer.transports import Transport
+from ..kv_transfer.transports.faulty import FaultyTransport
 from ..kv_transfer.transports.shm import ShmTransport
 from ..kv_transfer.transports.zmq import ZmqTransport
 from ..prefill.worker import PrefillWorker
@@ -241,6 +242,12 @@ class WorkerRuntime:
             transports["shm"] = ShmTransport(self._nudge)
             bad_frame = self._metrics.bad_frames.labels("kv-zmq").inc
             transports["zmq"] = ZmqTransport(self._nudge, self._context, self._address, bad_frame)
+        if kv.inject_faults is not None:
+            logger.warning("kv.inject_faults: reads of KV go wrong on purpose: %s", kv.inject_faults)
+            transports = {
+                name: FaultyTransport(transport, kv.inject_faults, self._nudge, GENERATIONS)
+                for name, transport in transports.items()
+            }
         return Connector(
             self.peer,
             fingerprint,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -36,6 +38,10 @@ class KVCache:
         else:
             self.blocks = Buffer(1)
             self.tensor = torch.empty(shape, dtype=dtype, device=device)
+
+    def poison(self, blocks: Sequence[int]) -> None:
+        """Fill blocks with what is no number: whatever still uses what they held will show it."""
+        self.tensor[torch.tensor(blocks, dtype=torch.int64, device=self.tensor.device)] = float("nan")
 
     def close(self) -> None:
         """Let the memory go when its last user does."""
