@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 import msgspec
 import numpy as np
 import zmq
+from zmq.utils.monitor import recv_monitor_message
 
 from ...core.errors import TransferError
 from ...core.ids import PeerId
@@ -190,6 +191,7 @@ class ZmqTransport:
 
     def _run(self) -> None:
         dealers: dict[PeerId, zmq.Socket[bytes]] = {}
+        monitors: dict[zmq.Socket[bytes], PeerId] = {}
         asked: dict[PeerId, dict[int, _Frame]] = {}
         poller = zmq.Poller()
         poller.register(self._server, zmq.POLLIN)
@@ -203,19 +205,34 @@ class ZmqTransport:
                     if what == b"stop":
                         running = False
                     elif what == b"peers":
-                        self._follow_peers(dealers, asked, poller)
+                        self._follow_peers(dealers, monitors, asked, poller)
                 elif socket is self._server:
                     self._serve()
+                elif socket in monitors:
+                    recv_monitor_message(socket)
+                    self._forget_asked(monitors[socket], asked)
                 else:
                     peer = next(p for p, dealer in dealers.items() if dealer is socket)
                     self._land(peer, socket, asked[peer])
             for peer, dealer in dealers.items():
                 number = self._ask(peer, dealer, asked[peer], number)
-        for socket in (*dealers.values(), self._server, self._wake_inner):
+        for monitor, peer in monitors.items():
+            _close(dealers[peer], monitor)
+        for socket in (self._server, self._wake_inner):
             socket.close()
 
+    def _forget_asked(self, peer: PeerId, asked: dict[PeerId, dict[int, _Frame]]) -> None:
+        """The connection broke: what was asked for over it is not answered any more."""
+        frames, asked[peer] = asked[peer], {}
+        for frame in frames.values():
+            self._finish_frame(frame, f"the connection to {peer} broke")
+
     def _follow_peers(
-        self, dealers: dict[PeerId, zmq.Socket[bytes]], asked: dict[PeerId, dict[int, _Frame]], poller: zmq.Poller
+        self,
+        dealers: dict[PeerId, zmq.Socket[bytes]],
+        monitors: dict[zmq.Socket[bytes], PeerId],
+        asked: dict[PeerId, dict[int, _Frame]],
+        poller: zmq.Poller,
     ) -> None:
         with self._lock:
             wanted = dict(self._endpoints)
@@ -225,15 +242,21 @@ class ZmqTransport:
         for peer, frames in lost.items():
             dealer = dealers.pop(peer, None)
             if dealer is not None:
+                monitor = next(m for m, p in monitors.items() if p == peer)
+                del monitors[monitor]
                 poller.unregister(dealer)
-                dealer.close()
+                poller.unregister(monitor)
+                _close(dealer, monitor)
                 frames += asked.pop(peer).values()
             for frame in frames:
                 self._finish_frame(frame, f"{peer} is gone")
         for peer, endpoint in wanted.items():
             if peer not in dealers:
                 dealers[peer] = self._context.connect(self._identity, endpoint)
+                monitor = dealers[peer].get_monitor_socket(zmq.EVENT_DISCONNECTED)
+                monitors[monitor] = peer
                 poller.register(dealers[peer], zmq.POLLIN)
+                poller.register(monitor, zmq.POLLIN)
                 asked[peer] = {}
 
     def _ask(self, peer: PeerId, dealer: zmq.Socket[bytes], asked: dict[int, _Frame], number: int) -> int:
@@ -320,6 +343,12 @@ class ZmqTransport:
             del self._reads[frame.read_number]
             self._done.append(TransferResult(frame.read_number, "cancelled" if read.cancelled else read.error))
         self._notify()
+
+
+def _close(dealer: zmq.Socket[bytes], monitor: zmq.Socket[bytes]) -> None:
+    dealer.disable_monitor()
+    monitor.close(linger=0)
+    dealer.close()
 
 
 def split_runs(runs: Runs, frame_bytes: int = FRAME_BYTES) -> Iterator[Runs]:

@@ -85,10 +85,12 @@ def test_idle(cluster: Processes, golden: Golden, decoder: str) -> None:
     failures, computed_again, computed = [after - b for after, b in zip(counters(), before, strict=True)]
     assert failures > 0
     assert errors == (failures if fails(decoder) else 0)
-    assert computed == sum(len(request["prompt"]) for request in requests), "prefill computes each prompt once"
+    prompts = sum(len(request["prompt"]) for request in requests)
+    assert computed <= prompts, "prefill computes nothing twice, and stops where a prompt is given up"
     if fails(decoder):
         assert computed_again == 0
         return
+    assert computed + computed_again >= prompts
     # Decode computes what did not arrive, and no more: whole chunks that were there are not computed again.
     told = 0
     hit = 0

@@ -5,6 +5,8 @@ Transports run between two objects of this process; `test_across_processes` does
 
 from __future__ import annotations
 
+import contextlib
+import socket
 import subprocess
 import sys
 import threading
@@ -13,12 +15,14 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
+from tandem.core.config import FaultsConfig
 from tandem.core.errors import TransferError
 from tandem.core.wire import SecureContext, make_cluster_keys
 from tandem.kv_transfer.layout import Runs, coalesce
 from tandem.kv_transfer.memory import Buffer, map_shared
 from tandem.kv_transfer.transports import PREFERENCE, Read, Region, TransferResult, Transport
 from tandem.kv_transfer.transports.base import Notify
+from tandem.kv_transfer.transports.faulty import FaultyTransport
 from tandem.kv_transfer.transports.inproc import InprocTransport
 from tandem.kv_transfer.transports.shm import ShmTransport
 from tandem.kv_transfer.transports.zmq import FRAME_BYTES, IN_FLIGHT_BYTES, ZmqTransport
@@ -42,6 +46,9 @@ class Kit:
                 transport = InprocTransport(notify)
             case "shm":
                 transport = ShmTransport(notify)
+            case "late":
+                faults = FaultsConfig(share=0.5, kind="delay", delay_s=0.01)
+                transport = FaultyTransport(ShmTransport(notify), faults, notify, "generations")
             case _:
                 if self._context is None:
                     self._context = SecureContext(make_cluster_keys())
@@ -56,7 +63,7 @@ class Kit:
             self._context.close()
 
 
-@pytest.fixture(params=PREFERENCE)
+@pytest.fixture(params=[*PREFERENCE, "late"])
 def kit(request: pytest.FixtureRequest) -> Iterator[Kit]:
     kit = Kit(request.param)
     yield kit
@@ -316,13 +323,80 @@ def test_a_stranger_without_the_clusters_keys_gets_nothing() -> None:
     news = threading.Event()
     owner, reader = ZmqTransport(lambda: None, inside, "127.0.0.1"), ZmqTransport(news.set, outside, "127.0.0.1")
     try:
-        owner.register(Region("blocks", Buffer(64)))
-        reader.register(Region("landing", Buffer(64)))
+        owner_bytes, landing = Buffer(64), Buffer(64)
+        owner.register(Region("blocks", owner_bytes))
+        reader.register(Region("landing", landing))
         reader.add_peer(PEER, owner.descriptor())
-        reader.submit(Read(PEER, "blocks", "landing", runs((0, 0, 64))))
-        assert not news.wait(0.5)
+        owner_bytes.array[:] = 1
+        number = reader.submit(Read(PEER, "blocks", "landing", runs((0, 0, 64))))
+        if news.wait(0.5):
+            assert reader.poll() == [TransferResult(number, f"the connection to {PEER} broke")]
+        assert not landing.array.any()
     finally:
         reader.close()
         owner.close()
         outside.close()
         inside.close()
+
+
+class Relay:
+    """A TCP connection between a reader and an owner that can stall and break."""
+
+    def __init__(self, endpoint: str) -> None:
+        host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
+        self._target = (host, int(port))
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.endpoint = f"tcp://127.0.0.1:{self._listener.getsockname()[1]}"
+        self.flows = threading.Event()
+        self.flows.set()
+        self._open: list[socket.socket] = []
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                near, _ = self._listener.accept()
+                far = socket.create_connection(self._target)
+                self._open += [near, far]
+                for source, target in ((near, far), (far, near)):
+                    threading.Thread(target=self._pass_on, args=(source, target), daemon=True).start()
+
+    def _pass_on(self, source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 16):
+                self.flows.wait()
+                target.sendall(data)
+
+    def cut(self) -> None:
+        for end in self._open:
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()
+        self._open.clear()
+        self.flows.set()
+
+    def close(self) -> None:
+        self.cut()
+        self._listener.close()
+
+
+def test_a_read_whose_connection_breaks_ends_and_the_next_one_succeeds() -> None:
+    """The answer is lost with the connection: without an error the read would never end, nor its blocks be freed."""
+    kit = Kit("zmq")
+    ends = Ends(kit)
+    relay = Relay(ends.owner.descriptor().decode())
+    try:
+        ends.reader.add_peer("prefill-1#1", relay.endpoint.encode())
+        first = ends.read(runs((0, 0, 64)), peer="prefill-1#1")
+        assert ends.wait(first)[first].error == ""
+        relay.flows.clear()
+        lost = ends.read(runs((0, 64, 64)), peer="prefill-1#1")
+        assert not ends.news.wait(0.3)
+        relay.cut()
+        assert ends.wait(lost)[lost].error == "the connection to prefill-1#1 broke"
+        again = ends.read(runs((0, 128, 64)), peer="prefill-1#1")
+        assert ends.wait(again)[again].error == ""
+        assert (ends.target.array[128:192] == ends.source.array[:64]).all()
+    finally:
+        relay.close()
+        kit.close()
