@@ -1,0 +1,126 @@
+"""SIGTERM and SIGSTOP of workers under a real `tandem serve`: what they have is handed over, what they cannot do moves."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import psutil
+import pytest
+from support.footprint import Footprint
+from support.load import Answer, Body, Tokens, ask_all, body, check
+from support.served import Served, wait_for
+
+pytestmark = pytest.mark.chaos
+
+Golden = Callable[[list[Body]], list[Tokens]]
+WORKERS = ("prefill-0", "prefill-1", "decode-0", "decode-1")
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    served = Served(
+        tmp_path_factory.mktemp("signals"), "--set", "routing.local_prefill=never", "--set", "kv.capacity=48MiB",
+        "--set", "pools.prefill={replicas: 2, max_batched_tokens: 64}", "--set", "pools.decode={replicas: 2}",
+    )  # fmt: skip
+    try:
+        served.wait_ready()
+        served.wait_routable()
+        yield served
+        assert served.stop() == 0
+    finally:
+        served.kill()
+
+
+class Load:
+    """Requests in the background."""
+
+    def __init__(self, served: Served, requests: list[Body], at_once: int = 12) -> None:
+        self._answers: list[Answer] = []
+        self._thread = threading.Thread(target=lambda: self._answers.extend(ask_all(served.url, requests, at_once)))
+        self._thread.start()
+
+    def __enter__(self) -> Load:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.join()
+
+    @property
+    def running(self) -> bool:
+        return self._thread.is_alive()
+
+    def answers(self) -> list[Answer]:
+        self._thread.join()
+        return self._answers
+
+
+def work_of(served: Served) -> dict[str, float]:
+    """How many tokens each worker has computed."""
+    names = {"prefill": "tandem_prompt_tokens_total", "decode": "tandem_output_tokens_total"}
+    return {worker: served.metric(names[worker.partition("-")[0]], worker=worker) for worker in WORKERS}
+
+
+def wait_busy(served: Served, worker: str) -> None:
+    """Until it has computed some tokens more."""
+    before = work_of(served)[worker]
+    wait_for(lambda: work_of(served)[worker] > before + 100, 30, f"{worker} to have work")
+
+
+def everyone_serves(served: Served) -> bool:
+    """Both decode workers can read from both prefill workers: shown by where requests go."""
+    before = work_of(served)
+    assert all(answer.good for answer in ask_all(served.url, [body(i, max_tokens=2) for i in range(16)]))
+    after = work_of(served)
+    return all(after[worker] > before[worker] for worker in WORKERS)
+
+
+@pytest.mark.parametrize("worker", ["prefill-0", "decode-0"])
+def test_sigterm_in_the_middle_of_transfers(served: Served, golden: Golden, worker: str) -> None:
+    """It takes nothing new, hands over what it has, and comes back; the others live on, and nobody fails."""
+    wait_for(lambda: everyone_serves(served), 60, "all workers to take part")
+    victim = served.worker(worker)
+    others = {name: served.worker(name).pid for name in (*WORKERS, "gateway-0") if name != worker}
+    requests = [body(i, max_tokens=60) for i in range(120)]
+    with Load(served, requests) as load:
+        wait_busy(served, worker)
+        failures = served.metric("tandem_kv_load_failures_total")
+        victim.terminate()
+        wait_for(lambda: not victim.is_running() or victim.status() == psutil.STATUS_ZOMBIE, 30, "its end")
+        lost = served.metric("tandem_kv_load_failures_total") - failures
+        check(load.answers(), golden(requests))
+    assert f"{worker}#1 was asked to end" in served.text()
+    if worker == "prefill-0":
+        assert lost == 0, "no transfer was cut off"
+    assert served.worker(worker).pid != victim.pid
+    assert others == {name: served.worker(name).pid for name in others}
+    wait_for(lambda: everyone_serves(served), 60, "all workers to take part again")
+    served.wait_idle(30)
+
+
+@pytest.mark.parametrize("worker", ["prefill-0", "decode-0"])
+def test_sigstop_and_sigcont(served: Served, golden: Golden, worker: str) -> None:
+    """Within heartbeats' time it gets nothing new and its requests move; when it goes on it takes part again."""
+    wait_for(lambda: everyone_serves(served), 60, "all workers to take part")
+    pids = {name: served.worker(name).pid for name in (*WORKERS, "gateway-0")}
+    footprint = Footprint(served, [served.worker(name) for name in WORKERS])
+    victim = served.worker(worker)
+    requests = [body(i, max_tokens=60) for i in range(120)]
+    with Load(served, requests) as load:
+        wait_busy(served, worker)
+        victim.suspend()
+        try:
+            started_s = time.monotonic()
+            # All are answered while it stands still: by others.
+            check(load.answers(), golden(requests))
+            assert time.monotonic() - started_s < 60
+            # And what comes now does not wait for it at all.
+            later = ask_all(served.url, requests[:12])
+            check(later, golden(requests[:12]))
+            assert max(answer.seconds for answer in later) < 5
+        finally:
+            victim.resume()
+    wait_for(lambda: everyone_serves(served), 60, "it to take part again")
+    footprint.check()
+    assert pids == {name: served.worker(name).pid for name in pids}, "nobody was restarted"
