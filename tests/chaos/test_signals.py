@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Iterator
 
 import psutil
 import pytest
 from support.footprint import Footprint
-from support.load import Answer, Body, Tokens, ask_all, body, check
+from support.load import Body, Load, Tokens, ask_all, body, check
 from support.served import Served, wait_for
 
 pytestmark = pytest.mark.chaos
@@ -31,29 +30,6 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         assert served.stop() == 0
     finally:
         served.kill()
-
-
-class Load:
-    """Requests in the background."""
-
-    def __init__(self, served: Served, requests: list[Body], at_once: int = 12) -> None:
-        self._answers: list[Answer] = []
-        self._thread = threading.Thread(target=lambda: self._answers.extend(ask_all(served.url, requests, at_once)))
-        self._thread.start()
-
-    def __enter__(self) -> Load:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._thread.join()
-
-    @property
-    def running(self) -> bool:
-        return self._thread.is_alive()
-
-    def answers(self) -> list[Answer]:
-        self._thread.join()
-        return self._answers
 
 
 def work_of(served: Served) -> dict[str, float]:
@@ -83,7 +59,7 @@ def test_sigterm_in_the_middle_of_transfers(served: Served, golden: Golden, work
     victim = served.worker(worker)
     others = {name: served.worker(name).pid for name in (*WORKERS, "gateway-0") if name != worker}
     requests = [body(i, max_tokens=60) for i in range(120)]
-    with Load(served, requests) as load:
+    with Load(served.url, requests) as load:
         wait_busy(served, worker)
         failures = served.metric("tandem_kv_load_failures_total")
         victim.terminate()
@@ -107,7 +83,7 @@ def test_sigstop_and_sigcont(served: Served, golden: Golden, worker: str) -> Non
     footprint = Footprint(served, [served.worker(name) for name in WORKERS])
     victim = served.worker(worker)
     requests = [body(i, max_tokens=60) for i in range(120)]
-    with Load(served, requests) as load:
+    with Load(served.url, requests) as load:
         wait_busy(served, worker)
         victim.suspend()
         try:

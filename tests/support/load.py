@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 import time
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -121,6 +122,33 @@ def ask_all(
 
     asyncio.run(run())
     return [answers[index] for index in sorted(answers)]
+
+
+class Load:
+    """`ask_all` in the background."""
+
+    def __init__(self, url: str, requests: list[Body], at_once: int = 12, **options: Any) -> None:
+        self._answers: list[Answer] = []
+        self._thread = threading.Thread(
+            target=lambda: self._answers.extend(ask_all(url, requests, at_once, **options)), name="load"
+        )
+        self._thread.start()
+
+    def __enter__(self) -> Load:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.join()
+
+    @property
+    def running(self) -> bool:
+        """Whether some are not answered yet."""
+        return self._thread.is_alive()
+
+    def answers(self) -> list[Answer]:
+        """All answers, when they are there."""
+        self._thread.join()
+        return self._answers
 
 
 def check(answers: Iterable[Answer], golden: Iterable[Tokens], errors: bool = False) -> int:

@@ -148,12 +148,16 @@ class Processes(Gateway):
         prefix = list(self._prefixes.get(worker, ()))
         return Process(worker, life, config, self._keys, self.folder, address, prefix)
 
-    def announce(self, *workers: str) -> None:
-        """Tell these, or all, and the gateway, that they are the members."""
+    def announce(self, *workers: str, leaving: tuple[str, ...] = ()) -> None:
+        """Tell all processes that these workers, or all, and the gateway are the members; some may be about to leave."""
         self._told = list(workers or self.all)
         self._version += 1
         told = [self.all[name] for name in dict.fromkeys((*self._told, "gateway-0")) if name in self.all]
-        members = [process.member for process in told if process.member is not None]
+        members = [
+            msgspec.structs.replace(process.member, ready=process.worker not in leaving)
+            for process in told
+            if process.member is not None
+        ]
         frame = msgspec.msgpack.encode(Membership(self._version, members)).hex()
         for process in self.all.values():
             process.tell(frame)
