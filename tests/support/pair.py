@@ -30,7 +30,9 @@ from tandem.core.messages import (
 from tandem.core.metrics import WorkerMetrics
 from tandem.decode.worker import DecodeWorker
 from tandem.engine.build import Built, build_engine
-from tandem.kv_transfer.connector import Connector
+from tandem.kv_transfer.connector import GENERATIONS, Connector
+from tandem.kv_transfer.transports import Transport
+from tandem.kv_transfer.transports.faulty import FaultyTransport
 from tandem.kv_transfer.transports.inproc import InprocTransport
 from tandem.prefill.worker import PrefillWorker
 
@@ -68,7 +70,9 @@ class Node:
             config, pool.max_running, torch.device("cpu"), lambda *_: None, overlap=pair.overlap
         )
         self.engine = built.engine
-        self.transport = InprocTransport(lambda: None)
+        self.transport: Transport = InprocTransport(lambda: None)
+        if config.kv.inject_faults is not None and role == "decode":
+            self.transport = FaultyTransport(self.transport, config.kv.inject_faults, lambda: None, GENERATIONS)
         cache = self.engine.cache
         self.connector = Connector(
             peer, built.fingerprint, cache.layout, self.engine.runner.layer_groups, cache.blocks, cache.generations_buffer,
