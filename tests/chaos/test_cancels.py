@@ -115,8 +115,8 @@ def test_calls_of_many_outputs_half_of_them_cancelled(cluster: Processes, golden
             # Twenty different calls, so that few must be made undisturbed.
             requests.append(body(index % 20, prompt=prompts if index < 20 else requests[index % 20]["prompt"], n=4,
                                  max_tokens=6))  # fmt: skip
-        leave = [None if index % 2 else rng.random() * 0.8 for index in range(500)]
+        leave = [None if index % 2 else rng.random() * 0.2 for index in range(500)]
         answers = ask_all(cluster.url, requests, 20, leave.__getitem__)
         check(answers, golden(requests))
-        assert sum(answer.status == 0 for answer in answers) > 100
+        assert sum(answer.status == 0 for answer in answers) > 150
         footprint.check()

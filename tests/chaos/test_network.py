@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from support.footprint import Footprint
-from support.gateway import wait_for
+from support.gateway import Gateway, free_port, wait_for
 from support.load import Body, Load, Tokens, ask_all, body, check
 from support.netns import Network
 from support.processes import Processes
+from support.ray_nodes import RayNodes
 
 pytestmark = pytest.mark.chaos
 
@@ -35,7 +36,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, network: Network) -> Itera
     workers: dict[str, dict[str, dict[str, object]]] = {"prefill-0": {}, "decode-0": {}, "decode-1": {}}
     with Processes(
         tmp_path_factory.mktemp("network"), config, workers, network.near,
-        prefixes=dict.fromkeys(FAR, network.prefix), addresses=dict.fromkeys(FAR, network.far),
+        dict.fromkeys(FAR, (network.path, network.far)),
     ) as cluster:  # fmt: skip
         yield cluster
 
@@ -75,3 +76,38 @@ def test_a_cut_of_ten_seconds(network: Network, cluster: Processes, golden: Gold
         assert alive == {name: process.system for name, process in cluster.all.items()}
         assert all(process.alive for process in cluster.all.values())
         footprint.check()
+
+
+class TestRay:
+    """The same under Ray, which has a node on each side, and its own ideas of who is alive."""
+
+    @pytest.fixture(scope="class")
+    def nodes(self, tmp_path_factory: pytest.TempPathFactory, network: Network) -> Iterator[RayNodes]:
+        with RayNodes(tmp_path_factory.mktemp("ray"), network) as nodes:
+            yield nodes
+
+    def test_a_cut_of_ten_seconds(self, network: Network, nodes: RayNodes, golden: Golden) -> None:
+        port = free_port()
+        nodes.tandem(
+            "up", "--set", f"gateway.port={port}", "--set", f"gateway.host={network.near}",
+            "--set", "routing.local_prefill=never", "--set", "kv.transport=zmq", "--set", "kv.capacity=48MiB",
+            "--set", "pools.prefill={max_batched_tokens: 64}",
+        )  # fmt: skip
+        gateway = Gateway(port, network.near)
+        gateway.wait_routable()
+        restarts = nodes.restarts()
+        requests = [body(i, max_tokens=100) for i in range(60)]
+        wanted = golden(requests)
+        with Load(gateway.url, requests, at_once=8) as load:
+            wait_for(lambda: gateway.metric("tandem_output_tokens_total") > 200, 30, "tokens")
+            network.cut()
+            try:
+                time.sleep(CUT_S)
+            finally:
+                network.restore()
+            check(load.answers(), wanted, errors=True)
+        gateway.wait_routable()
+        check(ask_all(gateway.url, requests), wanted)
+        assert nodes.restarts() == restarts == {"prefill-0": 0, "decode-0": 0, "gateway-0": 0}
+        gateway.wait_idle(30)
+        nodes.tandem("down")

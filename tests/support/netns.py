@@ -18,6 +18,7 @@ class Network:
         third = secrets.randbelow(200) + 20
         self.near, self.far = f"10.213.{third}.1", f"10.213.{third}.2"
         self.prefix = ["ip", "netns", "exec", self._name]
+        self.path = f"/run/netns/{self._name}"
         if os.geteuid() != 0 or shutil.which("ip") is None:
             pytest.skip("network namespaces need root and iproute2")
         try:

@@ -1,13 +1,12 @@
-"""Real worker and gateway processes, started in two seconds: the test is their controller, and there is no Ray.
+"""Real worker and gateway processes, started in a second: the test is their controller, and there is no Ray.
 
 Each worker can have a configuration of its own, and a test says who is told of whom.
 """
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
+import contextlib
+import multiprocessing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,10 @@ from tandem.core.messages import Member, Membership
 from tandem.core.wire import ClusterKeys, make_cluster_keys
 
 from .gateway import Gateway, free_port, wait_for
+from .worker_main import Who, main
 
-MAIN = str(Path(__file__).with_name("worker_main.py"))
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["support.worker_main"])
 
 Sections = Mapping[str, Mapping[str, Any]]
 
@@ -43,55 +44,48 @@ class Process:
         keys: the cluster's.
         folder: for its log.
         address: where it listens.
-        prefix: what its command line begins with.
+        network: path of the network namespace that it lives in; "" for this one.
     """
 
     def __init__(
-        self, worker: str, life: int, config: Sections, keys: ClusterKeys, folder: Path, address: str, prefix: list[str]
+        self, worker: str, life: int, config: Sections, keys: ClusterKeys, folder: Path, address: str, network: str
     ) -> None:
         self.worker = worker
-        self.life = life
         self.role = worker.rpartition("-")[0]
+        self.life = life
         self.peer = f"{worker}#{life}"
         self.log = folder / f"{self.peer}.log"
         self.member: Member | None = None
-        self._process = subprocess.Popen(
-            [*prefix, sys.executable, MAIN], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        who = {
-            "peer": self.peer, "role": self.role, "config": config, "keys": msgspec.msgpack.encode(keys).hex(),
-            "address": address, "node": address, "log": str(self.log),
-        }  # fmt: skip
-        self.tell(json.dumps(who))
+        self._pipe, far_end = _context.Pipe()
+        who = Who(self.peer, self.role, dict(config), keys, address, self.log, network)
+        self._process = _context.Process(target=main, args=(who, far_end), name=self.peer, daemon=True)
+        self._process.start()
+        far_end.close()
+        assert self._process.pid is not None
         self.system = psutil.Process(self._process.pid)
 
     def wait_ready(self) -> None:
         """Until it serves."""
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        assert line, f"{self.peer} did not start: {self.log.read_text()[-3000:] if self.log.exists() else ''}"
-        self.member = msgspec.msgpack.decode(bytes.fromhex(line), type=Member)
+        try:
+            self.member = msgspec.msgpack.decode(self._pipe.recv(), type=Member)
+        except EOFError:
+            log = self.log.read_text() if self.log.exists() else ""
+            raise AssertionError(f"{self.peer} did not start: {log[-3000:]}") from None
 
-    def tell(self, line: str) -> None:
-        """Write a line to its standard input."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(f"{line}\n")
-        self._process.stdin.flush()
+    def tell(self, membership: bytes) -> None:
+        """Pass a membership on; nobody minds when it is gone."""
+        with contextlib.suppress(OSError):
+            self._pipe.send(membership)
 
     @property
     def alive(self) -> bool:
-        return self._process.poll() is None
+        return self._process.is_alive()
 
     def kill(self) -> None:
         """SIGKILL. Idempotent."""
         self._process.kill()
-        self._process.communicate()
-
-    def stop(self, grace_s: float) -> int:
-        """Let it drain and end; returns its exit status."""
-        self.tell(f"stop {grace_s}")
-        self._process.communicate(timeout=grace_s + 30)
-        return int(self._process.returncode)
+        self._process.join()
+        self._pipe.close()
 
 
 class Processes(Gateway):
@@ -102,8 +96,7 @@ class Processes(Gateway):
         config: what all share.
         workers: each worker's name, and what it has of its own.
         address: where all listen.
-        prefixes: what the command lines of some begin with.
-        addresses: where some listen instead.
+        elsewhere: of some, the network namespace that they live in, and where they listen in it.
     """
 
     def __init__(
@@ -112,8 +105,7 @@ class Processes(Gateway):
         config: Sections,
         workers: Mapping[str, Sections],
         address: str = "127.0.0.1",
-        prefixes: Mapping[str, list[str]] | None = None,
-        addresses: Mapping[str, str] | None = None,
+        elsewhere: Mapping[str, tuple[str, str]] | None = None,
     ) -> None:
         super().__init__(free_port(), address)
         self.folder = folder
@@ -121,8 +113,7 @@ class Processes(Gateway):
         self._config = merged({"gateway": {"port": self.port, "host": address}}, config)
         self._own = dict(workers)
         self._address = address
-        self._prefixes = prefixes or {}
-        self._addresses = addresses or {}
+        self._elsewhere = elsewhere or {}
         self._keys = make_cluster_keys()
         self._version = 0
         self._told: list[str] = []
@@ -144,9 +135,8 @@ class Processes(Gateway):
     def spawn(self, worker: str, life: int) -> Process:
         """Start a life of a worker; nobody is told of it."""
         config = merged(self._config, self._own.get(worker, {}))
-        address = self._addresses.get(worker, self._address)
-        prefix = list(self._prefixes.get(worker, ()))
-        return Process(worker, life, config, self._keys, self.folder, address, prefix)
+        network, address = self._elsewhere.get(worker, ("", self._address))
+        return Process(worker, life, config, self._keys, self.folder, address, network)
 
     def announce(self, *workers: str, leaving: tuple[str, ...] = ()) -> None:
         """Tell all processes that these workers, or all, and the gateway are the members; some may be about to leave."""
@@ -158,7 +148,7 @@ class Processes(Gateway):
             for process in told
             if process.member is not None
         ]
-        frame = msgspec.msgpack.encode(Membership(self._version, members)).hex()
+        frame = msgspec.msgpack.encode(Membership(self._version, members))
         for process in self.all.values():
             process.tell(frame)
 
