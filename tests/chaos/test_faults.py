@@ -58,7 +58,7 @@ def test_busy(cluster: Processes, golden: Golden, seeds: Iterator[int], decoder:
     footprint = Footprint(cluster, [cluster.all[name].system for name in ("prefill-0", decoder)])
     before = cluster.metric("tandem_kv_load_failures_total", worker=decoder)
     for seed in seeds:
-        requests = [body(seed * 1000 + i) for i in range(120)]
+        requests = [body(seed * 1000 + i) for i in range(80)]
         errors = check(ask_all(cluster.url, requests), golden(requests), fails(decoder))
         failures = cluster.metric("tandem_kv_load_failures_total", worker=decoder) - before
         before += failures

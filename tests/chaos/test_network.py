@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from support.footprint import Footprint
@@ -78,15 +79,9 @@ def test_a_cut_of_ten_seconds(network: Network, cluster: Processes, golden: Gold
         footprint.check()
 
 
-class TestRay:
-    """The same under Ray, which has a node on each side, and its own ideas of who is alive."""
-
-    @pytest.fixture(scope="class")
-    def nodes(self, tmp_path_factory: pytest.TempPathFactory, network: Network) -> Iterator[RayNodes]:
-        with RayNodes(tmp_path_factory.mktemp("ray"), network) as nodes:
-            yield nodes
-
-    def test_a_cut_of_ten_seconds(self, network: Network, nodes: RayNodes, golden: Golden) -> None:
+def test_ray_has_a_node_on_each_side(network: Network, golden: Golden, tmp_path: Path) -> None:
+    """The same under Ray, which has ideas of its own of who is alive."""
+    with RayNodes(tmp_path, network) as nodes:
         port = free_port()
         nodes.tandem(
             "up", "--set", f"gateway.port={port}", "--set", f"gateway.host={network.near}",
@@ -95,7 +90,6 @@ class TestRay:
         )  # fmt: skip
         gateway = Gateway(port, network.near)
         gateway.wait_routable()
-        restarts = nodes.restarts()
         requests = [body(i, max_tokens=100) for i in range(60)]
         wanted = golden(requests)
         with Load(gateway.url, requests, at_once=8) as load:
@@ -108,6 +102,6 @@ class TestRay:
             check(load.answers(), wanted, errors=True)
         gateway.wait_routable()
         check(ask_all(gateway.url, requests), wanted)
-        assert nodes.restarts() == restarts == {"prefill-0": 0, "decode-0": 0, "gateway-0": 0}
         gateway.wait_idle(30)
+        assert nodes.restarts() == {"prefill-0": 0, "decode-0": 0, "gateway-0": 0}
         nodes.tandem("down")

@@ -32,9 +32,10 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
 class EndlessLoad:
     """Requests without a pause, until it is left; answers with the time of their sending."""
 
-    def __init__(self, url: str, seed: int) -> None:
+    def __init__(self, url: str, seed: int, at_once: int) -> None:
         self.answers: list[tuple[float, int, Answer]] = []
         self._url = url
+        self._at_once = at_once
         self._numbers = itertools.count(seed % NUM_BODIES)
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="load")
@@ -48,7 +49,7 @@ class EndlessLoad:
 
     def _run(self) -> None:
         self._sent: list[tuple[float, int]] = []
-        answers = ask_all(self._url, self._requests(), at_once=10)
+        answers = ask_all(self._url, self._requests(), self._at_once)
         self.answers = [(at_s, number, answer) for (at_s, number), answer in zip(self._sent, answers, strict=True)]
 
     def __enter__(self) -> EndlessLoad:
@@ -74,7 +75,7 @@ def test_prefill_comes_back_on_its_address(cluster: Processes, golden: Golden, s
         ask_all(cluster.url, [body(i) for i in range(8)])
         decoders = [cluster.all[name].system for name in ("decode-0", "decode-1")]
         footprint = Footprint(cluster, decoders)
-        with EndlessLoad(cluster.url, seed) as load:
+        with EndlessLoad(cluster.url, seed, 10) as load:
             time.sleep(1.0)
             killed_s = time.monotonic()
             cluster.replace("prefill-0")
@@ -92,7 +93,7 @@ def test_decode_restarts_ten_times(cluster: Processes, golden: Golden, seeds: It
         ask_all(cluster.url, [body(i) for i in range(8)])
         prefill = cluster.all["prefill-0"]
         footprint = Footprint(cluster, [prefill.system])
-        with EndlessLoad(cluster.url, seed) as load:
+        with EndlessLoad(cluster.url, seed, 4) as load:
             for turn in range(10):
                 time.sleep(0.3)
                 cluster.replace(f"decode-{turn % 2}")

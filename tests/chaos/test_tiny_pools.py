@@ -88,7 +88,7 @@ def test_late_writers_write_into_nobody_elses_blocks(cluster: Processes, golden:
         rng = random.Random(seed)
         cluster.serve("prefill-0", "decode-3")
         footprint = footprint_of(cluster, "prefill-0", "decode-3")
-        requests = [body(seed * 1000 + i, max_tokens=100) for i in range(50)]
+        requests = [body(seed * 1000 + i, max_tokens=100) for i in range(36)]
         leave = [rng.choice([None, 0.3, 1.0]) for _ in requests]
         before = cluster.metric("tandem_handoffs_total", worker="decode-3", outcome="aborted")
         answers = ask_all(cluster.url, requests, 24, leave.__getitem__)
@@ -103,7 +103,7 @@ def test_preemption_in_the_middle_of_transfers(cluster: Processes, golden: Golde
         rng = random.Random(seed)
         cluster.serve("prefill-0", "decode-4")
         footprint = footprint_of(cluster, "prefill-0", "decode-4")
-        requests = [body(seed * 1000 + i, max_tokens=rng.choice([60, 150]), n=rng.choice([1, 2, 4])) for i in range(40)]
+        requests = [body(seed * 1000 + i, max_tokens=rng.choice([60, 150]), n=rng.choice([1, 2, 4])) for i in range(28)]
         before = cluster.metric("tandem_preemptions_total", worker="decode-4")
         handoffs, started = cluster.metric("tandem_handoffs_total", worker="decode-4"), 0
         answers = ask_all(cluster.url, requests, 12)

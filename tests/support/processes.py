@@ -20,7 +20,8 @@ from .gateway import Gateway, free_port, wait_for
 from .worker_main import Who, main
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["support.worker_main"])
+# What takes long to import. Not `worker_main` itself: Python 3.11's fork server does not see the tests' folder.
+_context.set_forkserver_preload(["tandem.cluster.worker_runtime", "tandem.cluster.gateway.runtime", "transformers"])
 
 Sections = Mapping[str, Mapping[str, Any]]
 

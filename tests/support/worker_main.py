@@ -1,6 +1,6 @@
 """One worker or gateway in a process of its own, as its actor runs it, without Ray.
 
-Imported by a fork server, so that a process begins with everything imported.
+Started by a fork server, so that a process begins with everything imported.
 """
 
 from __future__ import annotations
@@ -13,9 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
-
-# The gateway imports this when it starts: it takes a second or two.
-import transformers  # noqa: F401
 from tandem.cluster.gateway.runtime import GatewayRuntime
 from tandem.cluster.worker_runtime import WorkerRuntime
 from tandem.core.config import Config
