@@ -104,4 +104,5 @@ def test_ray_has_a_node_on_each_side(network: Network, golden: Golden, tmp_path:
         check(ask_all(gateway.url, requests), wanted)
         gateway.wait_idle(30)
         assert nodes.restarts() == {"prefill-0": 0, "decode-0": 0, "gateway-0": 0}
+        gateway.client.close()
         nodes.tandem("down")
