@@ -79,6 +79,7 @@ def test_a_cut_of_ten_seconds(network: Network, cluster: Processes, golden: Gold
         footprint.check()
 
 
+@pytest.mark.soak
 def test_ray_has_a_node_on_each_side(network: Network, golden: Golden, tmp_path: Path) -> None:
     """The same under Ray, which has ideas of its own of who is alive."""
     with RayNodes(tmp_path, network) as nodes:
