@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import math
 import shutil
+import signal
 import socket
 import tempfile
 import threading
@@ -26,7 +27,7 @@ from ..core.clock import SystemClock
 from ..core.config import Config, announce_local_ray, cache_folder, ray_authenticates, show_gpus, worker_environment
 from ..core.errors import ConfigError, TandemError, WorkerError
 from ..core.ids import PeerId
-from ..core.log import configure_logging
+from ..core.log import configure_logging, logger
 from ..core.messages import Member, Membership, Report
 from ..core.wire import ClusterKeys, make_cluster_keys
 from .controller import Controller, Event, Handle, WorkerStatus, desired_workers
@@ -40,6 +41,8 @@ NAME = "tandem"
 
 _START_TIMEOUT_S = 600.0
 _ANSWER_TIMEOUT_S = 3.0
+_LEAVE_S = 5.0
+"""What a process that gets SIGTERM takes at most: what is not done by then is done again elsewhere."""
 
 
 # ---- processes ------------------------------------------------------------------------------------------------------
@@ -58,6 +61,7 @@ class _Process:
         self._runtime: Any = None
         self._ended = threading.Event()
         self._trial: TrialEnd | None = None
+        signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=self._leave, name="leave").start())
 
     def start(self) -> bytes:
         """Build and serve; returns the encoded `Member`."""
@@ -120,6 +124,13 @@ class _Process:
             self._runtime.stop(grace_s)
         self._ended.set()
 
+    def _leave(self) -> None:
+        """SIGTERM: hand over what we have, and end; the controller starts the next life."""
+        logger.info("SIGTERM: ends within %g s", _LEAVE_S)
+        with contextlib.suppress(ray.exceptions.RayError, ray.exceptions.GetTimeoutError):
+            ray.get(self._controller.leaving.remote(self._peer), timeout=_ANSWER_TIMEOUT_S)
+        self.stop(_LEAVE_S)
+
     def pid(self) -> int:
         """For tests and for people."""
         return psutil.Process().pid
@@ -157,7 +168,9 @@ class _ActorHandle:
 
     async def gone(self) -> str:
         try:
-            return str(await self._actor.wait.remote())
+            how = str(await self._actor.wait.remote())
+            ray.kill(self._actor)
+            return how
         except ray.exceptions.RayActorError as error:
             return _reason(error)
 
@@ -248,6 +261,9 @@ class _ControllerActor:
 
     async def phase(self, peer: PeerId, phase: str) -> None:
         self._launcher.phase(peer, phase)
+
+    async def leaving(self, peer: PeerId) -> None:
+        await self._controller.leaving(peer)
 
     async def status(self) -> list[WorkerStatus]:
         return await self._controller.status()

@@ -10,6 +10,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
+import msgspec
+
 from ..core.clock import Clock
 from ..core.config import Config
 from ..core.errors import ConfigError, TandemError, WorkerError
@@ -168,6 +170,15 @@ class Controller:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def leaving(self, peer: PeerId) -> None:
+        """A process was asked to end: it finishes what it has, and gets nothing new."""
+        for worker in self._desired:
+            if worker.peer == peer and worker.member is not None:
+                worker.phase = "leaving"
+                worker.member = msgspec.structs.replace(worker.member, ready=False)
+                await self._tell(f"{peer} was asked to end")
+                await self._announce()
 
     async def status(self) -> list[WorkerStatus]:
         """Every worker, and its load."""

@@ -328,6 +328,9 @@ class WorkerRuntime:
             return
         sender, message = item
         if isinstance(message, Subscribe):
+            if sender in self._subscribers:
+                # It had lost us, and gave what it had asked for to others: nobody waits for our answers.
+                self._worker.peer_lost(sender)
             self._subscribers.add(sender)
             self._mesh.send(sender, self._report)
         elif isinstance(message, Membership):
@@ -341,7 +344,9 @@ class WorkerRuntime:
         """Decode workers connect to every prefill worker."""
         if self._role != "decode":
             return
-        wanted = {m.peer: m.endpoint for m in membership.members if m.role == "prefill" and m.ready}
+        members = [m for m in membership.members if m.role == "prefill"]
+        # One that leaves takes nothing new, but still hands over.
+        wanted = {m.peer: m.endpoint for m in members if m.ready or m.peer in self._linked}
         for peer in self._linked - wanted.keys():
             self._mesh.disconnect(peer)
         for peer in wanted.keys() - self._linked:

@@ -120,6 +120,18 @@ class PoolsConfig(_Section):
         return self
 
 
+class FaultsConfig(_Section):
+    share: float = Field(gt=0, le=1)
+    """Share of the reads that a decode worker starts: 0.01 is one in a hundred."""
+    kind: Literal["error", "delay", "corrupt"] = "error"
+    """error: the read fails. delay: it is carried out late, and cannot be called off meanwhile. corrupt: the numbers
+    that show whether a block was reused come out wrong, as if it had been."""
+    delay_s: float = Field(default=5, gt=0, le=3600)
+    """How late a delayed read is carried out."""
+    seed: int = Field(default=0, ge=0, lt=1 << 63)
+    """Which reads are hit depends on it."""
+
+
 class KVConfig(_Section):
     block_tokens: int = Field(default=16, ge=1, le=1024)
     """Tokens of one KV block."""
@@ -147,6 +159,10 @@ class KVConfig(_Section):
     """Sum all KV before and after it travels, and treat a difference as KV that did not arrive. On CPUs."""
     prefix_cache: bool = True
     """Reuse the blocks of equal prefixes."""
+    inject_faults: FaultsConfig | None = None
+    """For rehearsals and tests alone: let a share of all reads of KV go wrong, as {share: 0.01, kind: error}."""
+    poison_freed: bool = False
+    """For debugging alone: fill blocks with NaN when they are reused, so that a use of what they held would show."""
 
 
 class RoutingConfig(_Section):

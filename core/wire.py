@@ -101,6 +101,8 @@ class SecureContext:
         socket = self._socket(zmq.DEALER, endpoint.removeprefix("tcp://").rpartition(":")[0])
         socket.setsockopt(zmq.IDENTITY, identity.encode())
         socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
+        # The system itself asks less and less often, in the end every two minutes, whether a cut link is back.
+        socket.setsockopt(zmq.CONNECT_TIMEOUT, int(HEARTBEAT_TIMEOUT_S * 1000))
         if self._encrypt:
             socket.curve_serverkey = self._keys.server_public
             socket.curve_publickey = self._keys.client_public

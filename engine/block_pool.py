@@ -8,7 +8,7 @@ which is what a remote reader checks after its bytes have landed.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -27,6 +27,8 @@ class BlockPool:
     def __init__(self, num_blocks: int, generations: np.ndarray, prefix_cache: bool = True) -> None:
         self.num_blocks = num_blocks
         self.generations = generations
+        self.on_reuse: Callable[[Sequence[int]], None] = lambda blocks: None
+        """Called with blocks that are about to hold something else, once their generations have moved on."""
         self._prefix_cache = prefix_cache
         self._references = [0] * num_blocks
         self._keys: list[BlockHash | None] = [None] * num_blocks
@@ -82,6 +84,7 @@ class BlockPool:
             self._references[block] = 1
             self.generations[block] += 1
             blocks.append(block)
+        self.on_reuse(blocks)
         return blocks
 
     def release(self, blocks: Sequence[int]) -> None:

@@ -126,6 +126,8 @@ def build_engine(
         if device.type == "cuda" and recordable(ops):
             runner.graphs = DecodeGraphs(model, cache.tensor, runner.state, max_running, table.spare)
     engine = Engine(runner, cache, config.kv.prefix_cache, table, max_batched_tokens)
+    if config.kv.poison_freed:
+        engine.pool.on_reuse = cache.poison
     return Built(engine, fingerprint(folder, config.model.load, dtype, config.model.seed), max_model_len)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -43,6 +45,10 @@ class KVCache:
             self.blocks = DeviceBuffer(num_bytes, torch.cuda.current_device() if device.index is None else device.index)
             flat = self.blocks.tensor()
         self.tensor = flat.view(dtype).view(shape)
+
+    def poison(self, blocks: Sequence[int]) -> None:
+        """Fill blocks with what is no number: whatever still uses what they held will show it."""
+        self.tensor[torch.tensor(blocks, dtype=torch.int64, device=self.tensor.device)] = float("nan")
 
     def close(self) -> None:
         """Let the memory go when its last user does."""

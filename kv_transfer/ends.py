@@ -13,6 +13,7 @@ from .memory import Buffer, DeviceBuffer
 from .rdma import rdma_devices, rule_out_tcp
 from .transports import Region, Transport
 from .transports.base import Notify
+from .transports.faulty import FaultyTransport
 from .transports.landing import Landing
 from .transports.offer import offer
 
@@ -93,7 +94,15 @@ def open_transports(
     if kv.transport == "auto":
         for name, why in missing.items():
             logger.info("no KV by %s: %s", name, why)
-    return converting(transports) if blocks.kind == "host" else transports, missing
+    if blocks.kind == "host":
+        transports = converting(transports)
+    if kv.inject_faults is not None:
+        logger.warning("kv.inject_faults: reads of KV go wrong on purpose: %s", kv.inject_faults)
+        transports = {
+            name: FaultyTransport(transport, kv.inject_faults, notify, GENERATIONS)
+            for name, transport in transports.items()
+        }
+    return transports, missing
 
 
 def converting(transports: Mapping[str, Transport]) -> dict[str, Transport]:

@@ -28,7 +28,13 @@ settings.load_profile("tandem")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--ucx", action="store_true", help="run tests of UCX in this process, which UCX may end")
-    parser.addoption("--soak", type=float, default=0.0, metavar="MINUTES", help="run the soak tests for so long")
+    parser.addoption(
+        "--soak",
+        type=float,
+        default=0.0,
+        metavar="MINUTES",
+        help="run the soak tests, and repeat each chaos test with random seeds, for so long",
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -37,7 +43,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if "ucx" in item.keywords:
                 item.add_marker(skip)
-    if not config.getoption("--soak"):
+    minutes = config.getoption("--soak")
+    for item in items:
+        if minutes and "seeds" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.timeout(60 * minutes + 600))
+    if not minutes:
         skip = pytest.mark.skip(reason="a soak; run it with --soak MINUTES")
         for item in items:
             if "soak" in item.keywords:

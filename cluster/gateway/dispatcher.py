@@ -110,6 +110,7 @@ class Dispatcher:
                 self._refused(sender, message)
             case Report():
                 self._router.report(sender, message)
+                self._place_homeless()
 
     def follow(self, membership: Membership) -> None:
         """Workers have come or gone."""
@@ -117,8 +118,7 @@ class Dispatcher:
         alive = {member.peer for member in membership.members}
         for peer in {a.placement.decode for live in self._live for a in live.attempts.values()} - alive:
             self.lost(peer)
-        for live in list(self._homeless):
-            self._dispatch(live)
+        self._place_homeless()
 
     def lost(self, peer: PeerId) -> None:
         """A decode worker is gone: its requests go elsewhere, from where they stand."""
@@ -191,6 +191,10 @@ class Dispatcher:
         return live
 
     # ---- to the workers ---------------------------------------------------------------------------------------------
+
+    def _place_homeless(self) -> None:
+        for live in list(self._homeless):
+            self._dispatch(live)
 
     def _dispatch(self, live: LiveRequest) -> None:
         """Send what is not finished and not under way."""

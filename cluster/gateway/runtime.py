@@ -191,7 +191,9 @@ class GatewayRuntime:
     def _link(self) -> None:
         """Connect to every worker, and ask for its reports."""
         assert self._membership is not None
-        wanted = {m.peer: m.endpoint for m in self._membership.members if m.endpoint and m.ready}
+        members = [m for m in self._membership.members if m.endpoint]
+        # One that leaves takes nothing new, but still answers.
+        wanted = {m.peer: m.endpoint for m in members if m.ready or m.peer in self._linked}
         for peer in self._linked.keys() - wanted.keys():
             self._mesh.disconnect(peer)
         for peer in wanted.keys() - self._linked.keys():

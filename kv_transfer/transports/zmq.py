@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 import msgspec
 import numpy as np
 import zmq
+from zmq.utils.monitor import recv_monitor_message
 
 from ...core.errors import TransferError
 from ...core.ids import PeerId
@@ -139,6 +140,7 @@ class ZmqTransport:
 
     def _run(self) -> None:
         dealers: dict[PeerId, zmq.Socket[bytes]] = {}
+        monitors: dict[zmq.Socket[bytes], PeerId] = {}
         asked: dict[PeerId, dict[int, Piece]] = {}
         poller = zmq.Poller()
         poller.register(self._server, zmq.POLLIN)
@@ -152,9 +154,12 @@ class ZmqTransport:
                     if what == b"stop":
                         running = False
                     elif what == b"peers":
-                        self._follow_peers(dealers, asked, poller)
+                        self._follow_peers(dealers, monitors, asked, poller)
                 elif socket is self._server:
                     self._serve()
+                elif socket in monitors:
+                    recv_monitor_message(socket)
+                    self._forget_asked(monitors[socket], asked)
                 else:
                     # A socket may have been closed on account of the same poll.
                     peer = next((p for p, dealer in dealers.items() if dealer is socket), None)
@@ -162,11 +167,23 @@ class ZmqTransport:
                         self._land(peer, socket, asked[peer])
             for peer, dealer in dealers.items():
                 number = self._ask(peer, dealer, asked[peer], number)
-        for socket in (*dealers.values(), self._server, self._wake_inner):
+        for monitor, peer in monitors.items():
+            _close(dealers[peer], monitor)
+        for socket in (self._server, self._wake_inner):
             socket.close()
 
+    def _forget_asked(self, peer: PeerId, asked: dict[PeerId, dict[int, Piece]]) -> None:
+        """The connection broke: what was asked for over it is not answered any more."""
+        pieces, asked[peer] = asked[peer], {}
+        for piece in pieces.values():
+            self._pieces.finish(piece, f"the connection to {peer} broke")
+
     def _follow_peers(
-        self, dealers: dict[PeerId, zmq.Socket[bytes]], asked: dict[PeerId, dict[int, Piece]], poller: zmq.Poller
+        self,
+        dealers: dict[PeerId, zmq.Socket[bytes]],
+        monitors: dict[zmq.Socket[bytes], PeerId],
+        asked: dict[PeerId, dict[int, Piece]],
+        poller: zmq.Poller,
     ) -> None:
         with self._lock:
             wanted = dict(self._endpoints)
@@ -174,15 +191,20 @@ class ZmqTransport:
             # A peer can have gone and come back, elsewhere, before we looked.
             if dealer.getsockopt_string(zmq.LAST_ENDPOINT) == wanted.get(peer):
                 continue
-            del dealers[peer]
+            monitor = next(m for m, p in monitors.items() if p == peer)
+            del dealers[peer], monitors[monitor]
             poller.unregister(dealer)
-            dealer.close()
+            poller.unregister(monitor)
+            _close(dealer, monitor)
             for piece in asked.pop(peer).values():
                 self._pieces.finish(piece, f"{peer} is gone")
         for peer, endpoint in wanted.items():
             if peer not in dealers:
                 dealers[peer] = self._context.connect(self._identity, endpoint)
+                monitor = dealers[peer].get_monitor_socket(zmq.EVENT_DISCONNECTED)
+                monitors[monitor] = peer
                 poller.register(dealers[peer], zmq.POLLIN)
+                poller.register(monitor, zmq.POLLIN)
                 asked[peer] = {}
 
     def _ask(self, peer: PeerId, dealer: zmq.Socket[bytes], asked: dict[int, Piece], number: int) -> int:
@@ -237,3 +259,9 @@ class ZmqTransport:
             if not error and target is not None:
                 copy_runs.native(received, target, np.cumsum(sizes) - sizes, piece.runs.target_offsets, sizes)
             self._pieces.finish(piece, error)
+
+
+def _close(dealer: zmq.Socket[bytes], monitor: zmq.Socket[bytes]) -> None:
+    dealer.disable_monitor()
+    monitor.close(linger=0)
+    dealer.close()

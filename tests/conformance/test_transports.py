@@ -15,6 +15,7 @@ import pytest
 from support.gpu_memory import SeenBuffer, prepare
 from support.moving import MovingProcess
 from support.transports import NAMES, PARAMS, PEER, SIZE, missing, runs, scattered
+from tandem.core.config import FaultsConfig
 from tandem.core.errors import TransferError
 from tandem.core.wire import SecureContext, make_cluster_keys
 from tandem.kv_transfer.layout import Runs, coalesce
@@ -22,6 +23,7 @@ from tandem.kv_transfer.memory import Buffer
 from tandem.kv_transfer.transports import Read, Region, TransferResult, Transport
 from tandem.kv_transfer.transports.base import Notify
 from tandem.kv_transfer.transports.cuda_ipc import CudaIpcTransport
+from tandem.kv_transfer.transports.faulty import FaultyTransport
 from tandem.kv_transfer.transports.inproc import InprocTransport
 from tandem.kv_transfer.transports.landing import Landing
 from tandem.kv_transfer.transports.nixl import NixlTransport
@@ -55,6 +57,9 @@ class Kit:
             case "cuda_ipc":
                 prepare()
                 transport = CudaIpcTransport(notify, 0, 16)
+            case "late":
+                faults = FaultsConfig(share=0.5, kind="delay", delay_s=0.01)
+                transport = FaultyTransport(ShmTransport(notify), faults, notify, "generations")
             case _:
                 if self._context is None:
                     self._context = SecureContext(make_cluster_keys())
@@ -87,7 +92,7 @@ def moving() -> Iterator[MovingProcess]:
     moving.close()
 
 
-@pytest.fixture(params=(*PARAMS, "forwarded-shm", "forwarded-zmq"))
+@pytest.fixture(params=(*PARAMS, "forwarded-shm", "forwarded-zmq", "late"))
 def kit(request: pytest.FixtureRequest, moving: MovingProcess) -> Iterator[Kit]:
     if why := missing(request.param):
         pytest.skip(why)

@@ -35,9 +35,11 @@ from tandem.decode.worker import DecodeWorker
 from tandem.engine.build import build_engine
 from tandem.engine.kv_cache import KVCache
 from tandem.engine.models.shard import kv_heads_of
-from tandem.kv_transfer.connector import Connector
+from tandem.kv_transfer.connector import GENERATIONS, Connector
 from tandem.kv_transfer.ends import End, first_end
 from tandem.kv_transfer.hidden_states import open_writer
+from tandem.kv_transfer.transports import Transport
+from tandem.kv_transfer.transports.faulty import FaultyTransport
 from tandem.kv_transfer.transports.inproc import InprocTransport
 from tandem.prefill.worker import PrefillWorker
 
@@ -86,7 +88,9 @@ class Node:
                 )
         self.engine = built.engine
         cache, model, layout = self.engine.cache, self.engine.model, self.engine.cache.layout
-        self.transport = pair.transport_of(cache)
+        self.transport: Transport = pair.transport_of(cache)
+        if config.kv.inject_faults is not None and role == "decode":
+            self.transport = FaultyTransport(self.transport, config.kv.inject_faults, lambda: None, GENERATIONS)
         self.writer = open_writer(config.hidden_states, model.spec.hidden, model.dtype, self.metrics)
         heads = [kv_heads_of(model.spec, rank, pool.tensor_parallel) for rank in range(pool.tensor_parallel)]
         ends = [first_end(heads[0], {self.transport.name: self.transport}, cache.blocks, cache.generations_buffer)]

@@ -190,6 +190,23 @@ def test_a_later_start_that_fails_is_tried_again(monkeypatch: pytest.MonkeyPatch
     asyncio.run(run())
 
 
+def test_who_leaves_is_a_member_that_gets_nothing_new() -> None:
+    async def run() -> None:
+        launched = Launched()
+        controller = Controller(Config(), launched, ManualClock())
+        await controller.start()
+        await controller.leaving("decode-0#7")
+        await controller.leaving("decode-0#1")
+        told = launched.processes["gateway-0#1"].memberships[-1]
+        assert {member.peer: member.ready for member in told.members} == {
+            "prefill-0#1": True, "decode-0#1": False, "gateway-0#1": True,
+        }  # fmt: skip
+        assert controller.phases()["decode-0"] == "leaving"
+        await controller.stop(0)
+
+    asyncio.run(run())
+
+
 def test_nothing_is_started_again_once_stopped() -> None:
     async def run() -> None:
         launched = Launched()

@@ -304,6 +304,23 @@ def test_a_request_waits_for_a_worker_to_appear() -> None:
     asyncio.run(run())
 
 
+def test_a_request_waits_for_a_silent_worker_to_report() -> None:
+    async def run() -> None:
+        gateway = Gateway()
+        gateway.dispatcher.lost("decode-0#1")
+        live = gateway.submit()
+        gateway.dispatcher.follow(Membership(2, [Member("decode-0#1", "decode", "n", "tcp://x:1")]))
+        assert gateway.generates() == []
+        gateway.dispatcher.receive("decode-0#1", Report(0, 0, 0, 1, 1))
+        [(_, sent)] = gateway.generates()
+        gateway.tokens(sent.ticket, 0, 5, finish=FinishReason.STOP)
+        assert await drain(live) == [(0, 5)]
+        gateway.dispatcher.finish(live)
+        gateway.check_idle()
+
+    asyncio.run(run())
+
+
 def test_a_request_does_not_wait_for_ever() -> None:
     async def run() -> None:
         gateway = Gateway()

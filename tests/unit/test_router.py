@@ -79,6 +79,22 @@ def test_the_lost_are_left_out_at_once() -> None:
     assert DECODES[0] not in {member.peer for member in r.members()}
 
 
+def test_the_silent_are_left_out_until_they_report() -> None:
+    """A worker that was stopped is a member all the time; connecting to it again proves nothing."""
+    r = router()
+    r.forget(DECODES[0])
+    r.forget(PREFILLS[0])
+    r.follow(membership(*DECODES, *PREFILLS))
+    assert {placed(r) for _ in range(4)} == {Placement(DECODES[1], PREFILLS[1])}
+    r.forget(PREFILLS[1])
+    assert not r.routable(wants_prefill=True)
+    r.report(PREFILLS[0], report())
+    r.report(DECODES[0], report(*PREFILLS))
+    assert {placed(r).decode for _ in range(4)} == set(DECODES)
+    assert {placed(r).prefill for _ in range(4)} == {PREFILLS[0]}
+    assert r.routable(wants_prefill=True)
+
+
 def test_colocated_workers_need_no_other() -> None:
     r = Router("least_loaded")
     r.follow(membership("colocated-0#1"))

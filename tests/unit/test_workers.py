@@ -34,7 +34,7 @@ from tandem.decode.cost import CostModel
 from tandem.decode.stream import StreamState
 from tandem.decode.worker import DecodeWorker
 from tandem.engine.engine import Engine
-from tandem.kv_transfer.transports import Read
+from tandem.kv_transfer.transports import Read, TransferResult
 from tandem.prefill.worker import PrefillWorker
 
 PROMPT = list(range(1, 51))
@@ -400,6 +400,112 @@ def test_lost_messages_cost_time_not_tokens(
     pair.run()
     assert dropped == 1
     assert pair.outputs[ticket].tokens[0] == golden[tuple(prompt_of(12))]
+
+
+@pytest.mark.parametrize("read", range(12))
+def test_only_what_did_not_arrive_is_computed_again(
+    make: Make, golden: dict[tuple[int, ...], list[int]], read: int
+) -> None:
+    """Four chunks of three layer groups are twelve pulls; each in turn fails, when the prompt is computed."""
+    pair = make(pools={"prefill": {"max_batched_tokens": 16}, "decode": {}}, kv={"layer_groups": 3})
+    prompt = prompt_of(34)
+    want = pair.generate([prompt], max_tokens=20, salt="undisturbed")
+    transport = pair.decode.transport
+    submit, poll = transport.submit, transport.poll
+    submitted: list[int] = []
+    held: list[TransferResult] = []
+
+    def submit_and_count(asked: Read) -> int:
+        number = submit(asked)
+        if asked.source == "blocks":
+            submitted.append(number)
+        return number
+
+    def poll_late() -> list[TransferResult]:
+        """The doomed read ends last of all."""
+        for landed in poll():
+            doomed = len(submitted) > read and landed.number == submitted[read]
+            (held if doomed else ended).append(landed)
+        prefilled = "prefill.done" in pair.outputs[ticket].stages
+        results = [*ended, *(TransferResult(result.number, "broken") for result in held if prefilled and not ended)]
+        ended.clear()
+        held[:] = [] if results and results[-1].error else held
+        return results
+
+    ended: list[TransferResult] = []
+    transport.submit, transport.poll = submit_and_count, poll_late  # type: ignore[method-assign]
+    before = pair.decode.worker.report().prompt_tokens
+    ticket = pair.submit(prompt, max_tokens=20)
+    pair.run()
+    assert [pair.outputs[ticket].tokens[0]] == want
+    assert len(submitted) == 12
+    arrived = 16 * (read // 3)  # the chunks before the first that lacks a layer
+    assert pair.decode.worker.report().prompt_tokens - before == 64 - arrived
+
+
+@pytest.mark.parametrize("kind", ["error", "corrupt"])
+@pytest.mark.parametrize("policy", ["recompute", "fail"])
+def test_injected_faults_cost_time_or_the_request(
+    make: Make, golden: dict[tuple[int, ...], list[int]], kind: str, policy: str
+) -> None:
+    pair = make(
+        pools={"prefill": {"max_batched_tokens": 16}, "decode": {}},
+        kv={"inject_faults": {"share": 0.1, "kind": kind}, "on_load_failure": policy, "poison_freed": True},
+    )
+    failed = 0
+    for i in range(1, 40):
+        ticket = pair.submit(prompt_of(i), max_tokens=20)
+        pair.run()
+        output = pair.outputs[ticket]
+        if output.refused is None:
+            assert output.tokens[0] == golden[tuple(prompt_of(i))]
+        else:
+            assert (output.refused.status, policy) == (503, "fail")
+            failed += 1
+    failures = sum(
+        pair.decode.metrics.load_failures.labels(reason)._value.get() for reason in ("transport", "generation")
+    )
+    assert failures > 5
+    assert failed == (failures if policy == "fail" else 0)
+
+
+@pytest.mark.parametrize("state", ["requested", "pulling", "draining"])
+def test_preemption_leaves_transfers_alone(make: Make, golden: dict[tuple[int, ...], list[int]], state: str) -> None:
+    """While one prompt's handoff stands in a state, others take each other's blocks until they are done."""
+    pair = make(kv={"capacity": 36 * 3 * 2 * 2 * 8 * 16 * 4, "poison_freed": True})
+    transport = pair.decode.transport
+    poll, cancel = transport.poll, transport.cancel
+    pair.run()  # they greet each other
+    # It comes first: it is the oldest, and holds its blocks all the time.
+    slow = pair.submit(prompt_of(12), max_tokens=20)
+    if state == "requested":
+        pair.deliver = lambda sender, to, message: sender != "prefill-0#1"
+    else:
+        transport.poll = lambda: []  # type: ignore[method-assign]
+        transport.cancel = lambda numbers: set(numbers)  # type: ignore[method-assign]
+    for _ in range(6):
+        pair.turn()
+    if state == "draining":
+        pair.abort(slow)
+        pair.turn()
+    others = [
+        pair.submit(prompt_of(i), max_tokens=20, prefill="", sampling=Sampling(), seeds=[0, 1, 2]) for i in (20, 21, 22)
+    ]
+    for _ in range(150):
+        pair.turn()
+    assert pair.decode.metrics.preemptions._value.get() > 0
+    for ticket, i in zip(others, (20, 21, 22), strict=True):
+        assert all(tokens == golden[tuple(prompt_of(i))] for tokens in pair.outputs[ticket].tokens.values())
+        assert len(pair.outputs[ticket].finish) == 3
+    assert not pair.outputs[slow].finish
+    transport.poll, transport.cancel = poll, cancel  # type: ignore[method-assign]
+    pair.deliver = lambda sender, to, message: True
+    if state == "requested":  # what was said is lost
+        pair.clock.advance(61)
+    pair.run()
+    if state != "draining":
+        assert pair.outputs[slow].tokens[0] == golden[tuple(prompt_of(12))]
+    assert pair.outputs[slow].stages.count("decode.handoff") == 1
 
 
 def test_failures_can_fail_the_request_instead(make: Make) -> None:

@@ -1,0 +1,82 @@
+"""A gateway as its clients see it: HTTP, and what tests want to know of a cluster through it."""
+
+from __future__ import annotations
+
+import re
+import socket
+import time
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
+def wait_for(condition: Callable[[], Any], timeout_s: float, what: str) -> Any:
+    """Poll until ``condition`` gives something true, and return that."""
+    deadline_s = time.monotonic() + timeout_s
+    while True:
+        value = condition()
+        if value:
+            return value
+        assert time.monotonic() < deadline_s, f"{what}: not within {timeout_s:g} s"
+        time.sleep(0.05)
+
+
+class Gateway:
+    """The gateway that listens on a port of this host."""
+
+    def __init__(self, port: int, host: str = "127.0.0.1") -> None:
+        self.port = port
+        self.url = f"http://{host}:{port}"
+        self.client = httpx.Client(base_url=self.url, timeout=60, trust_env=False)
+
+    def complete(self, **body: Any) -> dict[str, Any]:
+        """POST /v1/completions; must succeed."""
+        answer = self.client.post("/v1/completions", json=body)
+        assert answer.status_code == 200, answer.text
+        return dict(answer.json())
+
+    def metric(self, name: str, **labels: str) -> float:
+        """Sum of a metric's samples that have these labels."""
+        total = 0.0
+        for line in self.client.get("/metrics").text.splitlines():
+            match = re.fullmatch(rf"{name}(?:\{{(.*)\}})? (\S+)", line)
+            if match:
+                found = dict(re.findall(r'(\w+)="([^"]*)"', match[1] or ""))
+                if all(found.get(key) == value for key, value in labels.items()):
+                    total += float(match[2])
+        return total
+
+    def stages(self, request_id: str) -> list[str]:
+        """What has happened to a request so far."""
+        answer = self.client.get(f"/debug/requests/{request_id}")
+        return [stage["stage"] for stage in answer.json()["stages"]] if answer.status_code == 200 else []
+
+    def wait_idle(self, timeout_s: float = 10) -> None:
+        """Until no request, block or lease is left on either side."""
+
+        def idle() -> bool:
+            return (
+                self.metric("tandem_kv_blocks", state="used") == 0
+                and self.metric("tandem_leases") == 0
+                and self.metric("tandem_requests_in_flight") == 0
+            )
+
+        wait_for(idle, timeout_s, "blocks and leases back at zero")
+
+    def wait_routable(self, timeout_s: float = 60) -> None:
+        """Until prefill and decode serve together."""
+
+        def routable() -> bool:
+            try:
+                return self.client.get("/readyz").status_code == 200
+            except httpx.HTTPError:
+                return False
+
+        wait_for(routable, timeout_s, "/readyz")
