@@ -43,6 +43,7 @@ class FrequencySketch:
     def estimate(self, key: Key) -> int:
         """About how often a key occurred."""
         mask = self._mask
-        a, b, c, d = _hashes(key)
+        hashes: tuple[int, int, int, int] = _hashes(key)
+        a, b, c, d = hashes
         rows = self._rows
         return min(rows[0][a & mask], rows[1][b & mask], rows[2][c & mask], rows[3][d & mask])
