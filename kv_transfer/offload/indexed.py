@@ -261,7 +261,7 @@ class IndexedTier(abc.ABC):
             if item.kind is Kind.LOAD and good:
                 self._stats.loaded += 1
             elif not good and item.harmless and self._index.generation_of(item.key) == item.generation:
-                self.remove([item.key])
+                self._index.remove(item.key)
         if good:
             self._came_back()
         else:

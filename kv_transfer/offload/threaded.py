@@ -119,6 +119,7 @@ class ThreadedTier(IndexedTier):
         self._io = io
         self._notify = notify
         self._ready = False
+        self._stats.away = "starting"
         self._recovering = False
         # Loads first: somebody waits for them.
         self._loads: deque[Item] = deque()
@@ -224,7 +225,8 @@ class ThreadedTier(IndexedTier):
                     while items:
                         item = items.popleft()
                         item.error = "dropped"
-                        self._done.put(item)
+                        if item.kind is not Kind.RECOVER:
+                            self._done.put(item)
                 return None
             return (self._loads or self._others).popleft()
 

@@ -121,7 +121,8 @@ def test_capacity_is_hard_and_a_prefix_keeps_its_beginning(kit: Kit) -> None:
         assert sum(answer is Lookup.HIT for answer in engine.tier.lookup(keys)) <= SLOTS
     # Four blocks more: of the eight that were there, the last of each prefix go.
     engine.tier.clear()
-    ready(engine.tier)
+    while engine.tier.stats().num_used:
+        engine.tier.poll()
     first, second = keys[:4], keys[4:8]
     engine.store(first)
     engine.store(second)
