@@ -9,12 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.tiers import BLOCK_BYTES, LAYOUT, Engine, content_of, keys_of, ready
+from support.tiers import BLOCK_BYTES, LAYOUT, Engine, content_of, end, keys_of, ready
 from tandem.core.clock import SystemClock
 from tandem.kv_transfer.offload.base import HostBlocks, LoadJob, Lookup, Spill, StoreJob, Tier
 from tandem.kv_transfer.offload.disk import open_disk, slot_bytes
+from tandem.kv_transfer.offload.host import HostTier
+from tandem.kv_transfer.offload.keeper import start_keeper
 from tandem.kv_transfer.offload.keys import key_space, tenant_tag
 from tandem.kv_transfer.offload.policies import POLICIES
+from tandem.kv_transfer.offload.pool import pool_bytes
 from tandem.kv_transfer.offload.simulated import Cost, SimulatedTier
 
 SLOTS = 8
@@ -28,6 +31,7 @@ class Kit:
         self.name = name
         self.news = threading.Event()
         self._folder = folder
+        self._socket = folder / "host.socket"
         self._closers: list[Callable[[], None]] = []
 
     def make(self, policy: str = "lru") -> Tier:
@@ -40,25 +44,34 @@ class Kit:
         return Engine(self.make(policy), self.news)
 
     def another(self, engine: Engine) -> Engine:
-        """A second user of the same tier, from the same process where there is no other way."""
-        return Engine(engine.tier, self.news)
+        """A second user of what is kept: the same tier where it has only one."""
+        if self.name != "host":
+            return Engine(engine.tier, self.news)
+        tier = HostTier(self._socket, BLOCK_BYTES, SystemClock(), TIMEOUT_S, self.news.set)
+        self._closers.append(tier.close)
+        ready(tier)
+        return Engine(tier, self.news)
 
     def _make(self, policy: str) -> Tier:
         match self.name:
             case "simulated":
                 cost = Cost(latency_s=0.001, load_bytes_per_s=1e9, store_bytes_per_s=1e9)
                 return SimulatedTier("simulated", SLOTS, BLOCK_BYTES, policy, cost, SystemClock(), TIMEOUT_S)
+            case "host":
+                keeper = start_keeper(self._socket, pool_bytes(SLOTS, BLOCK_BYTES), BLOCK_BYTES, policy)
+                self._closers.append(lambda: end(keeper))
+                return HostTier(self._socket, BLOCK_BYTES, SystemClock(), TIMEOUT_S, self.news.set)
             case _:
                 capacity = SLOTS * slot_bytes(BLOCK_BYTES) + 4096
                 paths = [self._folder / "disk"]
                 return open_disk(paths, capacity, BLOCK_BYTES, policy, SystemClock(), TIMEOUT_S, self.news.set)
 
     def close(self) -> None:
-        for closer in self._closers:
+        for closer in reversed(self._closers):
             closer()
 
 
-@pytest.fixture(params=["simulated", "disk"])
+@pytest.fixture(params=["simulated", "disk", "host"])
 def kit(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Kit]:
     kit = Kit(request.param, tmp_path)
     yield kit

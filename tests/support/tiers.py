@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import threading
 import time
 
@@ -70,6 +71,13 @@ class Engine:
                 np.testing.assert_array_equal(self.memory.array[block], content_of(key))
         assert (self.memory.array[len(keys) :] == 0xEE).all(), "a block that is not the job's was written"
         return result
+
+
+def end(keeper: subprocess.Popen[bytes]) -> None:
+    """Close a keeper's standard input, and wait for its end."""
+    assert keeper.stdin is not None
+    keeper.stdin.close()
+    keeper.wait(10)
 
 
 def ready(tier: Tier, timeout_s: float = 20.0) -> None:
