@@ -415,7 +415,7 @@ class HostTier:
                     os.close(descriptor)
                 raise ValueError(answer.error if isinstance(answer, Attached) else "the keeper does not attach us")
             pool = MappedPool(*descriptors, self._block_bytes, self._pin_memory)
-        except (FileNotFoundError, ConnectionRefusedError):
+        except (FileNotFoundError, ConnectionError, TimeoutError):
             connection.close()
             return
         except (OSError, ValueError, msgspec.MsgspecError) as error:

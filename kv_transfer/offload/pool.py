@@ -16,6 +16,7 @@ the owner changes the generation, and then the key, before it gives the slot awa
 
 from __future__ import annotations
 
+import bisect
 import fcntl
 import mmap
 import os
@@ -69,10 +70,8 @@ def pool_bytes(num_slots: int, block_bytes: int) -> int:
 
 def slots_within(capacity_bytes: int, block_bytes: int) -> int:
     """The most slots whose pool fits."""
-    slots = max(0, (capacity_bytes - _PAGE_BYTES) // (slot_bytes(block_bytes) + _RECORD_BYTES + 16))
-    while slots and pool_bytes(slots, block_bytes) > capacity_bytes:
-        slots -= max(1, (pool_bytes(slots, block_bytes) - capacity_bytes) // (2 * slot_bytes(block_bytes)))
-    return slots
+    most = capacity_bytes // slot_bytes(block_bytes)
+    return bisect.bisect_right(range(1, most + 1), capacity_bytes, key=lambda slots: pool_bytes(slots, block_bytes))
 
 
 def _num_heads(num_slots: int) -> int:
