@@ -109,7 +109,8 @@ class Spilled(NamedTuple):
 class StoreJob(NamedTuple):
     """Blocks to be kept. The caller leaves them as they are until the job's result is there.
 
-    A tier takes the last key first: of a prefix that does not fit, or that goes later, the beginning stays.
+    The first keys get room first, and count as used last: of a prefix that does not fit, or that goes later, the
+    beginning stays.
     """
 
     keys: Sequence[TierKey]

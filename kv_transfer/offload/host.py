@@ -355,18 +355,26 @@ class HostTier:
         if pool is None:
             job.error = f"{self.name} is away"
             return
-        # The last keys first: of a prefix, the beginning is what stays.
-        for end in range(len(store.keys), 0, -MAX_KEYS):
+        filled = []
+        for start in range(0, len(store.keys), MAX_KEYS):
             if job.ended or self._closed:
                 job.error = job.error or f"{self.name} is closed"
-                return
-            places = range(end - 1, max(end - MAX_KEYS, 0) - 1, -1)
+                break
+            places = range(start, min(start + MAX_KEYS, len(store.keys)))
             reserved = self._ask(Reserve([store.keys[place] for place in places], store.priority))
             if not isinstance(reserved, Reserved) or len(reserved.slots) != len(places):
                 raise ValueError(f"the keeper answers Reserve with {type(reserved).__name__}")
-            self._fill(job, store, pool, places, reserved)
+            filled.append(self._fill(job, store, pool, places, reserved))
+        # The end of a prefix first: its beginning is what should go last.
+        for stored, dropped in reversed(filled):
+            self._ask(Settle([slot for _, slot in reversed(stored)], [slot for _, slot in dropped]))
+            for place, _ in stored:
+                job.good[place] = True
 
-    def _fill(self, job: OpenJob, store: StoreJob, pool: MappedPool, places: Sequence[int], reserved: Reserved) -> None:
+    def _fill(
+        self, job: OpenJob, store: StoreJob, pool: MappedPool, places: Sequence[int], reserved: Reserved
+    ) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+        """Copy blocks into slots; returns (place, slot) of those that are filled, and of those that are not."""
         mine = []
         for place, slot, evicted in zip(places, reserved.slots, reserved.evicted, strict=True):
             if slot >= 0:
@@ -375,20 +383,15 @@ class HostTier:
                     self._save(job, store, pool.block(slot), evicted)
             elif slot == KNOWN:
                 job.good[place] = True
-        filled = 0
         for start in range(0, len(mine), _COPY_BLOCKS):
             part = mine[start : start + _COPY_BLOCKS]
             with job.lock:
                 if job.ended:
-                    break
+                    return mine[:start], mine[start:]
                 if store.memory is not None:
                     blocks = [store.blocks[place] for place, _ in part]
                     store.memory.read(blocks, [pool.block(slot) for _, slot in part])
-            filled += len(part)
-        stored, dropped = mine[:filled], mine[filled:]
-        self._ask(Settle([slot for _, slot in stored], [slot for _, slot in dropped]))
-        for place, _ in stored:
-            job.good[place] = True
+        return mine, []
 
     def _save(self, job: OpenJob, store: StoreJob, block: np.ndarray, key: TierKey) -> None:
         place = None if store.spill is None else store.spill.take()

@@ -115,12 +115,16 @@ class IndexedTier(abc.ABC):
         if self.away:
             return self._refuse(open_job)
         items = []
-        for position in range(len(job.keys) - 1, -1, -1):
-            key = job.keys[position]
-            known = self._index.lookup([key])[0]
-            if known is not Lookup.MISS:
-                self._index.touch([key])
-                open_job.good[position] = known is Lookup.HIT
+        self._index.touch(job.keys)
+        # What is there of a prefix must not go for what continues it.
+        for position, key in enumerate(job.keys):
+            held = self._index.hold(key)
+            if held is not None:
+                open_job.good[position] = True
+                open_job.held.append((position, held[0]))
+        states = self._index.lookup(job.keys)
+        for position, key in enumerate(job.keys):
+            if states[position] is not Lookup.MISS:
                 continue
             reservation = self._index.reserve(key, job.priority)
             if reservation is None:

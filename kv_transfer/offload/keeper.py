@@ -178,11 +178,13 @@ class Keeper:
 
     def _reserve(self, engine: _Engine, question: Reserve) -> Reserved:
         slots, evicted = [], []
-        for key in question.keys:
-            state = self._index.lookup([key])[0]
+        states = self._index.lookup(question.keys)
+        self._index.touch(question.keys)
+        # What is there of a prefix must not go for what continues it.
+        known = [held[0] for key in question.keys if (held := self._index.hold(key)) is not None]
+        for key, state in zip(question.keys, states, strict=True):
             held = b""
             if state is not Lookup.MISS:
-                self._index.touch([key])
                 slots.append(KNOWN if state is Lookup.HIT else PENDING)
             elif (reservation := self._index.reserve(key, question.priority)) is None:
                 slots.append(NO_ROOM)
@@ -195,6 +197,8 @@ class Keeper:
                 engine.reserved.add(reservation.slot)
                 slots.append(reservation.slot)
             evicted.append(held)
+        for slot in reversed(known):
+            self._index.release(slot)
         return Reserved(slots, evicted)
 
     def _settle(self, engine: _Engine, question: Settle) -> None:

@@ -41,7 +41,7 @@ class Reserve(msgspec.Struct, array_like=True, frozen=True, tag="reserve"):
 
 
 class Settle(msgspec.Struct, array_like=True, frozen=True, tag="settle"):
-    """Reserved slots that have their bytes, and some that will not get them."""
+    """Reserved slots that have their bytes, and some that will not get them. The last one counts as used last."""
 
     stored: _Slots
     dropped: _Slots
