@@ -79,9 +79,9 @@ def open_disk(
     try:
         for path in paths:
             one = name if len(paths) == 1 else f"{name}:{path}"
-            index = TierIndex(slots, make_policy(policy, slots))
+            rule = make_policy(policy, slots)
             io = SlotFile(path, block_bytes, slots)
-            tiers.append(ThreadedTier(one, index, io, THREADS_PER_PATH, clock, timeout_s, notify))
+            tiers.append(ThreadedTier(one, TierIndex(slots, rule), io, THREADS_PER_PATH, clock, timeout_s, notify))
     except ConfigError:
         for tier in tiers:
             tier.close()

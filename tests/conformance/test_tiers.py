@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 from collections.abc import Callable, Iterator
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.s3 import S3Server, allow
 from support.tiers import BLOCK_BYTES, LAYOUT, Engine, content_of, end, keys_of, ready
 from tandem.core.clock import SystemClock
 from tandem.kv_transfer.offload.base import HostBlocks, LoadJob, Lookup, Spill, StoreJob, Tier
@@ -16,8 +18,10 @@ from tandem.kv_transfer.offload.disk import open_disk, slot_bytes
 from tandem.kv_transfer.offload.host import HostTier
 from tandem.kv_transfer.offload.keeper import start_keeper
 from tandem.kv_transfer.offload.keys import key_space, tenant_tag
+from tandem.kv_transfer.offload.objects import open_objects
 from tandem.kv_transfer.offload.policies import POLICIES
 from tandem.kv_transfer.offload.pool import pool_bytes
+from tandem.kv_transfer.offload.record import HEADER_BYTES
 from tandem.kv_transfer.offload.simulated import Cost, SimulatedTier
 
 SLOTS = 8
@@ -61,6 +65,13 @@ class Kit:
                 keeper = start_keeper(self._socket, pool_bytes(SLOTS, BLOCK_BYTES), BLOCK_BYTES, policy)
                 self._closers.append(lambda: end(keeper))
                 return HostTier(self._socket, BLOCK_BYTES, SystemClock(), TIMEOUT_S, self.news.set)
+            case "s3":
+                # Each test has a part of the bucket for itself.
+                prefix, capacity = self._folder.name, SLOTS * (HEADER_BYTES + BLOCK_BYTES)
+                return open_objects(
+                    S3Server.BUCKET, prefix, s3_server().endpoint, capacity, BLOCK_BYTES, policy, SystemClock(), TIMEOUT_S,
+                    self.news.set,
+                )  # fmt: skip
             case _:
                 capacity = SLOTS * slot_bytes(BLOCK_BYTES) + 4096
                 paths = [self._folder / "disk"]
@@ -71,8 +82,24 @@ class Kit:
             closer()
 
 
-@pytest.fixture(params=["simulated", "disk", "host"])
-def kit(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Kit]:
+@functools.cache
+def s3_server() -> S3Server:
+    """One for all tests of this file; `last_of_all` ends it."""
+    pytest.importorskip("boto3")
+    pytest.importorskip("moto.server")
+    return S3Server()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def last_of_all() -> Iterator[None]:
+    yield
+    if s3_server.cache_info().currsize:
+        s3_server().close()
+
+
+@pytest.fixture(params=["simulated", "disk", "host", "s3"])
+def kit(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Kit]:
+    allow(monkeypatch)
     kit = Kit(request.param, tmp_path)
     yield kit
     kit.close()
