@@ -196,13 +196,13 @@ class HostTier:
         self._forget(_Forget(None, tenant))
 
     def stats(self) -> TierStats:
-        """See `Tier`. Slots, stores and evictions are the whole node's."""
+        """See `Tier`. Slots are the whole node's."""
         pool = self._pool
         self._stats.away = "" if pool is not None else "no keeper"
         self._stats.num_slots = 0 if pool is None else pool.num_slots
         self._stats.num_used = 0
         if pool is not None:
-            self._stats.num_used, self._stats.stored, self._stats.evicted = pool.counts()
+            self._stats.num_used = pool.num_used()
         return self._stats
 
     def next_event_s(self) -> float | None:
@@ -348,7 +348,8 @@ class HostTier:
         packet = self._socket.recv(MAX_BYTES)
         if not packet:
             raise ConnectionError("the keeper closed the connection")
-        return answers.decode(packet)
+        answer: Answer = answers.decode(packet)
+        return answer
 
     def _store(self, job: OpenJob, store: StoreJob) -> None:
         pool = self._pool
@@ -368,6 +369,7 @@ class HostTier:
         # The end of a prefix first: its beginning is what should go last.
         for stored, dropped in reversed(filled):
             self._ask(Settle([slot for _, slot in reversed(stored)], [slot for _, slot in dropped]))
+            self._stats.stored += len(stored)
             for place, _ in stored:
                 job.good[place] = True
 
@@ -379,6 +381,7 @@ class HostTier:
         for place, slot, evicted in zip(places, reserved.slots, reserved.evicted, strict=True):
             if slot >= 0:
                 mine.append((place, slot))
+                self._stats.evicted += bool(evicted)
                 if evicted and store.spill is not None:
                     self._save(job, store, pool.block(slot), evicted)
             elif slot == KNOWN:
@@ -417,7 +420,7 @@ class HostTier:
                 for descriptor in descriptors:
                     os.close(descriptor)
                 raise ValueError(answer.error if isinstance(answer, Attached) else "the keeper does not attach us")
-            pool = MappedPool(*descriptors, self._block_bytes, self._pin_memory)
+            pool = MappedPool(descriptors[0], descriptors[1], self._block_bytes, self._pin_memory)
         except (FileNotFoundError, ConnectionError, TimeoutError):
             connection.close()
             return

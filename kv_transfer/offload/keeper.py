@@ -139,7 +139,7 @@ class Keeper:
             if not engine.attached:
                 raise ValueError("a question before Attach")
             answer = self._answer(engine, question)
-            self._pool.count(self._index.num_used, 0)
+            self._pool.count(self._index.num_used)
             if answer is not None:
                 engine.connection.send(encode(answer))
         except (OSError, ValueError, msgspec.MsgspecError) as error:
@@ -183,20 +183,19 @@ class Keeper:
         # What is there of a prefix must not go for what continues it.
         known = [held[0] for key in question.keys if (held := self._index.hold(key)) is not None]
         for key, state in zip(question.keys, states, strict=True):
-            held = b""
+            before = b""
             if state is not Lookup.MISS:
                 slots.append(KNOWN if state is Lookup.HIT else PENDING)
             elif (reservation := self._index.reserve(key, question.priority)) is None:
                 slots.append(NO_ROOM)
             else:
                 if reservation.evicted is not None:
-                    held = reservation.evicted.key
+                    before = reservation.evicted.key
                     self._pool.remove(reservation.slot, reservation.generation)
-                    self._pool.count(self._index.num_used, 1)
                 self._pool.reserve(reservation.slot, key, reservation.generation)
                 engine.reserved.add(reservation.slot)
                 slots.append(reservation.slot)
-            evicted.append(held)
+            evicted.append(before)
         for slot in reversed(known):
             self._index.release(slot)
         return Reserved(slots, evicted)
@@ -236,7 +235,7 @@ class Keeper:
         for slot in engine.reserved:
             self._drop(slot)
         self._index.unpin(list(engine.pinned.elements()))
-        self._pool.count(self._index.num_used, 0)
+        self._pool.count(self._index.num_used)
 
 
 def main() -> None:

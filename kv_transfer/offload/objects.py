@@ -10,6 +10,7 @@ import errno
 import importlib
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -156,7 +157,7 @@ class ObjectIO:
                 stale.append(self._name(slot, older[1], older[0]))
             found[slot] = max(found.get(slot, (0, b"")), (generation, key))
         for name in stale:
-            self._try(lambda name=name: self._client.delete_object(Bucket=self._bucket, Key=name))
+            self._try(partial(self._client.delete_object, Bucket=self._bucket, Key=name))
         self._names = {slot: self._name(slot, key, generation) for slot, (generation, key) in found.items()}
         return [(slot, key, generation) for slot, (generation, key) in found.items()]
 

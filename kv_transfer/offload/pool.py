@@ -5,7 +5,7 @@ little-endian uint64.
 
 ::
 
-    records    page 0     num_slots, num_heads, block bytes, slots in use, stored, evicted
+    records    page 0     num_slots, num_heads, block bytes, slots in use
                heads      [num_heads]: slot + 1 of the first record of a chain, or 0
                records    [num_slots, 8]: key (4), generation, state, next slot + 1 in its chain, 0
 
@@ -34,7 +34,7 @@ _RECORD_BYTES = 8 * _RECORD_WORDS
 _LINE_BYTES = 64
 _GENERATION, _STATE, _NEXT = 4, 5, 6
 _RESERVED, _STORED = 1, 2
-_NUM_SLOTS, _NUM_HEADS, _BLOCK_BYTES, _USED, _STORES, _EVICTIONS = range(6)
+_NUM_SLOTS, _NUM_HEADS, _BLOCK_BYTES, _USED = range(4)
 _LONGEST_CHAIN = 64
 # linux/fcntl.h: not in every Python's fcntl.
 _F_ADD_SEALS = 1033
@@ -127,7 +127,6 @@ class OwnedPool:
     def store(self, slot: int) -> None:
         """A reserved slot has its bytes."""
         self._words[self._first + slot * _RECORD_WORDS + _STATE] = _STORED
-        self._words[_STORES] += 1
 
     def remove(self, slot: int, generation: int) -> None:
         """A slot's key is not to be found any more, and whoever copies it now must notice."""
@@ -139,10 +138,9 @@ class OwnedPool:
             link = self._first + (words[link] - 1) * _RECORD_WORDS + _NEXT
         words[link] = words[at + _NEXT]
 
-    def count(self, used: int, evicted: int) -> None:
+    def count(self, num_used: int) -> None:
         """What engines show as statistics."""
-        self._words[_USED] = used
-        self._words[_EVICTIONS] += evicted
+        self._words[_USED] = num_used
 
 
 class MappedPool:
@@ -172,7 +170,7 @@ class MappedPool:
             os.close(records)
             os.close(slots)
         self.num_slots = num_slots
-        self._unpin = pin(memory) if pin is not None else None
+        self._unpin: Callable[[], None] = pin(memory) if pin is not None else _nothing
         self._words = words
         first = _PAGE_BYTES // 8
         self._heads = words[first : first + num_heads]
@@ -181,8 +179,8 @@ class MappedPool:
         self._blocks = memory.reshape(num_slots, size)[:, :block_bytes]
 
     def __del__(self) -> None:
-        if getattr(self, "_unpin", None) is not None:
-            self._unpin()
+        # Nothing was pinned by an instance that could not be made.
+        getattr(self, "_unpin", _nothing)()
 
     def block(self, slot: int) -> np.ndarray:
         """A slot's bytes: [block_bytes] uint8."""
@@ -221,6 +219,10 @@ class MappedPool:
             open_, chain = open_[~same], records[~same, _NEXT].astype(np.int64)
         return Places(states, slots, generations)
 
-    def counts(self) -> tuple[int, int, int]:
-        """Slots in use, blocks stored and evicted so far, by all engines."""
-        return int(self._words[_USED]), int(self._words[_STORES]), int(self._words[_EVICTIONS])
+    def num_used(self) -> int:
+        """Slots that hold something, or wait for it, of all engines."""
+        return int(self._words[_USED])
+
+
+def _nothing() -> None:
+    """There is nothing to undo."""

@@ -14,11 +14,13 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from ...core.metrics import WorkerMetrics
 from .base import BlockMemory, JobResult, LoadJob, Lookup, Spill, Spilled, StoreJob, Tier
 from .keys import TierKey, tenant_of
 
 _REMEMBERED_PER_SLOT = 4
 _FEWEST_REMEMBERED = 1024
+_EVENTS = ("stored", "loaded", "evicted", "refused")
 
 
 class Write(enum.Enum):
@@ -116,6 +118,7 @@ class OffloadStack:
         self._forgotten: list[_Forgotten] = []
         self._seen: list[OrderedDict[TierKey, None]] = [OrderedDict() for _ in levels]
         self._closed = False
+        self._told: list[Counter[str]] = [Counter() for _ in levels]
 
     def lookup(self, keys: Sequence[TierKey]) -> list[Found]:
         """Where some keys are. Does no I/O; counts as no use."""
@@ -234,6 +237,20 @@ class OffloadStack:
         """When `poll` has something to do although nobody was notified, on the clock's monotonic scale."""
         times = [at_s for level in self.levels if (at_s := level.tier.next_event_s()) is not None]
         return min(times, default=None)
+
+    def publish(self, metrics: WorkerMetrics) -> None:
+        """Bring the tiers' numbers up to date in a worker's metrics."""
+        for level, told in zip(self.levels, self._told, strict=True):
+            name, stats = level.tier.name, level.tier.stats()
+            metrics.offload_slots.labels(name, "all").set(stats.num_slots)
+            metrics.offload_slots.labels(name, "used").set(stats.num_used)
+            metrics.offload_away.labels(name).set(bool(stats.away))
+            for event in _EVENTS:
+                metrics.offload_blocks.labels(name, event).inc(getattr(stats, event) - told[event])
+                told[event] = getattr(stats, event)
+            for cause, count in stats.failures.items():
+                metrics.offload_failures.labels(name, cause).inc(count - told["!" + cause])
+                told["!" + cause] = count
 
     def close(self) -> None:
         """Close all tiers; a last `poll` tells how jobs in flight ended. Blocks. Idempotent."""

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry
 from support.tiers import LAYOUT
 from tandem.core.clock import ManualClock
+from tandem.core.metrics import WorkerMetrics
 from tandem.kv_transfer.offload.base import HostBlocks, LoadJob, Lookup, Spill
 from tandem.kv_transfer.offload.keys import key_space, tenant_tag
 from tandem.kv_transfer.offload.simulated import Cost, SimulatedTier
@@ -290,6 +292,26 @@ def test_close_ends_everything() -> None:
     assert world.stack.load(KEYS[:1], None, [0])
     [result] = world.stack.poll()
     assert result.good == (False,)
+
+
+def test_numbers_are_told_once() -> None:
+    world, metrics = World([2, 4], [Write.THROUGH, Write.BACK]), WorkerMetrics(CollectorRegistry())
+    for _ in range(2):
+        world.store(KEYS[:2])
+        world.drain()
+        world.store(KEYS[2:4])
+        world.drain()
+        world.stack.publish(metrics)
+        world.stack.publish(metrics)
+    value = metrics.registry.get_sample_value
+    assert value("tandem_offload_blocks_total", {"tier": "tier-0", "event": "stored"}) == 8
+    assert value("tandem_offload_blocks_total", {"tier": "tier-0", "event": "evicted"}) == 6
+    assert value("tandem_offload_blocks_total", {"tier": "tier-1", "event": "stored"}) == 4
+    assert value("tandem_offload_slots", {"tier": "tier-1", "state": "used"}) == 4
+    assert value("tandem_offload_away", {"tier": "tier-1"}) == 0
+    world.tiers[1].stats().failures["slow"] += 3
+    world.stack.publish(metrics)
+    assert value("tandem_offload_failures_total", {"tier": "tier-1", "cause": "slow"}) == 3
 
 
 def test_a_simulation_needs_no_memory_and_costs_what_it_says() -> None:
