@@ -126,10 +126,8 @@ class HostTier:
         if pool is None or self._closed or not keys:
             return [Lookup.MISS] * len(keys)
         answers = pool.find(keys).lookups()
-        if self._forgets:
-            for place, key in enumerate(keys):
-                if any(forget.covers(key) for forget in self._forgets):
-                    answers[place] = Lookup.MISS
+        for place in self._forgotten(keys):
+            answers[place] = Lookup.MISS
         return answers
 
     def submit_store(self, job: StoreJob) -> int:
@@ -146,7 +144,10 @@ class HostTier:
         pool = self._pool
         if pool is None or self._closed or not job.keys:
             return self._refuse(open_job)
-        self._loads.put((open_job, pool, pool.find(job.keys)))
+        places = pool.find(job.keys)
+        for place in self._forgotten(job.keys):
+            places.states[place] = 0
+        self._loads.put((open_job, pool, places))
         self.touch(job.keys)
         return open_job.number
 
@@ -249,6 +250,12 @@ class HostTier:
         elif not job.error:
             self._stats.refused += len(job.good) - good
         self._ended.append(JobResult(job.number, tuple(job.good), job.error, tuple(job.spilled)))
+
+    def _forgotten(self, keys: Sequence[TierKey]) -> list[int]:
+        """The places of keys that were removed, and that the keeper may still have."""
+        if not self._forgets:
+            return []
+        return [place for place, key in enumerate(keys) if any(forget.covers(key) for forget in self._forgets)]
 
     def _forget(self, forget: _Forget) -> None:
         self._forgets.append(forget)

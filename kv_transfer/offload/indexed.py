@@ -165,7 +165,9 @@ class IndexedTier(abc.ABC):
             self._end(job)
         if late:
             self._stats.failures["slow"] += sum(not good for job in late for good in job.good)
-            self._go_away("slow", f"a job took longer than {self._timeout_s:g} s")
+        # Loads go first: one that is late has not merely waited for its turn.
+        if any(isinstance(job.job, LoadJob) for job in late):
+            self._go_away("slow", f"a load took longer than {self._timeout_s:g} s")
         ended, self._ended = self._ended, []
         return ended
 

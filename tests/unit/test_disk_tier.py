@@ -261,7 +261,9 @@ def test_a_disk_that_is_full(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
 
 
 class SluggishFile(SlotFile):
-    """A disk whose reads take as long as ``gate`` is closed."""
+    """A disk whose reads take as long as ``gate`` is closed, and whose writes take ``write_s``."""
+
+    write_s = 0.0
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder, BLOCK_BYTES, SLOTS)
@@ -271,6 +273,10 @@ class SluggishFile(SlotFile):
     def read(self, slot: int, key: TierKey, generation: int, frame: Frame) -> None:
         self.gate.wait(30)
         super().read(slot, key, generation, frame)
+
+    def write(self, slot: int, key: TierKey, generation: int, frame: Frame) -> None:
+        time.sleep(self.write_s)
+        super().write(slot, key, generation, frame)
 
 
 def test_a_slow_disk(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -297,6 +303,28 @@ def test_a_slow_disk(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert (engine.memory.array == 7).all()
     assert len(warnings(caplog)) == 1
     assert engine.load(keys).good == (True,) * 4
+    tier.close()
+
+
+def test_more_stores_than_the_disk_can_take(tmp_path: Path) -> None:
+    """Those that wait too long fail; what is there is still found."""
+    file, news = SluggishFile(tmp_path / "kv"), threading.Event()
+    tier = ThreadedTier("disk", TierIndex(SLOTS, make_policy("lru", SLOTS)), file, 1, SystemClock(), 0.5, news.set)
+    ready(tier)
+    engine = Engine(tier, news)
+    engine.store(keys_of(0))
+    file.write_s = 0.2
+    good = engine.store(keys_of(*range(1, 9))).good
+    assert 1 <= sum(good) <= 4
+    assert tier.stats().failures["slow"] == 8 - sum(good)
+    assert tier.lookup(keys_of(0)) == [Lookup.HIT]
+    assert engine.load(keys_of(0)).good == (True,)
+    file.write_s = 0.0
+    deadline_s = time.monotonic() + 10
+    while tier.lookup(keys_of(*range(1, 9))).count(Lookup.PENDING):
+        tier.poll()
+        assert time.monotonic() < deadline_s, "slots of stores that were late stay reserved"
+    assert engine.store(keys_of(*range(1, 9))).good == (True,) * 8
     tier.close()
 
 
