@@ -212,7 +212,7 @@ class OffloadTierConfig(_Section):
     bucket: str | None = None
     """Of an s3 tier: where the objects are."""
     prefix: str = "tandem"
-    """Of an s3 tier: what the objects' names begin with."""
+    """Of an s3 tier: what the objects' names begin with; of this cluster alone."""
     endpoint: str | None = None
     """Of an s3 tier: its URL, for stores other than Amazon's. Keys come from where the AWS tools look for them."""
     timeout_s: float = Field(default=5, gt=0, le=600)
@@ -249,6 +249,9 @@ class OffloadConfig(_Section):
     def _check_tiers(self) -> Self:
         if sum(tier.kind == "host" for tier in self.tiers) > 1:
             raise ValueError("tiers: a node has one host tier")
+        stores = [(tier.endpoint, tier.bucket, tier.prefix) for tier in self.tiers if tier.kind == "s3"]
+        if len(set(stores)) != len(stores):
+            raise ValueError("tiers: two s3 tiers have the same bucket and prefix")
         folders = [Path(path).expanduser().resolve() for tier in self.tiers for path in tier.path]
         for number, folder in enumerate(folders):
             for other in folders[:number]:

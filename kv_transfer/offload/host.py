@@ -7,6 +7,7 @@ next keeper when this one is gone; until then the tier knows nothing. Another th
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import queue
 import select
@@ -110,6 +111,7 @@ class HostTier:
         self._bell, self._bell_end = socket.socketpair()
         self._bell.setblocking(False)
         # Of the thread that talks.
+        self._started_s = clock.monotonic_s()
         self._socket: socket.socket | None = None
         self._threads = [
             threading.Thread(target=self._talk, name=f"{name}-stores", daemon=True),
@@ -430,6 +432,8 @@ class HostTier:
             pool = MappedPool(descriptors[0], descriptors[1], self._block_bytes, self._pin_memory)
         except (FileNotFoundError, ConnectionError, TimeoutError):
             connection.close()
+            if self._clock.monotonic_s() > self._started_s + self._timeout_s:
+                self._log.warning("no keeper", "%s: there is no keeper at %s; it is looked for", self.name, self._path)
             return
         except (OSError, ValueError, msgspec.MsgspecError) as error:
             connection.close()
@@ -437,6 +441,7 @@ class HostTier:
             time.sleep(_RETRY_S)
             return
         self._socket, self._pool = connection, pool
+        self._started_s = math.inf
         logger.info("%s: %d slots at %s", self.name, pool.num_slots, self._path)
         self._notify()
 

@@ -147,6 +147,7 @@ def test_policies_are_those_that_there_are() -> None:
         ("[{kind: host, capacity: 1GiB, path: /a}]", ["offload.tiers.0: path: a host tier has none"]),
         ("[{kind: s3, capacity: 1GiB}]", ["offload.tiers.0: bucket: a s3 tier needs a bucket"]),
         ("[{kind: host, capacity: 1GiB}, {kind: host, capacity: 1GiB}]", ["offload: tiers: a node has one host tier"]),
+        ("[{kind: s3, bucket: a, capacity: 1GiB}, {kind: s3, bucket: a, capacity: 2GiB}]", ["same bucket and prefix"]),
         ("[{kind: disk, path: [/a/b, /a], capacity: 1GiB}]", ["the folders /a/b and /a overlap"]),
         ("[{kind: disk, pth: /a, capacity: 1GiB}]", ["unknown key offload.tiers.0.pth; did you mean", ".path?"]),
     ],
