@@ -77,7 +77,8 @@ class _Engine:
         self.connection = connection
         self.attached = False
         self.reserved: set[int] = set()
-        self.pinned: Counter[TierKey] = Counter()
+        # With the generation: a key that was removed and stored again is not pinned any more.
+        self.pinned: Counter[tuple[TierKey, int | None]] = Counter()
 
 
 class Keeper:
@@ -167,9 +168,13 @@ class Keeper:
                 self._index.touch(question.keys)
                 return None
             case Pin(keys=keys, on=True):
-                engine.pinned.update(self._index.pin(keys))
+                engine.pinned.update((key, self._index.generation_of(key)) for key in self._index.pin(keys))
             case Pin(keys=keys):
-                self._unpin(engine, [key for key in keys if engine.pinned[key] > 0])
+                for key in keys:
+                    pinned = (key, self._index.generation_of(key))
+                    if engine.pinned[pinned] > 0:
+                        engine.pinned[pinned] -= 1
+                        self._index.unpin([key])
             case Remove():
                 self._remove(question.keys)
             case Clear():
@@ -224,17 +229,14 @@ class Keeper:
             if slot is not None:
                 self._pool.remove(slot, 0)
 
-    def _unpin(self, engine: _Engine, keys: list[TierKey]) -> None:
-        for key in keys:
-            engine.pinned[key] -= 1
-        self._index.unpin(keys)
-
     def _forget(self, engine: _Engine) -> None:
         self._selector.unregister(engine.connection)
         engine.connection.close()
         for slot in engine.reserved:
             self._drop(slot)
-        self._index.unpin(list(engine.pinned.elements()))
+        for key, generation in engine.pinned.elements():
+            if self._index.generation_of(key) == generation:
+                self._index.unpin([key])
         self._pool.count(self._index.num_used)
 
 

@@ -19,6 +19,7 @@ import pytest
 from support.tiers import BLOCK_BYTES, Engine, content_of, keys_of, ready
 from tandem.core.clock import SystemClock
 from tandem.core.errors import ConfigError
+from tandem.kv_transfer.offload import record
 from tandem.kv_transfer.offload.base import HostBlocks, LoadJob, Lookup, Tier
 from tandem.kv_transfer.offload.disk import PAGE_BYTES, SlotFile, open_disk, slot_bytes
 from tandem.kv_transfer.offload.index import TierIndex
@@ -114,6 +115,7 @@ sys.path.insert(0, sys.argv[2])
 from pathlib import Path
 from support.tiers import BLOCK_BYTES, Engine, keys_of
 from tandem.core.clock import SystemClock
+from tandem.kv_transfer.offload import record
 from tandem.kv_transfer.offload.disk import open_disk
 for line in sys.stdin:
     child = os.fork()
@@ -388,6 +390,17 @@ def test_memory_without_o_direct() -> None:
         for left in folder.iterdir():
             left.unlink()
         folder.rmdir()
+
+
+def test_without_the_library_for_checksums(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = kit.open()
+    engine.store(keys_of(1))
+    engine.tier.close()
+    monkeypatch.setattr(record, "xxhash", None)
+    engine = kit.open()
+    assert engine.tier.lookup(keys_of(1)) == [Lookup.MISS]
+    engine.store(keys_of(2))
+    assert engine.load(keys_of(2)).good == (True,)
 
 
 def test_loads_go_before_stores(tmp_path: Path) -> None:

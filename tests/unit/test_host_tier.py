@@ -239,6 +239,22 @@ def test_keepers_killed_under_load(kit: Kit) -> None:
     assert not failures, failures
 
 
+def test_one_engine_does_not_undo_the_pins_of_another(kit: Kit) -> None:
+    kit.keeper()
+    first, second = kit.engine(), kit.engine()
+    [key] = keys_of(1)
+    first.store([key])
+    first.tier.pin([key])
+    second.tier.remove([key])
+    second.store([key])
+    second.tier.pin([key])
+    second.load([key])
+    first.tier.unpin([key])
+    first.tier.close()
+    second.store(keys_of(*range(10, 10 + 2 * SLOTS)))
+    assert second.tier.lookup([key]) == [Lookup.HIT]
+
+
 def test_a_keeper_that_hangs(kit: Kit) -> None:
     keeper = kit.keeper()
     engine = kit.engine(timeout_s=0.5)
