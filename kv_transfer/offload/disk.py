@@ -33,7 +33,7 @@ from .threaded import BadBlock, Frame, Lost, ThreadedTier
 
 PAGE_BYTES = 4096
 """Of which O_DIRECT wants multiples, everywhere."""
-THREADS_PER_PATH = 4
+THREADS_PER_PATH = 8
 _FILE = "blocks.tandem"
 _LOCK = "lock"
 _SUPERBLOCK = struct.Struct("<8sIQQ")
