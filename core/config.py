@@ -21,6 +21,7 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
@@ -205,6 +206,68 @@ class HiddenStatesConfig(_Section):
         return self
 
 
+class OffloadTierConfig(_Section):
+    kind: Literal["host", "disk", "s3"]
+    """host: a node's memory, shared by its workers. disk: folders. s3: a bucket of an S3-compatible store."""
+    capacity: ByteSize
+    """Never exceeded: of a node's memory; of its folders together; of its objects."""
+    policy: Literal["lru", "lfu", "arc", "s3fifo", "tinylfu"] = "s3fifo"
+    """Which block goes when the tier is full."""
+    write: Literal["write_through", "write_back", "second_use"] = "write_through"
+    """Which blocks it takes: all; what the tier above gives up; what comes for the second time."""
+    path: tuple[str, ...] = ()
+    """Of a disk tier: a folder, or a list of folders on different disks, which share the blocks."""
+    bucket: str | None = None
+    """Of an s3 tier: where the objects are."""
+    prefix: str = "tandem"
+    """Of an s3 tier: what the objects' names begin with; of this cluster alone."""
+    endpoint: str | None = None
+    """Of an s3 tier: its URL, for stores other than Amazon's. Keys come from where the AWS tools look for them."""
+    timeout_s: float = Field(default=5, gt=0, le=600)
+    """After this a read or a write counts as failed, and its blocks as missing."""
+
+    @field_validator("path", mode="before")
+    @classmethod
+    def _one_path(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("capacity")
+    @classmethod
+    def _check_capacity(cls, value: int) -> int:
+        if value == 0:
+            raise ValueError("a tier without room is of no use")
+        return value
+
+    @model_validator(mode="after")
+    def _check_kind(self) -> Self:
+        for kind, key, wanted in (("disk", "path", "a folder of its own"), ("s3", "bucket", "a bucket")):
+            if (self.kind == kind) != bool(getattr(self, key)):
+                needs = f"a {kind} tier needs {wanted}" if self.kind == kind else f"a {self.kind} tier has none"
+                raise ValueError(f"{key}: {needs}")
+        return self
+
+
+class OffloadConfig(_Section):
+    tiers: tuple[OffloadTierConfig, ...] = ()
+    """Where KV blocks go beyond the workers' own memory, nearest first. Empty: nowhere."""
+    moving: ByteSize = 64 << 20
+    """Memory of a worker for blocks on their way from one tier to the next. What finds none of it free is dropped."""
+
+    @model_validator(mode="after")
+    def _check_tiers(self) -> Self:
+        if sum(tier.kind == "host" for tier in self.tiers) > 1:
+            raise ValueError("tiers: a node has one host tier")
+        stores = [(tier.endpoint, tier.bucket, tier.prefix) for tier in self.tiers if tier.kind == "s3"]
+        if len(set(stores)) != len(stores):
+            raise ValueError("tiers: two s3 tiers have the same bucket and prefix")
+        folders = [Path(path).expanduser().resolve() for tier in self.tiers for path in tier.path]
+        for number, folder in enumerate(folders):
+            for other in folders[:number]:
+                if folder.is_relative_to(other) or other.is_relative_to(folder):
+                    raise ValueError(f"tiers: the folders {other} and {folder} overlap")
+        return self
+
+
 class LogConfig(_Section):
     level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     """Least severity that is written."""
@@ -221,6 +284,7 @@ class Config(_Section):
     routing: RoutingConfig = RoutingConfig()
     gateway: GatewayConfig = GatewayConfig()
     hidden_states: HiddenStatesConfig = HiddenStatesConfig()
+    offload: OffloadConfig = OffloadConfig()
     log: LogConfig = LogConfig()
 
     @model_validator(mode="after")
@@ -462,6 +526,8 @@ def _explain(error: ValidationError, path: Path | None, lines: dict[tuple[str, .
 def _suggest(location: tuple[str, ...]) -> str:
     section: Any = Config
     for part in location[:-1]:
+        if part.isdigit():  # one of several sections
+            continue
         annotation = section.model_fields[part].annotation
         options = [annotation, *get_args(annotation)]
         section = next(a for a in options if isinstance(a, type) and issubclass(a, BaseModel))

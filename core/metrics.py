@@ -89,6 +89,21 @@ class WorkerMetrics:
             buckets=_LATENCY_S,
             registry=r,
         )
+        self.offload_slots = Gauge(
+            "tandem_offload_slots", "Blocks that a tier has room for, and holds", ["tier", "state"], registry=r
+        )
+        self.offload_away = Gauge(
+            "tandem_offload_away", "Whether a tier answers nothing at present", ["tier"], registry=r
+        )
+        self.offload_blocks = Counter(
+            "tandem_offload_blocks", "Blocks of a tier by what became of them", ["tier", "event"], registry=r
+        )
+        self.offload_failures = Counter(
+            "tandem_offload_failures",
+            "Blocks that a tier did not store, or lost, by cause",
+            ["tier", "cause"],
+            registry=r,
+        )
         self.bad_frames = Counter("tandem_bad_frames", "Frames refused", ["socket"], registry=r)
 
     def transferred(self, transport: str, peer: str, num_bytes: int, num_runs: int, seconds: float) -> None:

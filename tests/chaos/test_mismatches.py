@@ -28,14 +28,13 @@ class Row(NamedTuple):
 # Against a decode worker with the defaults. "{tiny}" is another model's folder.
 TABLE = {
     "the same": Row({}),
-    "longer blocks": Row({"kv": {"block_tokens": 32}}, ("kv.block_tokens", "prefill-1#1", "32", "decode-0#1", "16")),
-    "shorter blocks": Row({"kv": {"block_tokens": 8}}, ("kv.block_tokens", "prefill-2#1", "8", "decode-0#1", "16")),
-    "layer groups": Row(
-        {"kv": {"layer_groups": 3}}, ("kv.layer_groups", "prefill-3#1", "[0, 2, 4]", "decode-0#1", "[0, 3]")
-    ),
-    "dtype": Row({"model": {"dtype": "float16"}}, ("model", "prefill-4#1", "serves", "decode-0#1")),
-    "revision": Row({"model": {"load": "dummy"}}, ("model", "prefill-5#1", "serves", "decode-0#1")),
-    "model": Row({"model": {"path": "{tiny}", "max_model_len": 256}}, ("model", "prefill-6#1", "serves", "decode-0#1")),
+    "longer blocks": Row({"kv": {"block_tokens": 32}}),
+    "shorter blocks": Row({"kv": {"block_tokens": 8}}),
+    "odd blocks": Row({"kv": {"block_tokens": 12}}),
+    "layer groups": Row({"kv": {"layer_groups": 3}}),
+    "dtype": Row({"model": {"dtype": "float16"}}, ("model", "prefill-5#1", "serves", "decode-0#1")),
+    "revision": Row({"model": {"load": "dummy"}}, ("model", "prefill-6#1", "serves", "decode-0#1")),
+    "model": Row({"model": {"path": "{tiny}", "max_model_len": 256}}, ("model", "prefill-7#1", "serves", "decode-0#1")),
     "pool, lease and chunks": Row(
         {"kv": {"capacity": "12MiB", "lease_s": 5, "prefix_cache": False}, "pools": {"prefill": {"max_running": 3}, "decode": {}}}
     ),

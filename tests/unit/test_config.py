@@ -10,6 +10,8 @@ import pytest
 from tandem.core.config import Config, load_config, model_folder, model_name, show_gpus
 from tandem.core.errors import ConfigError
 from tandem.core.units import format_bytes, parse_bytes
+from tandem.kv_transfer.offload.policies import POLICIES
+from tandem.kv_transfer.offload.stack import Write
 
 
 def write(tmp_path: Path, text: str) -> Path:
@@ -53,7 +55,9 @@ def test_an_unknown_key_in_a_pool(tmp_path: Path) -> None:
 
 
 def test_a_key_without_a_neighbour_lists_what_is_known(tmp_path: Path) -> None:
-    assert "known here: model, pools, kv, routing, gateway, hidden_states, log" in complaint(tmp_path, "zzz: 1\n")
+    assert "known here: model, pools, kv, routing, gateway, hidden_states, offload, log" in complaint(
+        tmp_path, "zzz: 1\n"
+    )
 
 
 def test_every_mistake_is_told_at_once(tmp_path: Path) -> None:
@@ -132,6 +136,51 @@ def test_overrides(tmp_path: Path) -> None:
 def test_bad_overrides(override: str) -> None:
     with pytest.raises(ConfigError):
         load_config(None, ["kv.block_tokens=16", override])
+
+
+def test_offload_tiers(tmp_path: Path) -> None:
+    text = """
+offload:
+  tiers:
+    - {kind: host, capacity: 1GiB, policy: s3fifo}
+    - {kind: disk, path: /a, capacity: 8GiB, policy: lru, write: write_back}
+    - {kind: disk, path: [/b, /c], capacity: 8GiB}
+    - {kind: s3, bucket: kv, capacity: 1TiB}
+"""
+    tiers = load_config(write(tmp_path, text)).offload.tiers
+    assert [tier.kind for tier in tiers] == ["host", "disk", "disk", "s3"]
+    assert [tier.path for tier in tiers] == [(), ("/a",), ("/b", "/c"), ()]
+    assert load_config().offload.tiers == ()
+
+
+def test_policies_are_those_that_there_are() -> None:
+    policy = Config.model_json_schema()["$defs"]["OffloadTierConfig"]["properties"]["policy"]
+    assert policy["enum"] == list(POLICIES)
+    write_policy = Config.model_json_schema()["$defs"]["OffloadTierConfig"]["properties"]["write"]
+    assert write_policy["enum"] == [write.value for write in Write]
+
+
+@pytest.mark.parametrize(
+    ("tiers", "complaints"),
+    [
+        ("[{kind: tape, capacity: 1GiB}]", ["offload.tiers.0.kind", "'host', 'disk' or 's3'"]),
+        ("[{kind: host, capacity: 1GiB, policy: mru}]", ["offload.tiers.0.policy", "'tinylfu'"]),
+        ("[{kind: host, capacity: 1GiB, write: never}]", ["offload.tiers.0.write"]),
+        ("[{kind: host}]", ["offload.tiers.0.capacity"]),
+        ("[{kind: host, capacity: 0}]", ["offload.tiers.0.capacity", "no use"]),
+        ("[{kind: host, capacity: 1 parsec}]", ["offload.tiers.0.capacity", "not a size"]),
+        ("[{kind: disk, capacity: 1GiB}]", ["offload.tiers.0: path: a disk tier needs a folder"]),
+        ("[{kind: host, capacity: 1GiB, path: /a}]", ["offload.tiers.0: path: a host tier has none"]),
+        ("[{kind: s3, capacity: 1GiB}]", ["offload.tiers.0: bucket: a s3 tier needs a bucket"]),
+        ("[{kind: host, capacity: 1GiB}, {kind: host, capacity: 1GiB}]", ["offload: tiers: a node has one host tier"]),
+        ("[{kind: s3, bucket: a, capacity: 1GiB}, {kind: s3, bucket: a, capacity: 2GiB}]", ["same bucket and prefix"]),
+        ("[{kind: disk, path: [/a/b, /a], capacity: 1GiB}]", ["the folders /a/b and /a overlap"]),
+        ("[{kind: disk, pth: /a, capacity: 1GiB}]", ["unknown key offload.tiers.0.pth; did you mean", ".path?"]),
+    ],
+)
+def test_bad_tiers_name_their_key(tmp_path: Path, tiers: str, complaints: list[str]) -> None:
+    text = complaint(tmp_path, f"offload:\n  tiers: {tiers}\n")
+    assert all(part in text for part in complaints), text
 
 
 def test_a_missing_model_folder() -> None:

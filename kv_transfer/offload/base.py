@@ -1,0 +1,214 @@
+"""What every tier does: keep blocks by key, and say honestly which it has.
+
+Threading: one thread, the engine's, calls every method of a tier. Bytes move on threads or in processes of the tier's
+own, which call ``notify``, thread-safe and quick, whenever `Tier.poll` has something new. Nothing here raises because a
+disk is full or a process is gone: the tier then has fewer blocks, and says so.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from .keys import TierKey
+
+Notify = Callable[[], None]
+
+
+class Lookup(enum.IntEnum):
+    """What a tier knows of a key."""
+
+    MISS = 0
+    PENDING = 1
+    """It is being stored; ask again."""
+    HIT = 2
+    """It can be loaded. The load may still fail."""
+
+
+class BlockMemory(Protocol):
+    """Blocks that jobs copy from and to: an engine's cache, or a `Spill`. Called by tiers' threads, several at a time
+    for different blocks."""
+
+    block_bytes: int
+
+    def read(self, blocks: Sequence[int], targets: Sequence[np.ndarray]) -> None:
+        """Copy blocks into host memory, [block_bytes] uint8 each. Returns when the bytes are there."""
+        ...
+
+    def write(self, blocks: Sequence[int], sources: Sequence[np.ndarray]) -> None:
+        """Copy host memory, [block_bytes] uint8 each, into blocks. Returns when the bytes are there."""
+        ...
+
+
+class HostBlocks:
+    """Blocks that lie one after the other in host memory.
+
+    Args:
+        array: [num_blocks * block_bytes] uint8.
+        block_bytes: of each.
+    """
+
+    def __init__(self, array: np.ndarray, block_bytes: int) -> None:
+        self.block_bytes = block_bytes
+        self.array = array.reshape(-1, block_bytes)
+
+    def read(self, blocks: Sequence[int], targets: Sequence[np.ndarray]) -> None:
+        """See `BlockMemory`."""
+        for block, target in zip(blocks, targets, strict=True):
+            target[:] = self.array[block]
+
+    def write(self, blocks: Sequence[int], sources: Sequence[np.ndarray]) -> None:
+        """See `BlockMemory`."""
+        for block, source in zip(blocks, sources, strict=True):
+            self.array[block] = source
+
+
+class Spill:
+    """Places for blocks between the tier that gives them up and the next, and a bound on how many there are at a time.
+    Thread-safe.
+
+    Args:
+        num_blocks: places.
+        memory: of as many blocks; None where nothing is copied, as in a simulation.
+    """
+
+    def __init__(self, num_blocks: int, memory: BlockMemory | None) -> None:
+        self.memory = memory
+        self.num_blocks = num_blocks
+        self._free = deque(range(num_blocks))
+
+    @property
+    def num_free(self) -> int:
+        """Places that nobody holds."""
+        return len(self._free)
+
+    def take(self) -> int | None:
+        """A free place, or None."""
+        try:
+            return self._free.popleft()
+        except IndexError:
+            return None
+
+    def give(self, place: int) -> None:
+        """Give a place back."""
+        self._free.append(place)
+
+
+class Spilled(NamedTuple):
+    """A block that a store pushed out, and the place of the `Spill` that holds it now. Whoever gets the result gives
+    the place back."""
+
+    key: TierKey
+    place: int
+
+
+class StoreJob(NamedTuple):
+    """Blocks to be kept. The caller leaves them as they are until the job's result is there.
+
+    The first keys get room first, and count as used last: of a prefix that does not fit, or that goes later, the
+    beginning stays.
+    """
+
+    keys: Sequence[TierKey]
+    """All different."""
+    memory: BlockMemory | None
+    """None where nothing is copied, as in a simulation."""
+    blocks: Sequence[int]
+    """Of `memory`, one a key."""
+    priority: int = 0
+    spill: Spill | None = None
+    """Where blocks go that must make room; None: they are dropped."""
+
+
+class LoadJob(NamedTuple):
+    """Blocks to be copied from a tier. Nobody else touches the targets until the job's result is there."""
+
+    keys: Sequence[TierKey]
+    memory: BlockMemory | None
+    blocks: Sequence[int]
+
+
+class JobResult(NamedTuple):
+    """How a job ended."""
+
+    number: int
+    good: tuple[bool, ...]
+    """For each key: stored and to be found, or loaded and checked. Where not, a load's target holds anything."""
+    error: str = ""
+    """Why some are not good; "" also when the tier merely did not have them, or had no room."""
+    spilled: tuple[Spilled, ...] = ()
+
+
+class TierStats:
+    """What a tier counts. Changed by the tier alone."""
+
+    def __init__(self) -> None:
+        self.num_slots = 0
+        self.num_used = 0
+        self.stored = 0
+        self.loaded = 0
+        self.evicted = 0
+        self.refused = 0
+        """Blocks for which there was no room."""
+        self.failures: Counter[str] = Counter()
+        """Blocks that were not stored, or not found as promised, by cause."""
+        self.away = ""
+        """Why the tier answers nothing at present, or ""."""
+
+
+class Tier(Protocol):
+    """Keeps blocks by key."""
+
+    name: str
+
+    def lookup(self, keys: Sequence[TierKey]) -> list[Lookup]:
+        """What it knows of some keys. Does no I/O and waits for nobody; counts as no use."""
+        ...
+
+    def submit_store(self, job: StoreJob) -> int:
+        """Start to keep blocks, and return the job's number. Keys that it has are good at once."""
+        ...
+
+    def submit_load(self, job: LoadJob) -> int:
+        """Start to copy blocks back, and return the job's number. Counts as a use of each."""
+        ...
+
+    def poll(self) -> list[JobResult]:
+        """Drive progress, and return the jobs that ended since the last call. Does not block."""
+        ...
+
+    def touch(self, keys: Sequence[TierKey]) -> None:
+        """Some keys were used, wherever; unknown ones are ignored. The last key counts as the oldest use."""
+        ...
+
+    def pin(self, keys: Sequence[TierKey]) -> None:
+        """Do not give these up, as far as they are there, until as many calls of `unpin`, or this process's end."""
+        ...
+
+    def unpin(self, keys: Sequence[TierKey]) -> None:
+        """Undo one `pin`."""
+        ...
+
+    def remove(self, keys: Sequence[TierKey]) -> None:
+        """Forget keys. A load that has begun may still end well."""
+        ...
+
+    def clear(self, tenant: bytes | None = None) -> None:
+        """Forget everything, or all keys with this `keys.tenant_tag`."""
+        ...
+
+    def stats(self) -> TierStats:
+        """What it counted so far; a live object."""
+        ...
+
+    def next_event_s(self) -> float | None:
+        """When `poll` has something to do although nobody called ``notify``, on the clock's monotonic scale."""
+        ...
+
+    def close(self) -> None:
+        """Wait for copies in flight, and let go of everything. Jobs in flight end in a last `poll`. Idempotent."""
+        ...

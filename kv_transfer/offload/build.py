@@ -1,0 +1,129 @@
+"""From the configuration to a worker's stack of tiers, and to the process that keeps its node's memory."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import psutil
+
+from ...core.clock import Clock
+from ...core.config import OffloadConfig, OffloadTierConfig
+from ...core.errors import ConfigError
+from ...core.units import format_bytes
+from .base import HostBlocks, Notify, Spill, Tier
+from .disk import open_disk
+from .host import HostTier
+from .keeper import start_keeper
+from .objects import open_objects
+from .pool import slots_within
+from .stack import Level, OffloadStack, Write
+
+_SOCKET = "host.socket"
+
+
+class Place(NamedTuple):
+    """Whose stack it is. Workers of a node share its host tier; disk and objects are divided among them."""
+
+    folder: Path
+    """Where the node's workers meet; this user's alone."""
+    worker: str
+    """A name that is the same after a restart, "decode-0"; with several ranks, one for each."""
+    num_workers: int
+    """Of the node, each rank counted, that open stacks."""
+
+
+def start_host_tier(config: OffloadConfig, block_bytes: int, folder: Path) -> subprocess.Popen[bytes] | None:
+    """Start the process that keeps a node's host tier; None: none is configured. To be started again when it dies.
+
+    Args:
+        config: which tiers.
+        block_bytes: of one rank's part of a block.
+        folder: see `Place`.
+
+    Raises:
+        ConfigError: the capacity is more than the node has, or less than a block; names the key.
+    """
+    for number, tier in enumerate(config.tiers):
+        if tier.kind == "host":
+            key, total = f"offload.tiers.{number}.capacity", psutil.virtual_memory().total
+            if tier.capacity > total:
+                raise ConfigError(
+                    f"{key}: {format_bytes(tier.capacity)}, and the node has {format_bytes(total)} of memory",
+                    fix="leave room for the workers, too",
+                )
+            if not slots_within(tier.capacity, block_bytes):
+                raise ConfigError(f"{key}: {format_bytes(tier.capacity)} holds no block of {format_bytes(block_bytes)}")
+            return start_keeper(folder / _SOCKET, tier.capacity, block_bytes, tier.policy)
+    return None
+
+
+def open_stack(
+    config: OffloadConfig,
+    block_bytes: int,
+    place: Place,
+    clock: Clock,
+    notify: Notify,
+    pin: Callable[[np.ndarray], Callable[[], None]] | None = None,
+) -> OffloadStack | None:
+    """A worker's tiers; None: none are configured. Does not wait for any of them to be ready.
+
+    Args:
+        config: which.
+        block_bytes: of this rank's part of a block.
+        place: whose they are.
+        clock: for deadlines.
+        notify: called, on any thread, when `OffloadStack.poll` has something new.
+        pin: see `HostTier`.
+
+    Raises:
+        ConfigError: a tier cannot be; names the key.
+    """
+    if not config.tiers:
+        return None
+    levels: list[Level] = []
+    try:
+        for number, tier in enumerate(config.tiers):
+            levels.append(Level(_open(number, tier, block_bytes, place, clock, notify, pin), Write(tier.write)))
+    except ConfigError:
+        for level in levels:
+            level.tier.close()
+        raise
+    num_moving = config.moving // block_bytes
+    memory = HostBlocks(np.zeros(num_moving * block_bytes, np.uint8), block_bytes)
+    return OffloadStack(levels, Spill(num_moving, memory))
+
+
+def _open(
+    number: int,
+    tier: OffloadTierConfig,
+    block_bytes: int,
+    place: Place,
+    clock: Clock,
+    notify: Notify,
+    pin: Callable[[np.ndarray], Callable[[], None]] | None,
+) -> Tier:
+    name, capacity = f"{tier.kind}-{number}", tier.capacity // place.num_workers
+    try:
+        if tier.kind == "host":
+            return HostTier(place.folder / _SOCKET, block_bytes, clock, tier.timeout_s, notify, pin, name)
+        if tier.kind == "disk":
+            paths = [Path(path).expanduser() / place.worker for path in tier.path]
+            return open_disk(paths, capacity, block_bytes, tier.policy, clock, tier.timeout_s, notify, name)
+        return open_objects(
+            str(tier.bucket),
+            f"{tier.prefix}/{place.worker}",
+            tier.endpoint,
+            capacity,
+            block_bytes,
+            tier.policy,
+            clock,
+            tier.timeout_s,
+            notify,
+            name,
+        )
+    except ConfigError as error:
+        raise ConfigError(f"offload.tiers.{number}.{error.message}", fix=error.fix) from None

@@ -1,0 +1,326 @@
+"""A tier whose index lives in this process: what disk, objects and simulations share. Everything but the bytes.
+
+A job becomes one item for each slot that it needs; a subclass carries items out, in any order, and hands them back. A
+job ends with its last item, or at its deadline: items that are late are settled in the index when they do come back.
+"""
+
+from __future__ import annotations
+
+import abc
+import enum
+import threading
+from collections.abc import Iterable, Sequence
+
+from ...core.clock import Clock
+from ...core.log import RateLimited, logger
+from .base import JobResult, LoadJob, Lookup, Spilled, StoreJob, TierStats
+from .index import Evicted, TierIndex
+from .keys import TierKey
+
+FIRST_AWAY_S = 1.0
+LONGEST_AWAY_S = 30.0
+_WARN_PERIOD_S = 300.0
+
+
+class Kind(enum.Enum):
+    """What is to be done with a slot."""
+
+    LOAD = "load"
+    STORE = "store"
+    ERASE = "erase"
+    RECOVER = "recover"
+
+
+class OpenJob:
+    """A job whose result has not been told."""
+
+    def __init__(self, number: int, job: StoreJob | LoadJob | None, num_keys: int, deadline_s: float) -> None:
+        self.number = number
+        self.job = job
+        self.deadline_s = deadline_s
+        self.good = [False] * num_keys
+        self.remaining = 0
+        self.error = ""
+        self.spilled: list[Spilled] = []
+        self.held: list[tuple[int, int]] = []
+        """Position and slot of items that are done, and whose slots are released with the job's end."""
+        self.lock = threading.Lock()
+        """Held while a thread touches the caller's blocks, and while ``ended`` is set."""
+        self.ended = False
+        """Its caller has been told: nobody may touch the caller's blocks any more."""
+
+
+class Item:
+    """One slot's part of a job."""
+
+    def __init__(self, job: OpenJob, kind: Kind, position: int, key: TierKey, slot: int, generation: int) -> None:
+        self.job = job
+        self.kind = kind
+        self.position = position
+        self.key = key
+        self.slot = slot
+        self.generation = generation
+        self.evicted: Evicted | None = None
+        self.place: int | None = None
+        """Of the spill, for what was evicted."""
+        self.saved = False
+        """Whether the evicted block is in its place."""
+        self.error = ""
+        """A cause in a word or two, for the metric."""
+        self.detail = ""
+        self.harmless = False
+        """Whether ``error`` says something of this block alone, and nothing of the tier."""
+
+
+class IndexedTier(abc.ABC):
+    """See `Tier`.
+
+    Args:
+        name: in logs and metrics.
+        index: where everything is.
+        clock: for deadlines.
+        timeout_s: after which a job ends with what it has, and the tier counts as slow.
+    """
+
+    def __init__(self, name: str, index: TierIndex, clock: Clock, timeout_s: float) -> None:
+        self.name = name
+        self._index = index
+        self._clock = clock
+        self._timeout_s = timeout_s
+        self._stats = TierStats()
+        self._stats.num_slots = index.num_slots
+        self._jobs: dict[int, OpenJob] = {}
+        self._ended: list[JobResult] = []
+        self._number = 0
+        self._away_until_s = 0.0
+        self._away_for_s = 0.0
+        self._log = RateLimited(_WARN_PERIOD_S)
+
+    @property
+    def away(self) -> bool:
+        """Whether it answers nothing at present."""
+        return self._backing_off
+
+    @property
+    def _backing_off(self) -> bool:
+        return self._clock.monotonic_s() < self._away_until_s
+
+    def lookup(self, keys: Sequence[TierKey]) -> list[Lookup]:
+        """See `Tier`."""
+        return [Lookup.MISS] * len(keys) if self.away else self._index.lookup(keys)
+
+    def submit_store(self, job: StoreJob) -> int:
+        """See `Tier`."""
+        open_job = self._open(job, len(job.keys))
+        if self.away:
+            return self._refuse(open_job)
+        items = []
+        self._index.touch(job.keys)
+        # What is there of a prefix must not go for what continues it.
+        for position, key in enumerate(job.keys):
+            held = self._index.hold(key)
+            if held is not None:
+                open_job.good[position] = True
+                open_job.held.append((position, held[0]))
+        states = self._index.lookup(job.keys)
+        for position, key in enumerate(job.keys):
+            if states[position] is not Lookup.MISS:
+                continue
+            reservation = self._index.reserve(key, job.priority)
+            if reservation is None:
+                self._stats.refused += 1
+                continue
+            item = Item(open_job, Kind.STORE, position, key, reservation.slot, reservation.generation)
+            item.evicted = reservation.evicted
+            if item.evicted is not None:
+                self._stats.evicted += 1
+                if job.spill is not None:
+                    item.place = job.spill.take()
+            items.append(item)
+        self._begin(open_job, items)
+        return open_job.number
+
+    def submit_load(self, job: LoadJob) -> int:
+        """See `Tier`."""
+        open_job = self._open(job, len(job.keys))
+        if self.away:
+            return self._refuse(open_job)
+        items = []
+        self._index.touch(job.keys)
+        for position, key in enumerate(job.keys):
+            held = self._index.hold(key)
+            if held is not None:
+                items.append(Item(open_job, Kind.LOAD, position, key, *held))
+        self._begin(open_job, items)
+        return open_job.number
+
+    def poll(self) -> list[JobResult]:
+        """See `Tier`."""
+        for item in self._finished():
+            self._settle(item)
+        now_s = self._clock.monotonic_s()
+        late = [job for job in self._jobs.values() if job.deadline_s <= now_s]
+        for job in late:
+            job.error = f"{self.name} took longer than {self._timeout_s:g} s"
+            self._end(job)
+        if late:
+            self._stats.failures["slow"] += sum(not good for job in late for good in job.good)
+        # Loads go first: one that is late has not merely waited for its turn.
+        if any(isinstance(job.job, LoadJob) for job in late):
+            self._go_away("slow", f"a load took longer than {self._timeout_s:g} s")
+        ended, self._ended = self._ended, []
+        return ended
+
+    def touch(self, keys: Sequence[TierKey]) -> None:
+        """See `Tier`."""
+        self._index.touch(keys)
+
+    def pin(self, keys: Sequence[TierKey]) -> None:
+        """See `Tier`."""
+        self._index.pin(keys)
+
+    def unpin(self, keys: Sequence[TierKey]) -> None:
+        """See `Tier`."""
+        self._index.unpin(keys)
+
+    def remove(self, keys: Sequence[TierKey]) -> None:
+        """See `Tier`."""
+        erasing = OpenJob(0, None, 0, 0.0)
+        items = []
+        for key in keys:
+            held = self._index.hold(key)
+            if held is not None:
+                items.append(Item(erasing, Kind.ERASE, 0, key, *held))
+            self._index.remove(key)
+        self._start(items)
+
+    def clear(self, tenant: bytes | None = None) -> None:
+        """See `Tier`."""
+        self.remove(self._index.keys_of(tenant))
+
+    def stats(self) -> TierStats:
+        """See `Tier`."""
+        self._stats.num_used = self._index.num_used
+        if not self.away:
+            self._stats.away = ""
+        return self._stats
+
+    def next_event_s(self) -> float | None:
+        """See `Tier`."""
+        return min((job.deadline_s for job in self._jobs.values()), default=None)
+
+    def close(self) -> None:
+        """See `Tier`."""
+        self._stop()
+        for item in self._finished():
+            self._settle(item)
+        for job in list(self._jobs.values()):
+            job.error = job.error or f"{self.name} is closed"
+            self._end(job)
+        self._away_until_s = float("inf")
+
+    @abc.abstractmethod
+    def _start(self, items: Sequence[Item]) -> None:
+        """Take items on, in their order. Does not block."""
+
+    @abc.abstractmethod
+    def _finished(self) -> Iterable[Item]:
+        """Items that are done, since the last call. Does not block."""
+
+    @abc.abstractmethod
+    def _stop(self) -> None:
+        """Finish or drop all items, and start no more. Idempotent."""
+
+    def _open(self, job: StoreJob | LoadJob, num_keys: int) -> OpenJob:
+        self._number += 1
+        open_job = OpenJob(self._number, job, num_keys, self._clock.monotonic_s() + self._timeout_s)
+        self._jobs[self._number] = open_job
+        return open_job
+
+    def _refuse(self, job: OpenJob) -> int:
+        job.error = f"{self.name} is away"
+        self._end(job)
+        return job.number
+
+    def _begin(self, job: OpenJob, items: Sequence[Item]) -> None:
+        job.remaining = len(items)
+        if items:
+            self._start(items)
+        else:
+            self._end(job)
+
+    def _settle(self, item: Item) -> None:
+        job, good = item.job, not item.error
+        if item.kind is Kind.STORE:
+            if not good:
+                self._index.abort(item.slot)
+            elif self._index.is_leaving(item.slot):
+                # It was removed while it was written.
+                self._start([Item(item.job, Kind.ERASE, 0, item.key, item.slot, item.generation)])
+            else:
+                self._index.commit(item.slot)
+                self._let_go(item)
+                self._stats.stored += 1
+            self._settle_spill(item)
+        else:
+            self._let_go(item)
+            if item.kind is Kind.LOAD and good:
+                self._stats.loaded += 1
+            elif not good and item.harmless and self._index.generation_of(item.key) == item.generation:
+                self._index.remove(item.key)
+        if good:
+            self._came_back()
+        else:
+            self._fail(item)
+        if not job.ended and item.kind is not Kind.ERASE:
+            job.good[item.position] = good
+            job.error = job.error or item.detail
+            job.remaining -= 1
+            if job.remaining == 0:
+                self._end(job)
+
+    def _let_go(self, item: Item) -> None:
+        """Release a slot; those of one job together, the first key last, in whatever order they were done."""
+        if item.job.ended or item.kind is Kind.ERASE:
+            self._index.release(item.slot)
+        else:
+            item.job.held.append((item.position, item.slot))
+
+    def _settle_spill(self, item: Item) -> None:
+        if item.place is None or item.evicted is None:
+            return
+        if item.saved and not item.job.ended:
+            item.job.spilled.append(Spilled(item.evicted.key, item.place))
+        elif isinstance(item.job.job, StoreJob) and item.job.job.spill is not None:
+            item.job.job.spill.give(item.place)
+
+    def _end(self, job: OpenJob) -> None:
+        with job.lock:
+            job.ended = True
+        for _, slot in sorted(job.held, reverse=True):
+            self._index.release(slot)
+        del self._jobs[job.number]
+        self._ended.append(JobResult(job.number, tuple(job.good), job.error, tuple(job.spilled)))
+
+    def _fail(self, item: Item) -> None:
+        if item.error == "dropped":
+            return
+        if not item.job.ended:
+            self._stats.failures[item.error] += 1
+        if item.harmless:
+            self._log.warning(item.error, "%s: %s; the block counts as missing", self.name, item.detail)
+        else:
+            self._go_away(item.error, item.detail)
+
+    def _go_away(self, cause: str, detail: str) -> None:
+        if self._backing_off:
+            return
+        self._away_for_s = min(2 * self._away_for_s, LONGEST_AWAY_S) if self._away_for_s else FIRST_AWAY_S
+        self._away_until_s = self._clock.monotonic_s() + self._away_for_s
+        self._stats.away = cause
+        self._log.warning(cause, "%s: %s; it is tried again, and its blocks count as missing", self.name, detail)
+
+    def _came_back(self) -> None:
+        if self._away_for_s and not self._backing_off:
+            self._away_for_s = 0.0
+            logger.info("%s works again", self.name)

@@ -1,0 +1,117 @@
+"""A tier whose jobs take simulated time: the same index, policies and job rules as those of real tiers.
+
+For comparing configurations on a recorded load, nothing is copied (``memory`` of a job is None). With memory it keeps
+the blocks, so that tests can check what comes back.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from ...core.clock import Clock
+from .base import LoadJob, StoreJob
+from .index import TierIndex
+from .indexed import IndexedTier, Item, Kind
+from .policies import make_policy
+
+
+class Cost(NamedTuple):
+    """How long a tier takes for a block: it waits for those before it, is moved, and arrives after the latency."""
+
+    latency_s: float
+    load_bytes_per_s: float
+    store_bytes_per_s: float
+
+    def seconds(self, kind: Kind, block_bytes: int) -> float:
+        """For which the tier is busy with one block."""
+        if kind is Kind.ERASE:
+            return 0.0
+        return block_bytes / (self.load_bytes_per_s if kind is Kind.LOAD else self.store_bytes_per_s)
+
+
+class SimulatedTier(IndexedTier):
+    """See `Tier`. Jobs end when the clock has reached their time and `poll` is called; `next_event_s` tells when.
+
+    Args:
+        name: of the tier.
+        num_slots: blocks that it has room for.
+        block_bytes: of each.
+        policy: one of `policies.POLICIES`.
+        cost: what a block costs.
+        clock: simulated, as a rule a `ManualClock`.
+        timeout_s: as of a real tier.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        num_slots: int,
+        block_bytes: int,
+        policy: str,
+        cost: Cost,
+        clock: Clock,
+        timeout_s: float = math.inf,
+    ) -> None:
+        super().__init__(name, TierIndex(num_slots, make_policy(policy, num_slots)), clock, timeout_s)
+        self._block_bytes = block_bytes
+        self._cost = cost
+        # Loads and stores have a lane each: real tiers serve loads first.
+        self._busy_until_s = {Kind.LOAD: 0.0, Kind.STORE: 0.0, Kind.ERASE: 0.0}
+        self._under_way: list[tuple[float, int, Item]] = []
+        self._started = 0
+        self._content: dict[int, np.ndarray] = {}
+
+    def next_event_s(self) -> float | None:
+        """See `Tier`."""
+        if self._under_way:
+            return self._under_way[0][0]
+        return super().next_event_s() if self._timeout_s != math.inf else None
+
+    def _start(self, items: Sequence[Item]) -> None:
+        now_s = self._clock.monotonic_s()
+        for item in items:
+            start_s = max(now_s, self._busy_until_s[item.kind])
+            end_s = start_s + self._cost.seconds(item.kind, self._block_bytes)
+            self._busy_until_s[item.kind] = end_s
+            self._started += 1
+            heapq.heappush(self._under_way, (end_s + self._cost.latency_s, self._started, item))
+
+    def _finished(self) -> Iterable[Item]:
+        now_s = self._clock.monotonic_s()
+        items = []
+        while self._under_way and self._under_way[0][0] <= now_s:
+            item = heapq.heappop(self._under_way)[2]
+            self._carry_out(item)
+            items.append(item)
+        return items
+
+    def _stop(self) -> None:
+        for _, _, item in self._under_way:
+            item.error = "dropped"
+        self._under_way = [(-math.inf, number, item) for _, number, item in self._under_way]
+
+    def _carry_out(self, item: Item) -> None:
+        job = item.job.job
+        if item.kind is Kind.ERASE:
+            self._content.pop(item.slot, None)
+        elif item.job.ended or item.error:
+            item.error = "dropped"
+        elif isinstance(job, LoadJob) and job.memory is not None:
+            job.memory.write([job.blocks[item.position]], [self._content[item.slot]])
+        elif isinstance(job, StoreJob):
+            self._store(item, job)
+
+    def _store(self, item: Item, job: StoreJob) -> None:
+        if item.place is not None and job.spill is not None:
+            if job.spill.memory is not None:
+                job.spill.memory.write([item.place], [self._content[item.slot]])
+            item.saved = True
+        if job.memory is not None:
+            content = np.empty(self._block_bytes, np.uint8)
+            job.memory.read([job.blocks[item.position]], [content])
+            self._content[item.slot] = content

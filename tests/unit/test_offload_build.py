@@ -1,0 +1,99 @@
+"""From the YAML to tiers that work, and what is said when one cannot be."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.tiers import BLOCK_BYTES, content_of, end, keys_of, ready
+from tandem.core.clock import SystemClock
+from tandem.core.config import Config, OffloadConfig
+from tandem.core.errors import ConfigError
+from tandem.kv_transfer.offload.base import HostBlocks
+from tandem.kv_transfer.offload.build import Place, open_stack, start_host_tier
+
+
+def offload(*tiers: dict[str, object]) -> OffloadConfig:
+    return Config.model_validate({"offload": {"tiers": tiers}}).offload
+
+
+def open_for(config: OffloadConfig, folder: Path, worker: str = "decode-0", num_workers: int = 1) -> object:
+    place = Place(folder, worker, num_workers)
+    return open_stack(config, BLOCK_BYTES, place, SystemClock(), lambda: None)
+
+
+def test_no_tiers_no_stack(tmp_path: Path) -> None:
+    assert open_for(offload(), tmp_path) is None
+    assert start_host_tier(offload(), BLOCK_BYTES, tmp_path) is None
+
+
+def test_two_workers_of_a_node(tmp_path: Path) -> None:
+    """What one stores in the node's memory the other loads; each has a disk of its own for what must go."""
+    config = offload(
+        {"kind": "host", "capacity": "64KiB", "policy": "lru"},
+        {"kind": "disk", "capacity": "1MiB", "path": str(tmp_path / "disk"), "write": "write_back"},
+    )
+    keeper = start_host_tier(config, BLOCK_BYTES, tmp_path)
+    assert keeper is not None
+    news = threading.Event()
+    stacks = []
+    for worker in ("decode-0", "decode-1"):
+        stack = open_stack(config, BLOCK_BYTES, Place(tmp_path, worker, 2), SystemClock(), news.set)
+        assert stack is not None
+        for level in stack.levels:
+            ready(level.tier)
+        stacks.append(stack)
+    memory = HostBlocks(np.zeros(40 * BLOCK_BYTES, np.uint8), BLOCK_BYTES)
+
+    def run(worker: int, number: int) -> tuple[bool, ...]:
+        while True:
+            for result in stacks[worker].poll():
+                if result.number == number:
+                    return result.good
+            news.wait(0.005)
+            news.clear()
+
+    keys = keys_of(*range(40))
+    for block, key in enumerate(keys):
+        memory.array[block] = content_of(key)
+    for start in range(0, 40, 5):
+        assert run(0, stacks[0].store(keys[start : start + 5], memory, range(start, start + 5))) == (True,) * 5
+    memory.array[:] = 0
+    while stacks[0].next_event_s() is not None:  # on their way down
+        stacks[0].poll()
+    assert run(0, stacks[0].load(keys, memory, range(40))) == (True,) * 40
+    for block, key in enumerate(keys):
+        np.testing.assert_array_equal(memory.array[block], content_of(key))
+    good = run(1, stacks[1].load(keys, memory, range(40)))
+    assert 0 < sum(good) < 40, "only what is in the node's memory"
+    for stack in stacks:
+        stack.close()
+    end(keeper)
+
+
+@pytest.mark.parametrize(
+    ("tier", "complaint"),
+    [
+        (
+            {"kind": "disk", "capacity": "4KiB", "path": "/tmp/x"},
+            "offload.tiers.0.capacity: 4.0 KiB in 1 folders holds no",
+        ),
+        ({"kind": "disk", "capacity": "1MiB", "path": "/proc/x"}, "offload.tiers.0.path: /proc/x/decode-0 cannot be"),
+        ({"kind": "disk", "capacity": "9999TiB", "path": "."}, "are needed"),
+    ],
+)
+def test_tiers_that_cannot_be(tier: dict[str, object], complaint: str, tmp_path: Path) -> None:
+    if tier["path"] == ".":
+        tier = {**tier, "path": str(tmp_path)}
+    with pytest.raises(ConfigError) as caught:
+        open_for(offload({"kind": "host", "capacity": "1MiB"}, tier), tmp_path)
+    assert complaint.replace("tiers.0", "tiers.1") in caught.value.message
+
+
+def test_more_memory_than_there_is(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"offload\.tiers\.0\.capacity: 1024\.0 TiB, and the node has"):
+        start_host_tier(offload({"kind": "host", "capacity": "1024TiB"}), BLOCK_BYTES, tmp_path)
+    with pytest.raises(ConfigError, match=r"offload\.tiers\.0\.capacity: 4\.0 KiB holds no block"):
+        start_host_tier(offload({"kind": "host", "capacity": "4KiB"}), BLOCK_BYTES, tmp_path)
