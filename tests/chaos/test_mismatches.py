@@ -71,6 +71,8 @@ def test_a_pair(cluster: Processes, golden: Golden, row: str) -> None:
         text = wait_for(refusal, 30, f"a refusal of {row}")
         assert all(word in text for word in TABLE[row].refused), text
     else:
+        log = cluster.all["decode-0"].log
+        wait_for(lambda: f"KV of {peer} comes by" in log.read_text(), 30, f"{row} to be read from")
         cluster.wait_routable()
     bytes_before = cluster.metric("tandem_transfer_bytes_total", peer=name)
     requests = [body(i, max_tokens=8) for i in range(6)]

@@ -15,12 +15,20 @@ from tandem.kv_transfer.transports.cuda_ipc import CudaIpcTransport
 
 
 @functools.cache
-def prepare() -> None:
-    """Once a process: where there is no GPU, the host takes its part."""
-    if not torch.cuda.is_available():
-        from . import host_as_gpu
+def prepare() -> list[Any]:
+    """Where there is no GPU, the host takes its part, until `undo`."""
+    if torch.cuda.is_available():
+        return []
+    from . import host_as_gpu
 
-        host_as_gpu.install()
+    return host_as_gpu.install()
+
+
+def undo() -> None:
+    """What `prepare` changed is as it was."""
+    for patch in prepare():
+        patch.stop()
+    prepare.cache_clear()
 
 
 class Array:

@@ -247,8 +247,8 @@ class Pair:
             with node.here():
                 node.worker.tick()
                 busy |= node.worker.step()
-        if self.decode.connector.num_pulls and not busy and self.decode.ranks is not None:
-            time.sleep(1e-4)  # its other ranks read in threads
+        if self.decode.connector.num_pulls and not busy:
+            time.sleep(1e-4)  # reads of other ranks and of GPUs go on in threads
         return busy or bool(self._wire) or bool(self.decode.connector.num_pulls)
 
     def run(self, max_turns: int = 100_000) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.gpu_memory import undo
 from tandem.core.errors import ConfigError
 from tandem.kernels import cuda_memory
 from tandem.kv_transfer.memory import DeviceBuffer
@@ -48,6 +49,7 @@ class Runtime:
 
 @pytest.fixture
 def runtime(monkeypatch: pytest.MonkeyPatch) -> Iterator[Runtime]:
+    undo()  # another test of this process may have made the host a GPU
     runtime = Runtime()
     monkeypatch.setattr(cuda_memory, "runtime", lambda: runtime)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
