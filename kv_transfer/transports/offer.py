@@ -6,12 +6,13 @@ from collections.abc import Callable
 
 from ...core.errors import ConfigError, TandemError
 from ...core.wire import SecureContext
+from ..rdma import rdma_devices
 from . import PREFERENCE
 from .base import Notify, Transport
 from .cuda_ipc import CudaIpcTransport
 from .nixl import NixlTransport
 from .shm import ShmTransport
-from .ucx import UcxTransport, rdma_ports
+from .ucx import UcxTransport
 from .zmq import ZmqTransport
 
 _MEMORY = {
@@ -57,7 +58,7 @@ def offer(
             missing[name] = f"it does not move KV in {memory_kind} memory"
         elif choice == "auto" and name == "ucx":
             missing[name] = "only kv.transport: ucx takes it: UCX may crash a process whose peer dies"
-        elif choice == "auto" and name in _NEEDS_RDMA and not rdma_ports():
+        elif choice == "auto" and name in _NEEDS_RDMA and not any(port.active for port in rdma_devices()):
             missing[name] = f"no RDMA device here is up; kv.transport: {name} takes it over TCP, unencrypted"
         else:
             try:

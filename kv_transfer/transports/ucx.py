@@ -18,7 +18,6 @@ import select
 import threading
 import time
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import msgspec
@@ -32,6 +31,7 @@ from ...core.log import RateLimited
 from ...core.messages import Count, Name, Text, decode_with
 from ...core.wire import SecureContext
 from ...kernels import copy_runs
+from ..rdma import rdma_devices
 from .base import Notify, Read, Region, TransferResult, bytes_of, check_runs
 from .pieces import MAX_RUNS, Piece, Pieces, integers, octets, pack
 
@@ -504,17 +504,6 @@ def net_devices(address: str) -> str:
     """
     for name, addresses in psutil.net_if_addrs().items():
         if any(found.address.partition("%")[0] == address for found in addresses):
-            return ",".join([name, *rdma_ports()])
+            up = [f"{port.device}:{port.port}" for port in rdma_devices() if port.active]
+            return ",".join([name, *up])
     raise ConfigError(f"ucx: no interface of this host has the address {address}")
-
-
-def rdma_ports() -> list[str]:
-    """The RDMA ports of this host that are up, as UCX calls them: "mlx5_0:1"."""
-    ports = []
-    for port in sorted(Path("/sys/class/infiniband").glob("*/ports/*")):
-        try:
-            if "ACTIVE" in (port / "state").read_text():
-                ports.append(f"{port.parent.parent.name}:{port.name}")
-        except OSError:
-            continue
-    return ports
