@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..core.config import prepare_children
+from ..core.environment import prepare_children
 from ..core.errors import ConfigError, TransferError
 from ..core.wire import ClusterKeys, SecureContext, make_cluster_keys
 from ..kv_transfer.layout import Runs, coalesce

@@ -24,7 +24,8 @@ import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ..core.clock import SystemClock
-from ..core.config import Config, announce_local_ray, cache_folder, ray_authenticates, show_gpus, worker_environment
+from ..core.config import Config
+from ..core.environment import announce_local_ray, cache_folder, ray_authenticates, show_gpus, worker_environment
 from ..core.errors import ConfigError, TandemError, WorkerError
 from ..core.ids import PeerId
 from ..core.log import configure_logging, logger

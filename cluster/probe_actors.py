@@ -11,7 +11,8 @@ import ray
 import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ..core.config import Config, worker_environment
+from ..core.config import Config
+from ..core.environment import worker_environment
 from ..core.errors import ConfigError, TandemError, WorkerError
 from .actors import Cluster, check_resources
 from .doctor.probe import Probe

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..core.config import prepare_collectives
+from ..core.environment import prepare_collectives
 from ..core.errors import ConfigError, WorkerError
 from ..kernels import all_reduce
 from ..kernels.peer_memory import PeerMemory

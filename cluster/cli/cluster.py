@@ -10,7 +10,8 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from ...core.config import join_local_ray, load_config, model_folder, model_name, prepare_ray, ray_address
+from ...core.config import load_config, model_folder, model_name
+from ...core.environment import join_local_ray, prepare_ray, ray_address
 from ...engine.models.spec import context_length, read_spec
 from ..controller import WorkerStatus
 from .progress import Progress, show_launch

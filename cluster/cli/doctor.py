@@ -16,15 +16,8 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from ...core.config import (
-    Config,
-    join_local_ray,
-    load_config,
-    prepare_local_ray,
-    prepare_ray,
-    ray_address,
-    ray_authenticates,
-)
+from ...core.config import Config, load_config
+from ...core.environment import join_local_ray, prepare_local_ray, prepare_ray, ray_address, ray_authenticates
 from ...core.errors import ConfigError, TandemError
 from ...core.wire import make_cluster_keys
 from ..doctor.finding import Finding, Notes, Verdict

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import httpx
 from rich.console import Console
 
-from ...core.config import DEMO_MODEL, Config, load_config, model_folder, model_name, prepare_local_ray
+from ...core.config import DEMO_MODEL, Config, load_config, model_folder, model_name
+from ...core.environment import prepare_local_ray
 from ...core.errors import TandemError, WorkerError
 from ...engine.models.spec import context_length, read_spec
 from ..gateway.listener import listen

@@ -10,7 +10,8 @@ import subprocess
 
 import psutil
 
-from ...core.config import Config, ucx_environment
+from ...core.config import Config
+from ...core.environment import ucx_environment
 from ...kv_transfer.rdma import INFINIBAND, RdmaPort
 from .finding import Finding, Notes
 

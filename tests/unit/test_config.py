@@ -7,7 +7,8 @@ import os
 from pathlib import Path
 
 import pytest
-from tandem.core.config import Config, load_config, model_folder, model_name, show_gpus
+from tandem.core.config import Config, load_config, model_folder, model_name
+from tandem.core.environment import show_gpus
 from tandem.core.errors import ConfigError
 from tandem.core.units import format_bytes, parse_bytes
 from tandem.kv_transfer.offload.policies import POLICIES
