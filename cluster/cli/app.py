@@ -187,7 +187,7 @@ def tune(
         typer.Option(
             metavar="KIND=LOAD:STORE:MS",
             help="Speed of a kind of tier, bytes a second and latency. Defaults: host=20GB:20GB:0.02, "
-            "disk=3GB:1.5GB:0.2 a folder, s3=1GB:1GB:20. Repeatable.",
+            "disk=6GB:4GB:0.2 a folder, s3=1GB:1GB:20. Repeatable.",
         ),
     ] = None,
     price: Annotated[

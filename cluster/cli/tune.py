@@ -28,10 +28,10 @@ from ...kv_transfer.offload.trace import Trace, read_trace, write_trace
 
 LINKS = {
     "host": Cost(latency_s=20e-6, load_bytes_per_s=20e9, store_bytes_per_s=20e9),
-    "disk": Cost(latency_s=200e-6, load_bytes_per_s=3e9, store_bytes_per_s=1.5e9),
+    "disk": Cost(latency_s=200e-6, load_bytes_per_s=6e9, store_bytes_per_s=4e9),
     "s3": Cost(latency_s=20e-3, load_bytes_per_s=1e9, store_bytes_per_s=1e9),
 }
-"""What a tier of each kind is taken for: a PCIe 4 link, one NVMe disk a folder, an object store behind 10 GbE."""
+"""What a tier of each kind is taken for: a PCIe 4 link, an NVMe disk on one for each folder, objects behind 10 GbE."""
 
 PRICES = {"host": 3.0, "disk": 0.1, "s3": 0.02}
 """Of a GiB of each kind, in whatever currency."""
@@ -197,7 +197,7 @@ def _links(given: Sequence[str]) -> dict[str, Cost]:
         if not (cost.latency_s >= 0 and cost.load_bytes_per_s > 0 and cost.store_bytes_per_s > 0):
             raise ConfigError(
                 f"--link {text}: expected KIND=LOAD:STORE:LATENCY_MS",
-                fix="bytes a second, and milliseconds, for example --link disk=3GB:1.5GB:0.2",
+                fix="bytes a second, and milliseconds, for example --link disk=6GB:4GB:0.2",
             )
         links[kind] = cost
     return links

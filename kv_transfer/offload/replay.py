@@ -1,9 +1,9 @@
 """A trace through the tiers, in simulated time: what hits, what moves, and when first tokens come.
 
-Tiers, index, policies and `OffloadStack` are those that serve; `SimulatedTier` alone stands for memory, disk and network.
-Around them stands a model of the rest: prefill workers that take requests in the order of their arrival, load what
-the tiers have of the prompt, compute what they have not, and store it. A request whose next block is just being computed
-or stored for another waits for it, without a worker. Blocks are the trace's.
+Tiers, index, policies and `OffloadStack` are those that serve; `SimulatedTier` alone stands for memory, disk and
+network. Around them stands a model of the rest: prefill workers that take requests in the order of their arrival, load
+what the tiers have of the prompt, compute what they have not, and store it. A request whose next block is just being
+computed or stored for another waits for it, without a worker. Blocks are the trace's.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Recorded load: when requests came, how long they were, and which began alike. No text.
 
-Mooncake's format (https://arxiv.org/abs/2407.00079, section 4): one JSON object a line, with ``hash_ids`` for the blocks
-of the prompt, the last of which may be partial. Equal ids are equal prefixes, up to and including the block.
+Mooncake's format (https://arxiv.org/abs/2407.00079, section 4): one JSON object a line, with ``hash_ids`` for the
+blocks of the prompt, the last of which may be partial. Equal ids are equal prefixes, up to and including the block.
 """
 
 from __future__ import annotations
