@@ -21,9 +21,9 @@ from ...core.config import Config, ConfigSource, model_folder
 from ...core.errors import ConfigError
 from ...core.log import logger
 from ...core.units import format_bytes, parse_bytes
-from ...kv_transfer.offload.replay import Model, Replay
+from ...kv_transfer.offload.replay import Model, Replay, plan_slots
 from ...kv_transfer.offload.simulated import Cost
-from ...kv_transfer.offload.sweep import Judged, best, cost_of, expand, pareto, record
+from ...kv_transfer.offload.sweep import Judged, best, check_budget, cost_of, expand, pareto, record
 from ...kv_transfer.offload.trace import Trace, read_trace, write_trace
 
 LINKS = {
@@ -38,7 +38,7 @@ PRICES = {"host": 3.0, "disk": 0.1, "s3": 0.02}
 
 _STEP = 64
 _OVERLOADED = 0.95
-_MIN_TABLE_WIDTH = 120
+_WIDEST_TABLE = 500
 
 
 class Options(NamedTuple):
@@ -71,7 +71,13 @@ def tune(file: Path, overrides: list[str], options: Options, *, as_json: bool) -
     alternatives = expand(source.tree)
     configs = [source.check(alternative.tree) for alternative in alternatives]
     links, prices = _links(options.links), _prices(options.prices)
-    models = [_model(config, options, links) for config in configs[:1]] * len(configs)
+    # Only the offload section differs between them.
+    model = _model(configs[0], options, links)
+    # What can be refused is refused before anything takes its time.
+    costs = [cost_of(config.offload, prices) for config in configs]
+    check_budget(costs, options.budget)
+    for config in configs:
+        plan_slots(config.offload, model, options.trace_block_tokens)
     trace = read_trace(options.trace, options.trace_block_tokens)
     judged = []
     console = Console(stderr=True, highlight=False)
@@ -80,14 +86,14 @@ def tune(file: Path, overrides: list[str], options: Options, *, as_json: bool) -
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as bars:
         task = bars.add_task("requests", total=len(trace.requests) * len(configs))
-        for alternative, config, model in zip(alternatives, configs, models, strict=True):
+        for alternative, config, cost in zip(alternatives, configs, costs, strict=True):
             bars.update(task, description=_named(alternative.choices))
             steps = _Steps(bars, task)
             started_s = time.perf_counter()
             outcome = Replay(trace, config.offload, model, steps.step).run()
             elapsed_s = time.perf_counter() - started_s
             steps.flush()
-            judged.append(Judged(alternative.choices, cost_of(config.offload, prices), outcome, elapsed_s))
+            judged.append(Judged(alternative.choices, cost, outcome, elapsed_s))
     front, chosen = pareto(judged), best(judged, options.budget)
     records = [
         {"name": _named(entry.choices), **record(entry), "pareto": number in front, "best": number == chosen}
@@ -99,20 +105,30 @@ def tune(file: Path, overrides: list[str], options: Options, *, as_json: bool) -
     if as_json:
         sys.stdout.write(_lines(records))
     else:
-        told = Console(highlight=False)
-        told.width = max(told.width, _MIN_TABLE_WIDTH)
-        told.print(_around(trace, models[0], most_tokens / trace.prompt_tokens, most_blocks / num_blocks))
-        told.print(_table(records, judged))
-        told.print()
-        told.print(text, markup=False, soft_wrap=True)
-    if records[chosen]["workers_busy"] > _OVERLOADED:
-        console.print(
-            f"the {models[0].num_workers} prefill workers are busy {records[chosen]['workers_busy']:.0%} of the time, "
-            "so that requests queue up: see --workers, --prefill-rate and --trace-speed"
-        )
+        around = _around(trace, model, most_tokens / trace.prompt_tokens, most_blocks / num_blocks)
+        told, table = Console(highlight=False, soft_wrap=True), _table(records, judged)
+        told.width = max(told.width, told.measure(table, options=told.options.update(width=_WIDEST_TABLE)).maximum)
+        told.print(around)
+        told.print(table)
+        told.print(f"\n{text}", markup=False)
+    _warn(console, model, records)
     if options.out is not None:
         _write(options, records, text, most_tokens / trace.prompt_tokens)
         console.print(f"written: {options.out}/tune.jsonl, best.yaml" + (", tune.png" if options.plot else ""))
+
+
+def _warn(console: Console, model: Model, records: Sequence[Mapping[str, Any]]) -> None:
+    """Say what makes the figures other than somebody expects."""
+    busiest = max(entry["workers_busy"] for entry in records)
+    if busiest > _OVERLOADED:
+        console.print(
+            f"the prefill workers, {model.num_workers}, are busy {busiest:.0%} of the time, so that requests queue up: "
+            "see --workers, --prefill-rate and --trace-speed"
+        )
+    if any(causes for entry in records for causes in entry["failures"].values()):
+        console.print(
+            "some blocks were not stored or loaded within timeout_s: a link carries less than it is given; see --link"
+        )
 
 
 def synthesize(path: Path, conversations: Conversations) -> None:
@@ -249,10 +265,10 @@ def _table(records: Sequence[Mapping[str, Any]], judged: Sequence[Judged]) -> Ta
     keys = list(dict.fromkeys(key for entry in judged for key in entry.choices))
     tiers = list(dict.fromkeys(name for entry in records for name in entry["hit_rate_by_tier"]))
     for key in keys:
-        table.add_column(key.removeprefix("tiers."))
+        table.add_column(key.removeprefix("tiers."), no_wrap=True)
     for heading in ("hit rate", *tiers, "loaded", "stored", "TTFT p50", "p90", "busy", "cost"):
-        table.add_column(heading, justify="right")
-    table.add_column("")
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
     for entry, told in zip(records, judged, strict=True):
         moved = entry["bytes_moved_by_tier"].values()
         failed = sum(sum(causes.values()) for causes in entry["failures"].values())

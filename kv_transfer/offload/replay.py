@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ...core.clock import ManualClock
-from ...core.config import OffloadConfig, OffloadTierConfig
+from ...core.config import OffloadConfig
 from ...core.errors import ConfigError
 from ...core.units import format_bytes
 from . import disk
@@ -96,23 +96,28 @@ class _Active:
         self.storing = False
 
 
-def num_slots(tier: OffloadTierConfig, model: Model, trace_block_tokens: int) -> int:
-    """How many of a trace's blocks a tier has room for, all that it keeps beside them counted.
+def plan_slots(config: OffloadConfig, model: Model, trace_block_tokens: int) -> list[int]:
+    """How many of a trace's blocks each tier has room for, all that it keeps beside them counted. Pure.
 
     Raises:
-        ConfigError: none.
+        ConfigError: no tiers are configured, or one has room for none; names the key.
     """
+    if not config.tiers:
+        raise ConfigError("offload.tiers: there are none", fix="list at least one tier, for example a host tier")
     block_bytes = model.token_bytes * model.block_tokens
-    if tier.kind == "host":
-        blocks = slots_within(tier.capacity, block_bytes)
-    else:
-        blocks = tier.capacity // (disk.slot_bytes(block_bytes) if tier.kind == "disk" else HEADER_BYTES + block_bytes)
-    slots = blocks * model.block_tokens // trace_block_tokens
-    if not slots:
-        raise ConfigError(
-            f"offload.tiers: a {tier.kind} tier of {format_bytes(tier.capacity)} holds no block of the trace, "
-            f"{trace_block_tokens} tokens of {format_bytes(model.token_bytes)} each"
-        )
+    slots = []
+    for number, tier in enumerate(config.tiers):
+        if tier.kind == "host":
+            blocks = slots_within(tier.capacity, block_bytes)
+        else:
+            slot_bytes = disk.slot_bytes(block_bytes) if tier.kind == "disk" else HEADER_BYTES + block_bytes
+            blocks = tier.capacity // slot_bytes
+        slots.append(blocks * model.block_tokens // trace_block_tokens)
+        if not slots[-1]:
+            raise ConfigError(
+                f"offload.tiers.{number}.capacity: {format_bytes(tier.capacity)} holds no block of the trace, "
+                f"{trace_block_tokens} tokens of {format_bytes(model.token_bytes)} each"
+            )
     return slots
 
 
@@ -120,22 +125,21 @@ def open_simulation(config: OffloadConfig, model: Model, trace: Trace, clock: Ma
     """The stack that a configuration means, with tiers that move no bytes.
 
     Raises:
-        ConfigError: no tiers are configured, or one has no room for a block.
+        ConfigError: as `plan_slots`.
     """
-    if not config.tiers:
-        raise ConfigError("offload.tiers: there are none", fix="list at least one tier, for example a host tier")
     # More room than there are blocks makes no difference, and an index costs memory for every slot.
     most = len({block for request in trace.requests for block in request.hash_ids})
     block_bytes = model.token_bytes * trace.block_tokens
     levels = []
-    for number, tier in enumerate(config.tiers):
+    slots = plan_slots(config, model, trace.block_tokens)
+    for number, (tier, room) in enumerate(zip(config.tiers, slots, strict=True)):
         cost, folders = model.links[tier.kind], max(1, len(tier.path))
         cost = cost._replace(
             load_bytes_per_s=cost.load_bytes_per_s * folders, store_bytes_per_s=cost.store_bytes_per_s * folders
         )
-        slots = min(most, num_slots(tier, model, trace.block_tokens))
-        name = f"{tier.kind}-{number}"
-        simulated = SimulatedTier(name, slots, block_bytes, tier.policy, cost, clock, tier.timeout_s)
+        simulated = SimulatedTier(
+            f"{tier.kind}-{number}", min(room, most), block_bytes, tier.policy, cost, clock, tier.timeout_s
+        )
         levels.append(Level(simulated, Write(tier.write)))
     return OffloadStack(levels, Spill(max(1, config.moving // block_bytes), None))
 
@@ -150,13 +154,12 @@ class Replay:
         step: called for every request that has its first token.
 
     Raises:
-        ConfigError: as `open_simulation`.
+        ConfigError: as `plan_slots`.
     """
 
     def __init__(
         self, trace: Trace, config: OffloadConfig, model: Model, step: Callable[[], None] = lambda: None
     ) -> None:
-        self.stack: OffloadStack
         self._trace = trace
         self._model = model
         self._step = step

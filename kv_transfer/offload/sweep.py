@@ -85,19 +85,26 @@ def pareto(judged: Sequence[Judged]) -> list[int]:
     return front
 
 
+def check_budget(costs: Sequence[float], budget: float | None) -> None:
+    """Whether anything is within the budget.
+
+    Raises:
+        ConfigError: nothing is.
+    """
+    if budget is not None and min(costs) > budget:
+        raise ConfigError(f"no configuration costs {budget:g} or less", fix=f"the cheapest costs {min(costs):g}")
+
+
 def best(judged: Sequence[Judged], budget: float | None = None) -> int:
     """The cheapest of those within the budget whose 90th percentile is at most 1 % above the least.
 
     Raises:
         ConfigError: none is within the budget.
     """
+    check_budget([entry.cost for entry in judged], budget)
     affordable = [place for place in pareto(judged) if budget is None or judged[place].cost <= budget]
-    if not affordable:
-        least = min(entry.cost for entry in judged)
-        raise ConfigError(f"no configuration costs {budget:g} or less", fix=f"the cheapest costs {least:g}")
-    return next(
-        place for place in affordable if judged[place].ttft_p90_s <= _AS_GOOD * judged[affordable[-1]].ttft_p90_s
-    )
+    most_s = _AS_GOOD * judged[affordable[-1]].ttft_p90_s
+    return next(place for place in affordable if judged[place].ttft_p90_s <= most_s)
 
 
 def record(judged: Judged) -> dict[str, Any]:
