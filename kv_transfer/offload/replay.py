@@ -3,7 +3,7 @@
 Tiers, index, policies and `OffloadStack` are those that serve; `SimulatedTier` alone stands for memory, disk and
 network. Around them stands a model of the rest: prefill workers that take requests in the order of their arrival, load
 what the tiers have of the prompt, compute what they have not, and store it. A request whose next block is just being
-computed or stored for another waits for it, without a worker. Blocks are the trace's.
+computed, stored or moved waits for it, without a worker. Blocks are the trace's.
 """
 
 from __future__ import annotations
@@ -209,6 +209,9 @@ class Replay:
         while self._computing and self._computing[0][0] <= now_s:
             self._finish(heapq.heappop(self._computing)[2])
             changed = True
+        if changed:
+            # What the tiers do about it at once comes before the next request.
+            return True
         self._wake()
         while self._idle and self._ready:
             self._begin(heapq.heappop(self._ready)[1])
@@ -234,8 +237,10 @@ class Replay:
         """Let those go on whose block has come, or will not come."""
         waiting = []
         for key, active in self._waiting:
-            owner = self._owners.get(key)
-            if owner is None or (owner.storing and self.stack.lookup([key])[0].state is Lookup.HIT):
+            owner, state = self._owners.get(key), Lookup.MISS
+            if owner is None or owner.storing:
+                [(state, _)] = self.stack.lookup([key])
+            if state is Lookup.HIT or (owner is None and state is Lookup.MISS):
                 heapq.heappush(self._ready, (active.number, active))
             else:
                 waiting.append((key, active))
@@ -244,11 +249,14 @@ class Replay:
     def _begin(self, active: _Active) -> None:
         keys = active.keys
         cached = [key in self._cache for key in keys]
-        hits = [c or found.state is Lookup.HIT for c, found in zip(cached, self.stack.lookup(keys), strict=True)]
+        states = [found.state for found in self.stack.lookup(keys)]
+        hits = [c or state is Lookup.HIT for c, state in zip(cached, states, strict=True)]
         active.hits = hits.index(False) if False in hits else len(hits)
-        if active.hits < len(keys) and keys[active.hits] in self._owners:
-            self._waiting.append((keys[active.hits], active))
-            return
+        if active.hits < len(keys):
+            following = keys[active.hits]
+            if following in self._owners or states[active.hits] is Lookup.PENDING:
+                self._waiting.append((following, active))
+                return
         active.cached = cached[: active.hits]
         active.started_s = self._clock.monotonic_s()
         self._idle -= 1
