@@ -219,7 +219,8 @@ class Replay:
         return changed
 
     def _arrival_s(self, number: int) -> float:
-        return self._trace.requests[number].timestamp / 1e3 / self._model.speed
+        requests = self._trace.requests
+        return (requests[number].timestamp - requests[0].timestamp) / 1e3 / self._model.speed
 
     def _arrive(self) -> None:
         request = self._trace.requests[self._arrived]

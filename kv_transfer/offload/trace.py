@@ -26,8 +26,8 @@ _FIELDS = "timestamp, input_length, output_length and hash_ids"
 class TraceRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One line."""
 
-    timestamp: Annotated[float, msgspec.Meta(ge=0)]
-    """Arrival, in milliseconds after the beginning."""
+    timestamp: Annotated[float, msgspec.Meta(ge=0, le=1e15)]
+    """Arrival, in milliseconds after any moment that is the same for all."""
     input_length: Annotated[int, msgspec.Meta(ge=1, le=_MAX_TOKENS)]
     """Tokens of the prompt."""
     output_length: Annotated[int, msgspec.Meta(ge=0, le=_MAX_TOKENS)]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -202,6 +204,16 @@ def test_a_faster_replay_is_busier() -> None:
     slow, fast = (Replay(trace, offload(host()), model(speed=speed)).run() for speed in (1.0, 10.0))
     assert fast.busy > slow.busy
     assert np.median(fast.ttft_s) > np.median(slow.ttft_s)
+
+
+def test_only_differences_of_timestamps_count() -> None:
+    trace = made_up(60)
+    later = [TraceRequest(r.timestamp + 1.7e12, r.input_length, 1, r.hash_ids) for r in trace.requests]
+    first, second = (
+        Replay(Trace(requests, 512), offload(host()), model(SLOW)).run() for requests in (trace.requests, later)
+    )
+    assert first.busy == pytest.approx(second.busy)
+    assert first.ttft_s == pytest.approx(second.ttft_s)
 
 
 def test_a_replay_repeats_itself() -> None:
@@ -404,6 +416,11 @@ def test_the_command_refuses_before_it_begins(files: tuple[str, str], extra: lis
     with pytest.raises(ConfigError) as error:
         CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert told in error.value.message
+
+
+def test_tiers_are_replayed_without_torch() -> None:
+    code = "import sys, tandem.kv_transfer.offload.sweep, tandem.cluster.cli.tune; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
 
 
 def test_a_made_up_trace(tmp_path: Path) -> None:
