@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
+import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from ..core.errors import ConfigError
+from ..kv_transfer.offload.trace import TRACE_BLOCK_TOKENS, read_requests
 
 
 class Job(NamedTuple):
@@ -78,9 +79,7 @@ class Synthetic(NamedTuple):
 def read_trace(path: Path, num_requests: int, speed: float, vocabulary: int, max_model_len: int) -> list[Job]:
     """Requests of a trace in Mooncake's JSONL format.
 
-    Each line has ``timestamp`` in milliseconds, ``input_length`` and ``output_length`` in tokens, and ``hash_ids``,
-    one for every 512 tokens of the prompt: equal ids are equal blocks of text. Prompts are made up so that they share
-    what the trace says; those longer than the model's context are cut.
+    Prompts are made up so that they share what the trace says; those longer than the model's context are cut.
 
     Args:
         path: the file.
@@ -90,26 +89,20 @@ def read_trace(path: Path, num_requests: int, speed: float, vocabulary: int, max
         max_model_len: of the served model.
 
     Raises:
-        ConfigError: not such a file.
+        ConfigError: not such a file; names the line and the field.
     """
-    jobs = []
-    try:
-        with path.open(encoding="utf-8") as lines:
-            for line, _ in zip(lines, range(num_requests), strict=False):
-                entry = json.loads(line)
-                room = max_model_len - 1
-                output = max(1, min(entry["output_length"], room // 2))
-                tokens = list(_trace_tokens(entry["hash_ids"], entry["input_length"], vocabulary))
-                jobs.append(Job(entry["timestamp"] / 1e3 / speed, tokens[: room - output], output))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path}: not a trace in Mooncake's format: {error!r}") from None
+    jobs, room = [], max_model_len - 1
+    for request in itertools.islice(read_requests(path), num_requests):
+        output = max(1, min(request.output_length, room // 2))
+        tokens = list(_trace_tokens(request.hash_ids, request.input_length, vocabulary))
+        jobs.append(Job(request.timestamp / 1e3 / speed, tokens[: room - output], output))
     if not jobs:
         raise ConfigError(f"{path}: the trace is empty")
     return jobs
 
 
-def _trace_tokens(hash_ids: list[int], length: int, vocabulary: int) -> Iterator[int]:
+def _trace_tokens(hash_ids: Sequence[int], length: int, vocabulary: int) -> Iterator[int]:
     for number, block in enumerate(hash_ids):
         rng = random.Random(block)
-        for _ in range(min(512, length - 512 * number)):
+        for _ in range(min(TRACE_BLOCK_TOKENS, length - TRACE_BLOCK_TOKENS * number)):
             yield rng.randrange(vocabulary)

@@ -29,7 +29,7 @@ class SystemClock:
 
 
 class ManualClock:
-    """A clock that stands still until `advance` is called."""
+    """A clock that stands still until it is moved."""
 
     def __init__(self, now_s: float = 0.0) -> None:
         self._now_s = now_s
@@ -45,3 +45,9 @@ class ManualClock:
         if seconds < 0:
             raise ValueError(f"time does not go back: advance({seconds})")
         self._now_s += seconds
+
+    def advance_to(self, now_s: float) -> None:
+        """Move both readings to a time that has not passed; exactly, which adding a difference need not be."""
+        if now_s < self._now_s:
+            raise ValueError(f"time does not go back: advance_to({now_s}) at {self._now_s}")
+        self._now_s = now_s

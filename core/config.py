@@ -289,6 +289,39 @@ class Config(_Section):
         return self
 
 
+class ConfigSource:
+    """A configuration that is read and not yet checked, for those who check what they have made of it.
+
+    Args:
+        path: the YAML file, or None for the defaults.
+        overrides: "kv.block_tokens=32" each; the value is YAML.
+
+    Raises:
+        ConfigError: the file cannot be read, is not YAML, or has a key twice.
+    """
+
+    def __init__(self, path: Path | None = None, overrides: Sequence[str] = ()) -> None:
+        self.tree: dict[str, Any] = {}
+        """What the file says, with the overrides."""
+        self._path = path
+        self._lines: dict[tuple[str, ...], int] = {}
+        if path is not None:
+            self.tree, self._lines = _read_yaml(path)
+        for override in overrides:
+            _apply_override(self.tree, override)
+
+    def check(self, tree: dict[str, Any]) -> Config:
+        """The configuration that a tree means; lines are told by the keys in the file.
+
+        Raises:
+            ConfigError: with file, line, the offending key, and its nearest neighbour if the key is unknown.
+        """
+        try:
+            return Config.model_validate(tree)
+        except ValidationError as error:
+            raise ConfigError("\n".join(_explain(error, self._path, self._lines))) from None
+
+
 def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Config:
     """Read and check a configuration. Reads one file; blocks for that long.
 
@@ -299,16 +332,8 @@ def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Conf
     Raises:
         ConfigError: with file, line, the offending key, and its nearest neighbour if the key is unknown.
     """
-    tree: dict[str, Any] = {}
-    lines: dict[tuple[str, ...], int] = {}
-    if path is not None:
-        tree, lines = _read_yaml(path)
-    for override in overrides:
-        _apply_override(tree, override)
-    try:
-        return Config.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError("\n".join(_explain(error, path, lines))) from None
+    source = ConfigSource(path, overrides)
+    return source.check(source.tree)
 
 
 def model_folder(config: Config) -> Path:

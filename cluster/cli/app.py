@@ -29,6 +29,8 @@ app = typer.Typer(
 
       tandem doctor my.yaml               what is missing or slow on the nodes, and what to do about it
 
+      tandem tune my.yaml --trace T       which offload tiers pay on a recorded load, without serving it
+
     [bold]On a Ray cluster[/bold]
 
       tandem up my.yaml  ·  tandem status  ·  tandem down
@@ -40,6 +42,8 @@ bench_app = typer.Typer(
 )
 app.add_typer(config_app, name="config")
 app.add_typer(bench_app, name="bench")
+trace_app = typer.Typer(no_args_is_help=True, help="Traces: recorded load for `tandem tune` and `tandem bench serve`.")
+app.add_typer(trace_app, name="trace")
 
 # typer evaluates these at run time: Optional, not "| None", keeps the help's types readable.
 FileArgument = Annotated[
@@ -155,6 +159,89 @@ def doctor(
         typer.echo(f"tandem: {error.message}" + (f"\n  fix: {error.fix}" if error.fix else ""), err=True)
         status = 2
     raise typer.Exit(status)
+
+
+@app.command()
+def tune(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The YAML file, with lists in its offload section.")],
+    trace: Annotated[Path, typer.Option(metavar="TRACE", help="Recorded load, in Mooncake's JSONL format.")],
+    set_: SetOption = None,
+    trace_block_tokens: Annotated[int, typer.Option(min=1, help="Prompt tokens that one of its hash_ids is.")] = 512,
+    trace_speed: Annotated[float, typer.Option(min=0.001, help="How much faster than it was recorded.")] = 1.0,
+    workers: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="Prefill workers. Default: the pool's replicas."),
+    ] = None,
+    prefill_rate: Annotated[float, typer.Option(min=1, help="Prompt tokens a second of each.")] = 20_000.0,
+    prefill_overhead_ms: Annotated[float, typer.Option(min=0, help="Of each prompt, however short.")] = 10.0,
+    kv_bytes_per_token: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="SIZE", help="KV of a token, for example 128KiB. Default: the model's."),
+    ] = None,
+    worker_cache: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="SIZE", help="Prefix cache of all workers. Default: kv.capacity × workers; 0 if auto."),
+    ] = None,
+    link: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            metavar="KIND=LOAD:STORE:MS",
+            help="Speed of a kind of tier, bytes a second and latency. Defaults: host=20GB:20GB:0.02, "
+            "disk=6GB:4GB:0.2 a folder, s3=1GB:1GB:20. Repeatable.",
+        ),
+    ] = None,
+    price: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(metavar="KIND=PRICE", help="Of a GiB. Defaults: host=3, disk=0.1, s3=0.02. Repeatable."),
+    ] = None,
+    budget: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(min=0, help="The best may cost no more than this."),
+    ] = None,
+    json_: Annotated[bool, typer.Option("--json", help="One JSON object a configuration instead of a table.")] = False,
+    out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(metavar="FOLDER", help="Write tune.jsonl, best.yaml and tune.png there."),
+    ] = None,
+    plot: Annotated[bool, typer.Option(help="Draw the PNG (needs matplotlib).")] = True,
+) -> None:
+    """Replay a recorded load through the offload tiers in simulated time, and say which configuration is best.
+
+    A list in the YAML's offload section where one value is wanted, as in capacity: [1GiB, 4GiB], is compared entry by
+    entry, in all combinations. Tells hit rate, bytes moved, predicted TTFT and cost of each; the best is the cheapest
+    of those within 1 % of the least TTFT p90. docs/tuning.md says what is simulated.
+    """
+    from .tune import Options
+    from .tune import tune as run
+
+    options = Options(
+        trace, trace_block_tokens, trace_speed, workers, prefill_rate, prefill_overhead_ms, kv_bytes_per_token,
+        worker_cache, link or [], price or [], budget, out, plot,
+    )  # fmt: skip
+    run(file, set_ or [], options, as_json=json_)
+
+
+@trace_app.command("synth")
+def trace_synth(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Where to write it.")],
+    requests: Annotated[int, typer.Option(min=1, help="Lines.")] = 1000,
+    rate: Annotated[float, typer.Option(min=0.001, help="Requests a second.")] = 3.0,
+    turns: Annotated[float, typer.Option(min=1, help="Mean number of a conversation's questions.")] = 4.0,
+    pause_s: Annotated[float, typer.Option(min=0.001, help="Mean time between two questions of one.")] = 60.0,
+    input_tokens: Annotated[int, typer.Option(min=1, help="Mean length of a question.")] = 2000,
+    output_tokens: Annotated[int, typer.Option(min=1, help="Mean length of an answer.")] = 350,
+    seed: Annotated[int, typer.Option(help="The same seed, the same trace.")] = 0,
+) -> None:
+    """Make up conversations that share system prompts, and write them in Mooncake's JSONL format."""
+    from ...bench.conversations import Conversations
+    from .tune import synthesize
+
+    synthesize(
+        file,
+        Conversations(
+            requests, seed, rate, turns, pause_s, input_tokens=input_tokens, output_tokens=output_tokens
+        ),
+    )  # fmt: skip
 
 
 @config_app.command("schema")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -18,6 +19,8 @@ from .base import LoadJob, StoreJob
 from .index import TierIndex
 from .indexed import IndexedTier, Item, Kind
 from .policies import make_policy
+
+_LANES = (Kind.LOAD, Kind.STORE, Kind.ERASE)
 
 
 class Cost(NamedTuple):
@@ -61,27 +64,44 @@ class SimulatedTier(IndexedTier):
         self._block_bytes = block_bytes
         self._cost = cost
         # Loads and stores have a lane each: real tiers serve loads first.
-        self._busy_until_s = {Kind.LOAD: 0.0, Kind.STORE: 0.0, Kind.ERASE: 0.0}
+        self._lanes: dict[Kind, deque[tuple[float, Item]]] = {kind: deque() for kind in _LANES}
+        self._busy_until_s = dict.fromkeys(_LANES, 0.0)
         self._under_way: list[tuple[float, int, Item]] = []
         self._started = 0
         self._content: dict[int, np.ndarray] = {}
 
     def next_event_s(self) -> float | None:
         """See `Tier`."""
-        if self._under_way:
-            return self._under_way[0][0]
-        return super().next_event_s() if self._timeout_s != math.inf else None
+        # What waits for a lane arrives after what is in it, and `_go_on` starts it as of when the lane was free.
+        times = [self._under_way[0][0]] if self._under_way else []
+        if self._jobs and self._timeout_s != math.inf:
+            # All jobs have as long: the oldest is the first to be late.
+            times.append(next(iter(self._jobs.values())).deadline_s)
+        return min(times, default=None)
 
     def _start(self, items: Sequence[Item]) -> None:
         now_s = self._clock.monotonic_s()
         for item in items:
-            start_s = max(now_s, self._busy_until_s[item.kind])
-            end_s = start_s + self._cost.seconds(item.kind, self._block_bytes)
-            self._busy_until_s[item.kind] = end_s
-            self._started += 1
-            heapq.heappush(self._under_way, (end_s + self._cost.latency_s, self._started, item))
+            self._lanes[item.kind].append((now_s, item))
+        self._go_on()
+
+    def _go_on(self) -> None:
+        """Start what has its turn. Of a job that has ended meanwhile, nothing is moved any more."""
+        now_s = self._clock.monotonic_s()
+        for kind, lane in self._lanes.items():
+            while lane and self._busy_until_s[kind] <= now_s:
+                submitted_s, item = lane.popleft()
+                end_s = max(submitted_s, self._busy_until_s[kind])
+                latency_s = 0.0
+                if not item.job.ended:
+                    end_s += self._cost.seconds(kind, self._block_bytes)
+                    latency_s = self._cost.latency_s
+                self._busy_until_s[kind] = end_s
+                self._started += 1
+                heapq.heappush(self._under_way, (end_s + latency_s, self._started, item))
 
     def _finished(self) -> Iterable[Item]:
+        self._go_on()
         now_s = self._clock.monotonic_s()
         items = []
         while self._under_way and self._under_way[0][0] <= now_s:
@@ -91,9 +111,13 @@ class SimulatedTier(IndexedTier):
         return items
 
     def _stop(self) -> None:
-        for _, _, item in self._under_way:
+        items = [item for _, _, item in self._under_way]
+        for lane in self._lanes.values():
+            items += [item for _, item in lane]
+            lane.clear()
+        for item in items:
             item.error = "dropped"
-        self._under_way = [(-math.inf, number, item) for _, number, item in self._under_way]
+        self._under_way = [(-math.inf, number, item) for number, item in enumerate(items)]
 
     def _carry_out(self, item: Item) -> None:
         job = item.job.job

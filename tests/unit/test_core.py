@@ -100,6 +100,10 @@ def test_clocks() -> None:
     with pytest.raises(ValueError, match="does not go back"):
         clock.advance(-1)
     assert SystemClock().monotonic_s() <= SystemClock().monotonic_s()
+    clock.advance_to(0.1 + 0.2 + 1e9)
+    assert clock.monotonic_s() == 0.1 + 0.2 + 1e9
+    with pytest.raises(ValueError, match="does not go back"):
+        clock.advance_to(1.0)
 
 
 def generate(**changes: object) -> Generate:

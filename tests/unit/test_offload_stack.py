@@ -275,7 +275,8 @@ def test_a_block_that_fails_comes_from_the_next_tier() -> None:
     number = world.stack.load(KEYS[:2], world.memory, [10, 11])
     upper = world.tiers[0]
     # The first tier forgets what it has while it reads, as a keeper's death makes it do.
-    for _, _, item in upper._under_way:
+    waiting = [item for lane in upper._lanes.values() for _, item in lane]
+    for item in [item for _, _, item in upper._under_way] + waiting:
         item.error, item.harmless = "gone", True
     [result] = world.drain()
     assert (result.number, result.good, result.levels) == (number, (True, True), (1, 1))
@@ -327,3 +328,22 @@ def test_a_simulation_needs_no_memory_and_costs_what_it_says() -> None:
     assert times == pytest.approx([2.25, 4.25, 6.25])
     tier.submit_load(LoadJob(KEYS[:2], None, [0, 1]))
     assert stack.next_event_s() == pytest.approx(6.25 + 1.25)
+
+
+def test_what_is_late_does_not_keep_a_simulated_tier_busy() -> None:
+    """As in a tier of threads: nothing is moved for a job whose end was told."""
+    clock = ManualClock()
+    tier = SimulatedTier("disk", 8, 1000, "lru", Cost(0.25, 1000.0, 500.0), clock, timeout_s=5.0)
+    stack = OffloadStack([Level(tier, Write.THROUGH)], Spill(4, None))
+    stack.store(KEYS[:6], None, range(6))
+    clock.advance_to(5.0)
+    [result] = stack.poll()
+    assert result.good == (True, True, False, False, False, False)
+    stack.store(KEYS[6:7], None, range(1))
+    times = []
+    while (at_s := stack.next_event_s()) is not None:
+        clock.advance_to(at_s)
+        stack.poll()
+        times.append(at_s)
+    assert times[-1] == pytest.approx(8.25)
+    assert tier.lookup(KEYS[:7]) == [Lookup.HIT] * 2 + [Lookup.MISS] * 4 + [Lookup.HIT]
