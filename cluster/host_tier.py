@@ -66,6 +66,7 @@ class HostTierOwner:
     def _watch(self, block_bytes: int, folder: Path) -> None:
         while self._keeper is not None:
             status = self._keeper.wait()
+            _end(self._keeper)
             if self._stopping.wait(_PAUSE_S):
                 return
             logger.warning("the host tier's process ended with status %d: it starts again, empty", status)

@@ -132,8 +132,9 @@ class Offloader(Generic[_Owner]):
 
     def forget(self, sequence: Sequence, salt: str) -> None:
         """What a sequence computed is not to be trusted: no tier gives it to anybody."""
-        if self._stack is not None and sequence.num_offered:
-            self._stack.remove(self._space(salt).of(sequence.keys(sequence.num_offered, self._block_tokens)))
+        num_blocks = max(sequence.num_offered, sequence.num_committed)
+        if self._stack is not None and num_blocks:
+            self._stack.remove(self._space(salt).of(sequence.keys(num_blocks, self._block_tokens)))
 
     # ---- back -------------------------------------------------------------------------------------------------------
 

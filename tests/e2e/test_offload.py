@@ -9,6 +9,7 @@ from statistics import mean
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from support.served import Served, wait_for
 
@@ -92,3 +93,47 @@ def test_conversations_outlive_the_pool_and_a_worker(tmp_path: Path, pools: str)
     finally:
         on.kill()
     assert left_over() <= before
+
+
+HOST = "offload.tiers=[{kind: host, capacity: 64MiB}]"
+
+
+def test_a_killed_serve_leaves_no_host_tier(tmp_path: Path) -> None:
+    before = left_over()
+    served = Served(tmp_path, "--set", MODEL, "--set", POOLS["together"], "--set", HOST)
+    try:
+        served.wait_ready()
+        processes = served.tree()
+        keepers = [p for p in psutil.process_iter() if "tandem.kv_transfer.offload.keeper" in _command(p)]
+        assert [p for p in keepers if set(p.parents()) & set(processes)]
+        served.process.kill()
+        wait_for(lambda: left_over() <= before, 30, "the janitor")
+        processes += keepers
+        wait_for(lambda: not [p for p in processes if p.is_running() and p.status() != "zombie"], 20, "the end of all")
+    finally:
+        served.kill()
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("offload.tiers=[{kind: host, capacity: 1000TiB}]", "offload.tiers.0.capacity"),
+        ("offload.tiers=[{kind: host, capacity: 64MiB, write: write_back}]", "offload.tiers.0.write"),
+    ],
+)
+def test_tiers_that_cannot_be_end_the_start(tmp_path: Path, value: str, said: str) -> None:
+    before = left_over()
+    served = Served(tmp_path, "--set", MODEL, "--set", POOLS["together"], "--set", value)
+    try:
+        assert served.process.wait(timeout=60) != 0
+        assert said in served.text()
+        assert left_over() <= before
+    finally:
+        served.kill()
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
