@@ -43,7 +43,7 @@ class HostTierOwner:
         if self._folder is None:
             # Sockets live in this folder, and their paths must be short.
             folder = Path(tempfile.mkdtemp(prefix="tandem-host-"))
-            self._janitor = hire(folder)
+            self._janitor = hire(folder, orphan=True)
             try:
                 self._keeper = start_host_tier(self._config.offload, block_bytes, folder)
             except BaseException:
