@@ -7,7 +7,6 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,11 +38,10 @@ from tandem.engine.kv_cache import KVCache
 from tandem.engine.load_cost import LoadCost
 from tandem.engine.models.shard import kv_heads_of
 from tandem.engine.offloader import Offloader
-from tandem.engine.tiers import open_tiers
 from tandem.kv_transfer.connector import GENERATIONS, Connector
 from tandem.kv_transfer.ends import End, first_end
 from tandem.kv_transfer.hidden_states import open_writer
-from tandem.kv_transfer.offload.build import Place
+from tandem.kv_transfer.offload.stack import OffloadStack
 from tandem.kv_transfer.transports import Transport
 from tandem.kv_transfer.transports.faulty import FaultyTransport
 from tandem.kv_transfer.transports.inproc import InprocTransport
@@ -72,6 +70,7 @@ class Node:
 
     def __init__(self, pair: Pair, peer: str, role: str, config: Config) -> None:
         self.peer = peer
+        self.config = config
         self.metrics = WorkerMetrics(CollectorRegistry())
         pool: PrefillPool | DecodePool
         match role:
@@ -107,13 +106,10 @@ class Node:
             "auto", config.kv.lease_s, pair.clock, self.metrics, config.kv.checksums,
         )  # fmt: skip
 
-        stack = None
-        if pair.tiers_in is not None:
-            place = Place(pair.tiers_in, peer.split("#")[0], 1)
-            stack = open_tiers(config, role, self.engine, place, pair.clock, pair.news.set)
-        block_bytes = layout.block_bytes
+        stack = pair.stack_of(pair, self, role)
         # Time stands still: nothing is measured, and every load is worth it.
-        free = LoadCost(len(config.offload.tiers), block_bytes, latency_s=0.0, s_per_byte=0.0)
+        num_tiers = 0 if stack is None else len(stack.levels)
+        free = LoadCost(num_tiers, layout.block_bytes, latency_s=0.0, s_per_byte=0.0)
         self.offloader: Offloader[Any] = Offloader(self.engine, stack, pair.clock, self.metrics, free)
 
         def send(to: str, message: Message) -> None:
@@ -158,7 +154,7 @@ class Pair:
         prefill: the configuration of the prefill workers, where it is another.
         device_of: where a role computes.
         transport_of: what reads into a cache, and out of it.
-        tiers_in: where the workers find their node's host tier; None: they have no tiers.
+        stack_of: makes the tiers of a worker, which call `news.set`; None: it has none.
     """
 
     def __init__(
@@ -168,9 +164,9 @@ class Pair:
         prefill: Config | None = None,
         device_of: Callable[[str], torch.device] = lambda role: torch.device("cpu"),
         transport_of: Callable[[KVCache], Any] = lambda cache: InprocTransport(lambda: None),
-        tiers_in: Path | None = None,
+        stack_of: Callable[[Pair, Node, str], OffloadStack | None] = lambda pair, node, role: None,
     ) -> None:
-        self.tiers_in = tiers_in
+        self.stack_of = stack_of
         self.news = threading.Event()
         self.overlap = overlap
         self.device_of = device_of

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,14 @@ from support.pair import Node, Pair
 from support.tiers import end, ready
 from tandem.core.config import Config
 from tandem.core.errors import ConfigError
+from tandem.core.ids import worker_of
 from tandem.decode.stream import StreamState
 from tandem.engine.load_cost import LoadCost
 from tandem.engine.offloader import Offloader
+from tandem.engine.tiers import open_tiers
 from tandem.kv_transfer.layout import KVLayout
 from tandem.kv_transfer.offload.base import Spill
-from tandem.kv_transfer.offload.build import start_host_tier
+from tandem.kv_transfer.offload.build import Place, start_host_tier
 from tandem.kv_transfer.offload.simulated import Cost, SimulatedTier
 from tandem.kv_transfer.offload.stack import Level, OffloadStack, Write
 from tandem.prefill.job import JobState
@@ -87,17 +89,23 @@ class Slow:
         latency_s: of each job.
     """
 
-    def __init__(self, pair: Pair, latency_s: float = 1.0, timeout_s: float = 1e9, slots: int = 64) -> None:
-        self.pair = pair
+    def __init__(
+        self,
+        config: Config,
+        latency_s: float = 1.0,
+        timeout_s: float = 1e9,
+        slots: int = 64,
+        write: Write = Write.THROUGH,
+        overlap: bool = False,
+    ) -> None:
         self.tiers: dict[str, SimulatedTier] = {}
-        for node in pair.nodes.values():
-            size = node.engine.cache.layout.block_bytes
-            tier = SimulatedTier("slow", slots, size, "lru", Cost(latency_s, 1e12, 1e12), pair.clock, timeout_s)
-            stack = OffloadStack([Level(tier, Write.THROUGH)], Spill(0, None))
-            self.tiers[node.peer] = tier
-            node.offloader.__init__(  # type: ignore[misc]
-                node.engine, stack, pair.clock, node.metrics, LoadCost(1, size, 0.0, 0.0)
-            )
+
+        def stack_of(pair: Pair, node: Node, role: str) -> OffloadStack:
+            size, cost = node.engine.cache.layout.block_bytes, Cost(latency_s, 1e12, 1e12)
+            tier = self.tiers[node.peer] = SimulatedTier("slow", slots, size, "lru", cost, pair.clock, timeout_s)
+            return OffloadStack([Level(tier, write)], Spill(0, None))
+
+        self.pair = Pair(config, overlap, stack_of=stack_of)
 
     def run(self, max_turns: int = 10_000) -> None:
         """Turn until nothing is left, and move the clock on when nothing else happens."""
@@ -109,6 +117,16 @@ class Slow:
             if times and min(times) > self.pair.clock.monotonic_s():
                 self.pair.clock.advance(min(times) - self.pair.clock.monotonic_s())
         raise AssertionError("the workers do not come to rest")
+
+
+def real(folder: Path) -> Callable[[Pair, Node, str], OffloadStack | None]:
+    """The tiers that the configuration names; the host tier's keeper is found in a folder."""
+
+    def stack_of(pair: Pair, node: Node, role: str) -> OffloadStack | None:
+        place = Place(folder, worker_of(node.peer), 1)
+        return open_tiers(node.config, role, node.engine, place, pair.clock, pair.news.set)
+
+    return stack_of
 
 
 def check(pair: Pair) -> None:
@@ -153,7 +171,7 @@ def test_what_the_pool_lost_comes_back(
     pools: str,
     overlap: bool,
 ) -> None:
-    pair = Pair(config_of(folder, 20, POOLS[pools], tiers), overlap, tiers_in=tmp_path)
+    pair = Pair(config_of(folder, 20, POOLS[pools], tiers), overlap, stack_of=real(tmp_path))
     until_ready(pair)
     which = [(number, 90) for number in range(6)]
     for turn in range(2):
@@ -173,7 +191,7 @@ def test_the_next_life_finds_what_the_last_one_stored(
 ) -> None:
     config = config_of(folder, 60, POOLS["together"], tiers)
     for life in range(2):
-        pair = Pair(config, tiers_in=tmp_path)
+        pair = Pair(config, stack_of=real(tmp_path))
         until_ready(pair)
         assert pair.generate([prompt_of(3, 90)], max_tokens=12) == [golden[3, 90]]
         assert value(pair.decode, "tandem_offload_tokens_total") == (88 if life else 0)
@@ -182,7 +200,7 @@ def test_the_next_life_finds_what_the_last_one_stored(
 
 
 def test_tenants_do_not_share(folder: Path, tmp_path: Path, tiers: list[dict[str, Any]]) -> None:
-    pair = Pair(config_of(folder, 20, POOLS["together"], tiers), tiers_in=tmp_path)
+    pair = Pair(config_of(folder, 20, POOLS["together"], tiers), stack_of=real(tmp_path))
     until_ready(pair)
     for salt in ("a", "b"):
         pair.generate([prompt_of(1, 90)], max_tokens=2, salt=salt)
@@ -204,7 +222,7 @@ def test_the_keeper_dies_and_the_disk_serves(
     config = config_of(folder, 20, POOLS["together"], tiers)
     keeper = start_host_tier(config.offload, size, tmp_path)
     assert keeper is not None
-    pair = Pair(config, tiers_in=tmp_path)
+    pair = Pair(config, stack_of=real(tmp_path))
     until_ready(pair)
     for number in range(4):
         assert pair.generate([prompt_of(number, 90)], max_tokens=12) == [golden[number, 90]]
@@ -223,8 +241,8 @@ def test_the_keeper_dies_and_the_disk_serves(
 
 def stored(folder: Path, pools: str, num_blocks: int = 20, **kwargs: Any) -> tuple[Pair, Slow]:
     """A pair whose tiers hold what its pools have lost: prompt 0."""
-    pair = Pair(config_of(folder, num_blocks, POOLS[pools]))
-    slow = Slow(pair, **kwargs)
+    slow = Slow(config_of(folder, num_blocks, POOLS[pools]), **kwargs)
+    pair = slow.pair
     for number in range(4):
         pair.submit(prompt_of(number, 90), max_tokens=12)
         slow.run()
@@ -287,8 +305,8 @@ def test_a_reader_dies_while_tiers_load(folder: Path, pools: str) -> None:
 
 
 def test_stores_that_never_end_hold_a_bounded_share(folder: Path, golden: dict[tuple[int, int], list[int]]) -> None:
-    pair = Pair(config_of(folder, 32, POOLS["together"]))
-    slow = Slow(pair, latency_s=1e6)
+    slow = Slow(config_of(folder, 32, POOLS["together"]), latency_s=1e6)
+    pair = slow.pair
     for number in range(6):
         ticket = pair.submit(prompt_of(number, 90), max_tokens=12)
         for _ in range(60):
@@ -300,10 +318,22 @@ def test_stores_that_never_end_hold_a_bounded_share(folder: Path, golden: dict[t
     pair.close()
 
 
+def test_second_use(folder: Path) -> None:
+    """The prefix cache's own hits count: a prompt that comes twice is kept, one that comes once is not."""
+    slow = Slow(config_of(folder, 60, POOLS["together"]), latency_s=0.0, write=Write.SECOND_USE)
+    pair = slow.pair
+    for number, stored in ((0, 0), (1, 0), (0, 11)):
+        pair.submit(prompt_of(number, 90), max_tokens=2)
+        slow.run()
+        assert slow.tiers[pair.decode.peer].stats().stored == stored
+    check(pair)
+    pair.close()
+
+
 def test_what_went_wrong_is_forgotten(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Logits that are no numbers: no tier has what the prompt computed."""
-    pair = Pair(config_of(folder, 40, {"colocated": {"max_batched_tokens": 32}}))
-    slow = Slow(pair, latency_s=0.0)
+    slow = Slow(config_of(folder, 40, {"colocated": {"max_batched_tokens": 32}}), latency_s=0.0)
+    pair = slow.pair
     engine = pair.decode.engine
     collect = engine.collect
 
@@ -330,8 +360,12 @@ def test_what_went_wrong_is_forgotten(folder: Path, monkeypatch: pytest.MonkeyPa
 def test_random_loads(folder: Path, golden: dict[tuple[int, int], list[int]], pools: str, seed: int) -> None:
     """Tiny pools and tiers, jobs that end at any time, time out or not, aborts: equal tokens, and nothing leaks."""
     rng = random.Random(seed)
-    pair = Pair(config_of(folder, rng.choice((16, 20, 40)), POOLS[pools]), overlap=rng.random() < 0.5)
-    slow = Slow(pair, rng.choice((0.0, 0.01, 0.1, 3.0)), rng.choice((0.05, 1e9)), rng.choice((4, 12, 100)))
+    config = config_of(folder, rng.choice((16, 20, 40)), POOLS[pools])
+    times = rng.choice((0.0, 0.01, 0.1, 3.0)), rng.choice((0.05, 1e9))
+    slow = Slow(
+        config, *times, rng.choice((4, 12, 100)), rng.choice((Write.THROUGH, Write.SECOND_USE)), rng.random() < 0.5
+    )
+    pair = slow.pair
     wanted: dict[int, tuple[int, int]] = {}
     aborted: set[int] = set()
     for _ in range(60):
@@ -426,5 +460,5 @@ def test_what_tiers_cannot_keep_is_refused(tmp_path: Path, family: str, change: 
         "offload": {"tiers": [{"kind": "host", "capacity": "1MiB"}]},
     }
     with pytest.raises(ConfigError) as caught:
-        Pair(Config.model_validate(sections | change), tiers_in=tmp_path)
+        Pair(Config.model_validate(sections | change), stack_of=real(tmp_path))
     assert key in caught.value.message
