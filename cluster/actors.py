@@ -80,9 +80,19 @@ class _Process:
         else:
             from .worker_runtime import WorkerRuntime
 
-            self._runtime = WorkerRuntime(self._peer, self._role, self._config, self._keys, address, address, progress)
+            self._runtime = WorkerRuntime(
+                self._peer, self._role, self._config, self._keys, address, address, progress, self._host_tier
+            )
         member: Member = self._runtime.start()
         return msgspec.msgpack.encode(member)
+
+    def _host_tier(self, block_bytes: int) -> Path:
+        """Where this node's host tier is found; it is started by the first that asks."""
+        node = ray.get_runtime_context().get_node_id()
+        try:
+            return Path(ray.get(self._controller.host_tier.remote(node, block_bytes)))
+        except ray.exceptions.RayTaskError as error:
+            raise _cause(error) from None
 
     def link_offer(self) -> bytes:
         """What readers may try before the model is there: see `kv_transfer.trial`."""
@@ -200,6 +210,39 @@ class _RayLauncher:
         self._keys = msgspec.msgpack.encode(keys)
         self._log_folder = log_folder
         self._phases: dict[PeerId, Callable[[str], None]] = {}
+        self._host_tiers: dict[str, Any] = {}
+
+    async def host_tier(self, node: str, block_bytes: int) -> str:
+        """The folder of a node's host tier, which is started if there is none.
+
+        Raises:
+            ConfigError: it cannot be; names the key.
+            WorkerError: its process died.
+        """
+        if node not in self._host_tiers:
+            # Imported here, as by a worker's process: most clusters have no tiers.
+            from .host_tier import HostTierOwner
+
+            self._host_tiers[node] = (
+                ray.remote(HostTierOwner)
+                .options(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False))
+                .remote(self._config.model_dump_json(), self._log_folder)
+            )
+        try:
+            return str(await self._host_tiers[node].start.remote(block_bytes))
+        except ray.exceptions.RayTaskError as error:
+            raise _cause(error) from None
+        except ray.exceptions.RayActorError as error:
+            self._host_tiers.pop(node, None)
+            raise WorkerError(f"the host tier of node {node} died: {_reason(error)}") from None
+
+    async def stop_host_tiers(self) -> None:
+        """End all of them, and what they left on their nodes. Idempotent."""
+        while self._host_tiers:
+            _, tier = self._host_tiers.popitem()
+            with contextlib.suppress(ray.exceptions.RayError, TimeoutError):
+                await asyncio.wait_for(tier.stop.remote(), _ANSWER_TIMEOUT_S)
+            ray.kill(tier)
 
     def phase(self, peer: PeerId, phase: str) -> None:
         """A process tells how its start goes on."""
@@ -252,10 +295,18 @@ class _ControllerActor:
         self._controller = Controller(parsed, self._launcher, SystemClock())
 
     async def start(self) -> None:
-        await self._controller.start()
+        try:
+            await self._controller.start()
+        except BaseException:
+            await self._launcher.stop_host_tiers()
+            raise
 
     async def stop(self, grace_s: float) -> None:
         await self._controller.stop(grace_s)
+        await self._launcher.stop_host_tiers()
+
+    async def host_tier(self, node: str, block_bytes: int) -> str:
+        return await self._launcher.host_tier(node, block_bytes)
 
     async def phases(self) -> dict[str, str]:
         return self._controller.phases()

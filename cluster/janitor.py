@@ -1,14 +1,15 @@
-"""Cleans up after a `tandem serve` that was killed and could not.
+"""Cleans up after a `tandem serve`, or the owner of a host tier, that was killed and could not.
 
-Runs beside it, waits on a pipe from it, and does nothing while it lives. When the pipe closes and the folder of its Ray
-session is still there, it ends the processes that still use the folder, and removes it.
+Runs beside it, waits on a pipe from it, and does nothing while it lives. When the pipe closes and its folder is still
+there, it ends the processes that still use the folder, and removes it.
 
-Usage: python -m tandem.cluster.janitor FOLDER, with a pipe as standard input.
+Usage: python -m tandem.cluster.janitor FOLDER [orphan], with a pipe as standard input.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import signal
 import subprocess
@@ -21,11 +22,23 @@ import psutil
 _GRACE_S = 3.0
 
 
-def hire(folder: Path) -> subprocess.Popen[bytes]:
+def hire(folder: Path, *, orphan: bool = False) -> subprocess.Popen[bytes]:
     """Start a janitor for a folder; it ends when the returned process's standard input is closed, by us or by our
-    death."""
+    death.
+
+    Args:
+        folder: what is to be removed.
+        orphan: it shall outlive a worker process of Ray's, which kills its children when it ends, and whose logs are
+            in a folder with a janitor of its own. The returned process has ended then, as a rule.
+    """
+    arguments = [str(folder), *(["orphan"] if orphan else [])]
+    output = subprocess.DEVNULL if orphan else None
     return subprocess.Popen(
-        [sys.executable, "-m", __spec__.name, str(folder)], stdin=subprocess.PIPE, start_new_session=True
+        [sys.executable, "-m", __spec__.name, *arguments],
+        stdin=subprocess.PIPE,
+        stdout=output,
+        stderr=output,
+        start_new_session=True,
     )
 
 
@@ -34,6 +47,8 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     folder = Path(sys.argv[1])
+    if sys.argv[2:] == ["orphan"] and os.fork():
+        os._exit(0)
     sys.stdin.buffer.read()
     if not folder.is_dir():
         return

@@ -12,14 +12,16 @@ import os
 import queue
 import threading
 from collections.abc import Callable
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from prometheus_client import CollectorRegistry
 
 from ..core.clock import SystemClock
 from ..core.config import ColocatedPool, Config, DecodePool, PrefillPool
+from ..core.environment import cache_folder
 from ..core.errors import ConfigError, TandemError
-from ..core.ids import PeerId
+from ..core.ids import PeerId, worker_of
 from ..core.log import logger
 from ..core.messages import Member, Membership, Message, Report, Scrape, Scraped, Subscribe
 from ..core.metrics import WorkerMetrics, render
@@ -28,11 +30,14 @@ from ..decode.worker import DecodeWorker
 from ..engine.build import use_threads, warm_up
 from ..engine.engine import Engine
 from ..engine.models.shard import kv_heads_of
+from ..engine.offloader import Offloader
 from ..engine.rank_wire import PeerAccess
 from ..engine.ranks import Ranks, build_on_ranks
+from ..engine.tiers import open_tiers
 from ..kv_transfer.connector import Connector
 from ..kv_transfer.ends import End, first_end, open_transports
 from ..kv_transfer.hidden_states import open_writer
+from ..kv_transfer.offload.build import Place
 from ..prefill.worker import PrefillWorker
 from .mesh import Mesh
 
@@ -64,6 +69,7 @@ class WorkerRuntime:
         address: this node's address, where peers reach us.
         node: the node's name, for people.
         progress: told how the start goes on.
+        host_tier: called with the bytes of a block, where a host tier is configured: where the node's is found.
     """
 
     def __init__(
@@ -75,6 +81,7 @@ class WorkerRuntime:
         address: str,
         node: str,
         progress: Progress,
+        host_tier: Callable[[int], Path] = lambda block_bytes: cache_folder(),
     ) -> None:
         self.peer = peer
         self._role = role
@@ -83,6 +90,7 @@ class WorkerRuntime:
         self._address = address
         self._node = node
         self._progress = progress
+        self._host_tier = host_tier
         self._metrics = WorkerMetrics(CollectorRegistry())
         self._clock = SystemClock()
         self._inbox: queue.Queue[_Item] = queue.Queue(_INBOX_SIZE)
@@ -197,6 +205,7 @@ class WorkerRuntime:
         self._connector = self._connect(built.engine, built.fingerprint)
         model = built.engine.model
         self._hidden_states = open_writer(self._config.hidden_states, model.spec.hidden, model.dtype, self._metrics)
+        self._offloader = self._open_offloader(built.engine)
         lease_s = self._config.kv.lease_s
         self._worker: PrefillWorker | DecodeWorker
         if isinstance(pool, PrefillPool):
@@ -211,6 +220,7 @@ class WorkerRuntime:
                 self._metrics,
                 self._mesh.send,
                 self._hidden_states,
+                self._offloader,
             )
         else:
             self._worker = DecodeWorker(
@@ -224,11 +234,21 @@ class WorkerRuntime:
                 self._metrics,
                 self._mesh.send,
                 self._hidden_states,
+                self._offloader,
             )
         self._update_report()
         self._mesh.start()
         self._progress("ready")
         logger.info("ready at %s", self._mesh.endpoint)
+
+    def _open_offloader(self, engine: Engine) -> Offloader[Any]:
+        pools = self._config.pools
+        num_workers = sum(pool.replicas for pool in (pools.prefill, pools.decode, pools.colocated) if pool is not None)
+        has_host = any(tier.kind == "host" for tier in self._config.offload.tiers)
+        folder = self._host_tier(engine.cache.layout.block_bytes) if has_host else Path()
+        place = Place(folder, worker_of(self.peer), num_workers)
+        stack = open_tiers(self._config, self._role, engine, place, self._clock, self._nudge)
+        return Offloader(engine, stack, self._clock, self._metrics)
 
     def _end_ranks(self) -> None:
         if self._ranks is not None:
@@ -285,6 +305,7 @@ class WorkerRuntime:
         if self._hidden_states is not None:
             self._hidden_states.close()
         self._mesh.close()
+        self._offloader.close()
         self._engine.cache.close()
         self._end_ranks()
         self._context.close()
@@ -382,4 +403,5 @@ class WorkerRuntime:
         self._metrics.running.set(report.running)
         self._metrics.waiting.set(report.waiting)
         self._metrics.leases.set(report.leases)
+        self._offloader.publish()
         return True

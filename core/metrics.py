@@ -104,6 +104,15 @@ class WorkerMetrics:
             ["tier", "cause"],
             registry=r,
         )
+        self.offload_loads = Counter(
+            "tandem_offload_loads",
+            "Prompts of which tiers had a part, by what became of it; declined: computing is sooner",
+            ["outcome"],
+            registry=r,
+        )
+        self.offload_tokens = Counter(
+            "tandem_offload_tokens", "Tokens whose KV tiers gave to the prefix cache", registry=r
+        )
         self.bad_frames = Counter("tandem_bad_frames", "Frames refused", ["socket"], registry=r)
 
     def transferred(self, transport: str, peer: str, num_bytes: int, num_runs: int, seconds: float) -> None:

@@ -39,6 +39,14 @@ class CostModel:
         remote_s = self.handoff_s + (remote_ahead + num_tokens) * self.remote_s_per_token
         return local_s < remote_s
 
+    def s_per_token(self, *, has_peer: bool) -> float:
+        """What a prompt's token takes where it would be computed."""
+        if not has_peer or self._mode == "always":
+            return self.local_s_per_token
+        return (
+            self.remote_s_per_token if self._mode == "never" else min(self.local_s_per_token, self.remote_s_per_token)
+        )
+
     def computed_locally(self, num_tokens: int, seconds: float) -> None:
         """A local step computed ``num_tokens`` of prompts, and took so long."""
         self.local_s_per_token += _NEW_WEIGHT * (seconds / num_tokens - self.local_s_per_token)

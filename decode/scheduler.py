@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from ..core.clock import Clock
@@ -32,22 +32,33 @@ class DecodeScheduler:
         max_running: outputs that have blocks at a time.
         max_batched_tokens: tokens of one step, when some are a prompt's.
         clock: for the streams' histories.
+        fetch: asked before a stream is admitted, matched against the prefix cache, with the spare blocks: whether tiers
+            have begun to load what it lacks. If so it gives its place and its blocks up until `fetched`.
     """
 
-    def __init__(self, engine: Engine, max_running: int, max_batched_tokens: int, clock: Clock) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        max_running: int,
+        max_batched_tokens: int,
+        clock: Clock,
+        fetch: Callable[[Stream, int], bool] = lambda stream, spare: False,
+    ) -> None:
         self._engine = engine
         self._max_running = max_running
         self._max_batched_tokens = max_batched_tokens
         self._clock = clock
+        self._fetch = fetch
         self._waiting: list[Stream] = []
         """By order."""
+        self._fetching: dict[int, Stream] = {}
         self._loading: dict[int, Stream] = {}
         self._prefilling: dict[int, Stream] = {}
         self._running: dict[int, Stream] = {}
 
     def __iter__(self) -> Iterator[Stream]:
         yield from self._waiting
-        for streams in (self._loading, self._prefilling, self._running):
+        for streams in (self._fetching, self._loading, self._prefilling, self._running):
             yield from streams.values()
 
     def computing(self) -> Iterator[Stream]:
@@ -57,7 +68,8 @@ class DecodeScheduler:
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting)
+        """Streams without blocks."""
+        return len(self._waiting) + len(self._fetching)
 
     @property
     def num_loading(self) -> int:
@@ -74,7 +86,8 @@ class DecodeScheduler:
     @property
     def queued_tokens(self) -> int:
         """Prompt tokens that wait, or are being computed here."""
-        return sum(s.sequence.num_tokens for s in self._waiting) + self.num_prefilling_tokens
+        queued = sum(s.sequence.num_tokens for streams in (self._waiting, self._fetching.values()) for s in streams)
+        return queued + self.num_prefilling_tokens
 
     @property
     def num_prefilling_tokens(self) -> int:
@@ -103,17 +116,31 @@ class DecodeScheduler:
         while self._waiting and self.num_prefilling_tokens < self._max_batched_tokens:
             stream = self._waiting[0]
             sequence = stream.sequence
-            busy = sum(len(s.children) for streams in (self._loading, self._prefilling) for s in streams.values())
-            busy += len(self._running)
+            starting = (self._fetching, self._loading, self._prefilling)
+            busy = sum(len(s.children) for streams in starting for s in streams.values()) + len(self._running)
             if busy and busy + len(stream.children) > self._max_running:
                 return
             # The cached part first: what is left of the pool then tells how much can be allocated.
             self._engine.match_prefix(sequence)
-            if not self._engine.reserve_prompt(sequence, len(self._running) * len(self._engine.groups)):
+            spare = len(self._running) * len(self._engine.groups)
+            if self._fetch(stream, spare):
+                self._engine.free(sequence)
+                del self._waiting[0]
+                stream.move(StreamState.FETCHING, self._clock.monotonic_s())
+                self._fetching[id(stream)] = stream
+                continue
+            if not self._engine.reserve_prompt(sequence, spare):
                 self._engine.free(sequence)
                 return
             del self._waiting[0]
             yield stream
+
+    def fetched(self, stream: Stream) -> None:
+        """Tiers have given what they had to the prefix cache, or took too long: a stream waits as before, in its
+        order."""
+        del self._fetching[id(stream)]
+        stream.move(StreamState.WAITING, self._clock.monotonic_s())
+        self.add(stream)
 
     def load(self, stream: Stream) -> None:
         """A stream's prompt comes from a prefill worker."""
@@ -143,7 +170,7 @@ class DecodeScheduler:
         """A stream is over; its blocks are free."""
         if stream.state is StreamState.WAITING:
             self._waiting = [other for other in self._waiting if other is not stream]
-        for streams in (self._loading, self._prefilling, self._running):
+        for streams in (self._fetching, self._loading, self._prefilling, self._running):
             streams.pop(id(stream), None)
         stream.move(StreamState.ENDED, self._clock.monotonic_s())
         self._engine.free(stream.sequence)

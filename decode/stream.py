@@ -8,6 +8,7 @@ from ..core.errors import IllegalTransition
 from ..core.ids import PeerId
 from ..core.log import RequestLog
 from ..core.messages import Child, FinishReason, Generate, SampledToken
+from ..engine.offloader import InTiers
 from ..engine.sequence import Sequence
 from ..kv_transfer.hidden_states import Recording
 from ..kv_transfer.multi import MultiConnector
@@ -23,9 +24,11 @@ class StreamState(enum.Enum):
            │ │         ▼ │         │ (preempted: back to WAITING)
            └─┴──► PREFILLING ──────┘                     computed here
         LOADING ──► DRAINING ──► ENDED                   aborted while reads still write
+        WAITING ◄─► FETCHING ──► ENDED                   tiers give what they have to the prefix cache
     """
 
     WAITING = "waiting"
+    FETCHING = "fetching"
     LOADING = "loading"
     PREFILLING = "prefilling"
     RUNNING = "running"
@@ -35,7 +38,14 @@ class StreamState(enum.Enum):
 
 _ALLOWED = {
     # A child that was split off its request has its KV already, and runs at once.
-    StreamState.WAITING: {StreamState.LOADING, StreamState.PREFILLING, StreamState.RUNNING, StreamState.ENDED},
+    StreamState.WAITING: {
+        StreamState.FETCHING,
+        StreamState.LOADING,
+        StreamState.PREFILLING,
+        StreamState.RUNNING,
+        StreamState.ENDED,
+    },
+    StreamState.FETCHING: {StreamState.WAITING, StreamState.ENDED},
     StreamState.LOADING: {
         StreamState.RUNNING,
         StreamState.PREFILLING,
@@ -93,6 +103,10 @@ class Stream:
         """Children that are over before their stream was split off."""
         self.sources: MultiConnector[str] = MultiConnector(0, 1, ())
         """Where its prompt's KV comes from, since it was last admitted."""
+        self.in_tiers: InTiers | None = None
+        """What tiers had of it when it was queued, until that is fetched."""
+        self.fetched_from: int | None = None
+        """The first token whose KV tiers have just given to the prefix cache."""
         self.begun = False
         """Whether it has run before; a preempted stream waits again, but its stages are told."""
         self.queue_s = 0.0

@@ -31,6 +31,7 @@ from ..core.messages import (
 from ..core.metrics import WorkerMetrics
 from ..engine.engine import Engine, Outcome, device_is_lost
 from ..engine.limits import check_prompt
+from ..engine.offloader import Offloader
 from ..engine.sequence import Sequence
 from ..kv_transfer.connector import Connector
 from ..kv_transfer.hidden_states import HiddenStateWriter, record
@@ -46,8 +47,10 @@ Send = Callable[[PeerId, Message], None]
 _log = RateLimited()
 
 _PREFIX_CACHE = "prefix cache"
+_TIERS = "tiers"
 _HERE = "here"
-"""Sources of a prompt's KV beside the prefill peers: blocks that an earlier prompt left, and this worker's engine."""
+"""Sources of a prompt's KV beside the prefill peers: blocks that an earlier prompt left, what tiers have just added to
+them, and this worker's engine."""
 
 
 class DecodeWorker:
@@ -64,6 +67,7 @@ class DecodeWorker:
         metrics: counts.
         send: delivers a message to a peer; never blocks.
         hidden_states: writes those of prompts; None: nobody may ask.
+        offloader: keeps blocks in tiers, for streams; None: there are none.
     """
 
     def __init__(
@@ -78,6 +82,7 @@ class DecodeWorker:
         metrics: WorkerMetrics,
         send: Send,
         hidden_states: HiddenStateWriter | None = None,
+        offloader: Offloader[Stream] | None = None,
     ) -> None:
         self._engine = engine
         self._connector = connector
@@ -89,7 +94,8 @@ class DecodeWorker:
         self._send = send
         self._hidden_states = hidden_states
         self._cost = CostModel(config.routing.local_prefill, pool.max_batched_tokens)
-        self._scheduler = DecodeScheduler(engine, pool.max_running, pool.max_batched_tokens, clock)
+        self._offloader = offloader or Offloader[Stream](engine, None, clock, metrics)
+        self._scheduler = DecodeScheduler(engine, pool.max_running, pool.max_batched_tokens, clock, self._fetch)
         self._steps = StepLoop(engine, self._scheduler, clock, self._preempted, self._landed, self._step_failed)
         self._loader = Loader(connector, config.kv.handoff_timeout_s, clock, metrics, send, self._cost.handed_off)
         self._emitter = Emitter(clock, send)
@@ -129,7 +135,8 @@ class DecodeWorker:
 
     def next_deadline_s(self) -> float | None:
         """When `tick` is due, on the monotonic clock."""
-        return self._loader.next_deadline_s()
+        times = [self._loader.next_deadline_s(), self._offloader.next_event_s()]
+        return min((at_s for at_s in times if at_s is not None), default=None)
 
     def tick(self) -> None:
         """Renew leases, and give up on prefills that stand still."""
@@ -142,6 +149,7 @@ class DecodeWorker:
         this thread deals with the tokens of the last and plans the next.
         """
         self._apply(self._loader.poll())
+        self._poll_tiers()
         for stream in self._scheduler.admit():
             self._start(stream)
         computed = self._steps.turn()
@@ -196,6 +204,7 @@ class DecodeWorker:
         stream = self._new_stream(gateway, message, sequence)
         self._streams[key] = [stream]
         self._stage(stream, "decode.received")
+        stream.in_tiers = self._offloader.look(sequence, message.salt)
         self._scheduler.add(stream)
 
     def _new_stream(self, gateway: PeerId, message: Generate, sequence: Sequence) -> Stream:
@@ -213,12 +222,18 @@ class DecodeWorker:
         stream.started_s = now_s
         stream.sources = MultiConnector(sequence.num_tokens, self._engine.block_tokens, self._sources(stream))
         stream.sources.ask()
+        if stream.fetched_from is not None:
+            stream.sources.ended(min(stream.fetched_from, sequence.num_computed))
+            stream.sources.ask()
         stream.sources.ended(sequence.num_computed)
+        stream.in_tiers = stream.fetched_from = None
         self._ask_next(stream)
 
     def _sources(self, stream: Stream) -> Iterator[str]:
         """Where a stream's KV may come from, the best first: each is thought of when the one before has ended."""
         yield _PREFIX_CACHE
+        if stream.fetched_from is not None:
+            yield _TIERS
         peer = self._prefill_peer(stream)
         scheduler = self._scheduler
         ahead = scheduler.num_prefilling_tokens, scheduler.num_loading_tokens
@@ -294,6 +309,30 @@ class DecodeWorker:
             self._apply(self._loader.abort(stream))
         elif stream.state is not StreamState.DRAINING:
             self._scheduler.end(stream)
+
+    # ---- tiers ------------------------------------------------------------------------------------------------------
+
+    def _fetch(self, stream: Stream, spare: int) -> bool:
+        """Have the tiers load what a stream lacks, where that is sooner than computing it."""
+        if stream.in_tiers is None:
+            return False
+        s_per_token = self._cost.s_per_token(has_peer=bool(self._prefill_peer(stream)))
+        sequence, salt = stream.sequence, stream.request.salt
+        if not self._offloader.fetch(stream, sequence, salt, stream.in_tiers, spare, s_per_token):
+            return False
+        stream.in_tiers = None
+        self._stage(stream, "decode.fetch")
+        return True
+
+    def _offer(self, stream: Stream, num_tokens: int) -> None:
+        self._offloader.offer(stream.sequence, stream.request.salt, num_tokens)
+
+    def _poll_tiers(self) -> None:
+        for stream, start, num_good in self._offloader.poll():
+            if stream.state is StreamState.FETCHING:
+                stream.fetched_from = start
+                self._stage(stream, "decode.fetched", f"{num_good} tokens")
+                self._scheduler.fetched(stream)
 
     # ---- loads ------------------------------------------------------------------------------------------------------
 
@@ -374,6 +413,7 @@ class DecodeWorker:
 
     def _preempted(self, stream: Stream) -> None:
         self._metrics.preemptions.inc()
+        stream.in_tiers = self._offloader.look(stream.sequence, stream.request.salt)
         self._stage(stream, "decode.preempted")
         stream.log.info("preempted at %d tokens", stream.sequence.num_tokens)
 
@@ -408,6 +448,7 @@ class DecodeWorker:
         if sample is None:
             self._not_a_number(stream)
             return
+        self._offer(stream, outcome.first + outcome.num_new)
         stream.sequence.tokens.append(sample.token)
         self._engine.commit(stream.sequence)
         finish = stream.finish_of(sample.token)
@@ -419,6 +460,7 @@ class DecodeWorker:
         sequence = stream.sequence
         self._emitter.prompt_logprobs(stream.gateway, stream.request.ticket, outcome.first + 1, outcome.prompt_logprobs)
         self._engine.commit(sequence)
+        self._offer(stream, outcome.first + outcome.num_new)
         if stream.recording is not None and outcome.hidden_states is not None:
             stream.recording.append(outcome.first, outcome.hidden_states)
         if outcome.samples is None:
@@ -516,6 +558,7 @@ class DecodeWorker:
         self._emitter.refuse(stream.gateway, stream.request.ticket, status, message, retryable=retryable)
         for other in list(self._streams.get(stream.key, [stream])):
             if status >= 500 and other.state in (StreamState.PREFILLING, StreamState.RUNNING):
+                self._offloader.forget(other.sequence, other.request.salt)
                 self._engine.discard(other.sequence)
             self._close(other)
 

@@ -215,6 +215,7 @@ class Allocator:
         fork.num_computed = parent.num_computed
         fork.num_reserved = (full + (partial > 0)) * self._block_tokens
         fork.num_committed = min(parent.num_committed, full)
+        fork.num_offered = min(parent.num_offered, full)
         return copies
 
     def uncache(self, sequence: Sequence) -> None:

@@ -59,6 +59,8 @@ class Sequence:
         self._keys: list[BlockHash] = []
         self.num_committed = 0
         """Full blocks that were offered to the prefix cache."""
+        self.num_offered = 0
+        """Full blocks that were offered to the tiers."""
         self.pending = False
         """Whether a step in flight samples the token after the known ones."""
         self.last_step = 0

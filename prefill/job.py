@@ -7,15 +7,18 @@ import enum
 from ..core.errors import IllegalTransition
 from ..core.ids import TransferId
 from ..core.messages import TokenLogprobs
+from ..engine.offloader import InTiers
 from ..engine.sequence import Sequence
 from ..kv_transfer.hidden_states import Recording
 
 
 class JobState(enum.Enum):
-    """QUEUED → RUNNING → HELD; GONE from anywhere."""
+    """QUEUED → RUNNING → HELD, at times by QUEUED → FETCHING → QUEUED; GONE from anywhere."""
 
     QUEUED = "queued"
     """Waits for blocks."""
+    FETCHING = "fetching"
+    """Waits for what tiers give to the prefix cache."""
     RUNNING = "running"
     """Has blocks, and tokens to compute."""
     HELD = "held"
@@ -25,7 +28,8 @@ class JobState(enum.Enum):
 
 
 _ALLOWED = {
-    JobState.QUEUED: {JobState.RUNNING, JobState.GONE},
+    JobState.QUEUED: {JobState.FETCHING, JobState.RUNNING, JobState.GONE},
+    JobState.FETCHING: {JobState.QUEUED, JobState.GONE},
     JobState.RUNNING: {JobState.HELD, JobState.GONE},
     JobState.HELD: {JobState.GONE},
     JobState.GONE: set(),
@@ -42,6 +46,7 @@ class Job:
         arrived_s: on the monotonic clock.
         sum_tokens: tokens that the reader wants a checksum for each; 0: none.
         sum_dtype: the reader's.
+        salt: the tenant's.
     """
 
     def __init__(
@@ -52,12 +57,16 @@ class Job:
         arrived_s: float,
         sum_tokens: int = 0,
         sum_dtype: str = "",
+        salt: str = "",
     ) -> None:
         self.transfer = transfer
         self.sequence = sequence
         self.skip_tokens = skip_tokens
         self.sum_tokens = sum_tokens
         self.sum_dtype = sum_dtype
+        self.salt = salt
+        self.in_tiers: InTiers | None = None
+        """What tiers had of it when it was queued, until that is fetched."""
         self.num_summed: dict[int, int] = {}
         """Layer group → tokens whose checksums were told, the skipped ones included."""
         self.arrived_s = arrived_s

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from ..core.clock import Clock
 from ..core.ids import TransferId
@@ -25,24 +25,35 @@ class PrefillScheduler:
         max_batched_tokens: tokens of one step.
         max_running: jobs that have blocks at a time.
         clock: for the jobs' histories.
+        fetch: asked before a job starts, matched against the prefix cache: whether tiers have begun to load what it
+            lacks. If so it gives its blocks up until `fetched`.
     """
 
-    def __init__(self, engine: Engine, max_batched_tokens: int, max_running: int, clock: Clock) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        max_batched_tokens: int,
+        max_running: int,
+        clock: Clock,
+        fetch: Callable[[Job], bool] = lambda job: False,
+    ) -> None:
         self._engine = engine
         self._max_batched_tokens = max_batched_tokens
         self._max_running = max_running
         self._clock = clock
+        self._fetch = fetch
+        self._fetching: OrderedDict[TransferId, Job] = OrderedDict()
         self._queued: OrderedDict[TransferId, Job] = OrderedDict()
         self._running: OrderedDict[TransferId, Job] = OrderedDict()
         self._held: dict[TransferId, Job] = {}
 
     def __iter__(self) -> Iterator[Job]:
-        for jobs in (self._queued, self._running, self._held):
+        for jobs in (self._fetching, self._queued, self._running, self._held):
             yield from jobs.values()
 
     @property
     def num_queued(self) -> int:
-        return len(self._queued)
+        return len(self._queued) + len(self._fetching)
 
     @property
     def num_running(self) -> int:
@@ -53,17 +64,26 @@ class PrefillScheduler:
         """Tokens that wait to be computed, those of running jobs included."""
         return sum(
             job.sequence.num_tokens - job.sequence.num_computed
-            for jobs in (self._queued, self._running)
+            for jobs in (self._queued, self._fetching, self._running)
             for job in jobs.values()
         )
 
     def get(self, transfer: TransferId) -> Job | None:
         """The job of a transfer, wherever it stands."""
-        return self._queued.get(transfer) or self._running.get(transfer) or self._held.get(transfer)
+        places = (self._queued, self._fetching, self._running, self._held)
+        return next((jobs[transfer] for jobs in places if transfer in jobs), None)
 
     def add(self, job: Job) -> None:
         """Queue a job."""
         self._queued[job.transfer] = job
+
+    def fetched(self, job: Job) -> None:
+        """Tiers have given what they had to the prefix cache, or took too long: a job is the first in the queue
+        again."""
+        del self._fetching[job.transfer]
+        job.move(JobState.QUEUED, self._clock.monotonic_s())
+        self._queued[job.transfer] = job
+        self._queued.move_to_end(job.transfer, last=False)
 
     def admit(self) -> list[Job]:
         """Start queued jobs while there are blocks for them, and they would take part in the next step.
@@ -80,10 +100,16 @@ class PrefillScheduler:
         while (
             self._queued
             and tokens < self._max_batched_tokens
-            and len(self._running) + len(self._held) < self._max_running
+            and len(self._fetching) + len(self._running) + len(self._held) < self._max_running
         ):
             transfer, job = next(iter(self._queued.items()))
             self._engine.match_prefix(job.sequence)
+            if self._fetch(job):
+                self._engine.free(job.sequence)
+                del self._queued[transfer]
+                job.move(JobState.FETCHING, self._clock.monotonic_s())
+                self._fetching[transfer] = job
+                continue
             if not self._engine.reserve_prompt(job.sequence, announced=True):
                 self._engine.free(job.sequence)
                 break
@@ -118,7 +144,7 @@ class PrefillScheduler:
 
     def remove(self, job: Job) -> None:
         """A job is over, in whatever state; its blocks are free."""
-        for jobs in (self._queued, self._running, self._held):
+        for jobs in (self._queued, self._fetching, self._running, self._held):
             jobs.pop(job.transfer, None)
         job.move(JobState.GONE, self._clock.monotonic_s())
         if job.recording is not None:

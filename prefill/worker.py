@@ -32,6 +32,7 @@ from ..core.messages import (
 from ..core.metrics import WorkerMetrics
 from ..engine.engine import Engine, Outcome, device_is_lost
 from ..engine.limits import check_prompt
+from ..engine.offloader import Offloader
 from ..engine.sequence import Sequence
 from ..engine.watermarks import Watermarks
 from ..kv_transfer.connector import Connector
@@ -43,6 +44,10 @@ from .scheduler import PrefillScheduler
 
 Send = Callable[[PeerId, Message], None]
 _log = RateLimited()
+
+_FIRST_S_PER_TOKEN = 50e-6
+"""Before anything is measured: a small model on a CPU."""
+_NEW_WEIGHT = 0.2
 
 
 class PrefillWorker:
@@ -60,6 +65,7 @@ class PrefillWorker:
         send: delivers a message to a peer; never blocks. On a GPU it is also called by the thread that waits for layers
             to be computed, never by two at a time for one transfer.
         hidden_states: writes those of prompts; None: nobody may ask.
+        offloader: keeps blocks in tiers, for jobs; None: there are none.
     """
 
     def __init__(
@@ -74,6 +80,7 @@ class PrefillWorker:
         metrics: WorkerMetrics,
         send: Send,
         hidden_states: HiddenStateWriter | None = None,
+        offloader: Offloader[Job] | None = None,
     ) -> None:
         self._engine = engine
         self._connector = connector
@@ -84,9 +91,11 @@ class PrefillWorker:
         self._send = send
         self._hidden_states = hidden_states
         self._leases = LeaseTable(lease_s, clock)
-        self._scheduler = PrefillScheduler(engine, pool.max_batched_tokens, pool.max_running, clock)
+        self._offloader = offloader or Offloader[Job](engine, None, clock, metrics)
+        self._scheduler = PrefillScheduler(engine, pool.max_batched_tokens, pool.max_running, clock, self._fetch)
         self._watermarks = Watermarks(engine.model.device)
         self._prompt_tokens = 0
+        self._s_per_token = _FIRST_S_PER_TOKEN
 
     # ---- messages ---------------------------------------------------------------------------------------------------
 
@@ -120,7 +129,8 @@ class PrefillWorker:
 
     def next_deadline_s(self) -> float | None:
         """When `tick` is due, on the monotonic clock."""
-        return self._leases.next_deadline_s()
+        times = [self._leases.next_deadline_s(), self._offloader.next_event_s()]
+        return min((at_s for at_s in times if at_s is not None), default=None)
 
     def tick(self) -> None:
         """End the leases whose readers have gone silent."""
@@ -137,6 +147,10 @@ class PrefillWorker:
 
     def step(self) -> bool:
         """Start queued jobs, and run one engine step. Returns whether anything was computed."""
+        for job, _, num_good in self._offloader.poll():
+            if job.state is JobState.FETCHING:
+                RequestLog(job.sequence.request_id).debug("KV of %d tokens came from tiers", num_good)
+                self._scheduler.fetched(job)
         for job in self._scheduler.admit():
             self._accept(job)
         plan = self._scheduler.plan()
@@ -165,8 +179,10 @@ class PrefillWorker:
         step_s = self._clock.monotonic_s() - start_s
         self._metrics.step_s.labels("prefill").observe(step_s)
         self._metrics.forward_s.labels("prefill").observe(self._engine.forward_s)
+        s_per_token = step_s / sum(w.num_new for w in plan)
+        self._s_per_token += _NEW_WEIGHT * (s_per_token - self._s_per_token)
         for outcome in outcomes:
-            self._finish(jobs[id(outcome.sequence)], outcome, step_s / sum(w.num_new for w in plan))
+            self._finish(jobs[id(outcome.sequence)], outcome, s_per_token)
         return True
 
     def report(self) -> Report:
@@ -221,10 +237,21 @@ class PrefillWorker:
         self._leases.grant(transfer)
         self._metrics.lease_events.labels("granted").inc()
         arrived_s = self._clock.monotonic_s()
-        job = Job(transfer, sequence, message.skip_tokens, arrived_s, message.sum_tokens, message.sum_dtype)
+        job = Job(
+            transfer, sequence, message.skip_tokens, arrived_s, message.sum_tokens, message.sum_dtype, message.salt
+        )
         job.recording = recording
+        job.in_tiers = self._offloader.look(sequence, message.salt)
         self._scheduler.add(job)
         log.debug("queued: %d tokens, %d of them not needed", len(message.tokens), message.skip_tokens)
+
+    def _fetch(self, job: Job) -> bool:
+        """Have the tiers load what a job lacks, where that is sooner than computing it."""
+        known = job.in_tiers
+        if known is None or not self._offloader.fetch(job, job.sequence, job.salt, known, 0, self._s_per_token):
+            return False
+        job.in_tiers = None
+        return True
 
     def _accept(self, job: Job) -> None:
         sequence = job.sequence
@@ -268,6 +295,7 @@ class PrefillWorker:
         self._prompt_tokens += outcome.num_new
         self._metrics.prompt_tokens.inc(outcome.num_new)
         self._engine.commit(job.sequence)
+        self._offloader.offer(job.sequence, job.salt, outcome.first + outcome.num_new)
         job.prompt_logprobs.extend(outcome.prompt_logprobs)
         if job.recording is not None and outcome.hidden_states is not None:
             job.recording.append(outcome.first, outcome.hidden_states)
@@ -300,6 +328,7 @@ class PrefillWorker:
 
     def _fail(self, job: Job, message: str, status: int) -> None:
         self._leases.release(job.transfer)
+        self._offloader.forget(job.sequence, job.salt)
         self._engine.discard(job.sequence)
         self._scheduler.remove(job)
         RequestLog(job.sequence.request_id).error("%s", message)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -34,10 +35,13 @@ from tandem.core.metrics import WorkerMetrics
 from tandem.decode.worker import DecodeWorker
 from tandem.engine.build import build_engine
 from tandem.engine.kv_cache import KVCache
+from tandem.engine.load_cost import LoadCost
 from tandem.engine.models.shard import kv_heads_of
+from tandem.engine.offloader import Offloader
 from tandem.kv_transfer.connector import GENERATIONS, Connector
 from tandem.kv_transfer.ends import End, first_end
 from tandem.kv_transfer.hidden_states import open_writer
+from tandem.kv_transfer.offload.stack import OffloadStack
 from tandem.kv_transfer.transports import Transport
 from tandem.kv_transfer.transports.faulty import FaultyTransport
 from tandem.kv_transfer.transports.inproc import InprocTransport
@@ -66,6 +70,7 @@ class Node:
 
     def __init__(self, pair: Pair, peer: str, role: str, config: Config) -> None:
         self.peer = peer
+        self.config = config
         self.metrics = WorkerMetrics(CollectorRegistry())
         pool: PrefillPool | DecodePool
         match role:
@@ -101,6 +106,12 @@ class Node:
             "auto", config.kv.lease_s, pair.clock, self.metrics, config.kv.checksums,
         )  # fmt: skip
 
+        stack = pair.stack_of(pair, self, role)
+        # Time stands still: nothing is measured, and every load is worth it.
+        num_tiers = 0 if stack is None else len(stack.levels)
+        free = LoadCost(num_tiers, layout.block_bytes, latency_s=0.0, s_per_byte=0.0)
+        self.offloader: Offloader[Any] = Offloader(self.engine, stack, pair.clock, self.metrics, free)
+
         def send(to: str, message: Message) -> None:
             pair.post(peer, to, message)
 
@@ -108,12 +119,12 @@ class Node:
         if isinstance(pool, PrefillPool):
             self.worker = PrefillWorker(
                 self.engine, self.connector, pool, built.fingerprint, config.kv.lease_s, built.max_model_len,
-                pair.clock, self.metrics, send, self.writer,
+                pair.clock, self.metrics, send, self.writer, self.offloader,
             )  # fmt: skip
         else:
             self.worker = DecodeWorker(
                 self.engine, self.connector, pool, config, built.fingerprint, built.max_model_len, pair.clock,
-                self.metrics, send, self.writer,
+                self.metrics, send, self.writer, self.offloader,
             )  # fmt: skip
 
     def here(self) -> AbstractContextManager[object]:
@@ -126,6 +137,7 @@ class Node:
         assert self.engine.pool.num_free == self.engine.pool.num_blocks
 
     def close(self) -> None:
+        self.offloader.close()
         self.transport.close()
         if self.ranks is not None:
             self.ranks.close()
@@ -142,6 +154,7 @@ class Pair:
         prefill: the configuration of the prefill workers, where it is another.
         device_of: where a role computes.
         transport_of: what reads into a cache, and out of it.
+        stack_of: makes the tiers of a worker, which call `news.set`; None: it has none.
     """
 
     def __init__(
@@ -151,7 +164,10 @@ class Pair:
         prefill: Config | None = None,
         device_of: Callable[[str], torch.device] = lambda role: torch.device("cpu"),
         transport_of: Callable[[KVCache], Any] = lambda cache: InprocTransport(lambda: None),
+        stack_of: Callable[[Pair, Node, str], OffloadStack | None] = lambda pair, node, role: None,
     ) -> None:
+        self.stack_of = stack_of
+        self.news = threading.Event()
         self.overlap = overlap
         self.device_of = device_of
         self.transport_of = transport_of
@@ -249,7 +265,11 @@ class Pair:
                 busy |= node.worker.step()
         if self.decode.connector.num_pulls and not busy:
             time.sleep(1e-4)  # reads of other ranks and of GPUs go on in threads
-        return busy or bool(self._wire) or bool(self.decode.connector.num_pulls)
+        waits = any(node.offloader.num_open for node in self.nodes.values())
+        if waits and not busy:
+            self.news.wait(1e-3)
+            self.news.clear()
+        return busy or waits or bool(self._wire) or bool(self.decode.connector.num_pulls)
 
     def run(self, max_turns: int = 100_000) -> None:
         """Until nothing is left to do."""

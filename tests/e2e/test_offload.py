@@ -1,0 +1,139 @@
+"""Conversations that do not fit the workers' memory, served with and without tiers below it."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from support.served import Served, wait_for
+
+NUM_CONVERSATIONS = 5
+NUM_TURNS = 3
+MODEL = "model.max_model_len=1024"
+POOLS = {"together": "pools={colocated: {}}", "apart": "routing.local_prefill=never"}
+
+
+def ask(served: Served, prompt: list[int]) -> tuple[list[int], float]:
+    """Greedy tokens, and the seconds until the first came."""
+    body: dict[str, Any] = {"prompt": prompt, "max_tokens": 16, "temperature": 0, "stream": True}
+    body |= {"return_token_ids": True, "ignore_eos": True}
+    tokens: list[int] = []
+    first_s = 0.0
+    started_s = time.monotonic()
+    with served.client.stream("POST", "/v1/completions", json=body) as stream:
+        assert stream.status_code == 200, stream.read()
+        for line in stream.iter_lines():
+            for choice in json.loads(line[6:])["choices"] if line.startswith("data: {") else ():
+                first_s = first_s or time.monotonic() - started_s
+                tokens += choice.get("token_ids") or []
+    return tokens, first_s
+
+
+def talk(served: Served) -> tuple[list[list[int]], float]:
+    """Conversations that take turns: the answers, and the mean time to a first token in the turns after the first."""
+    rng = np.random.default_rng(7)
+    histories: list[list[int]] = [rng.integers(5, 250, 600).tolist() for _ in range(NUM_CONVERSATIONS)]
+    answers, times = [], []
+    for turn in range(NUM_TURNS):
+        for history in histories:
+            history += rng.integers(5, 250, 40).tolist()
+            tokens, first_s = ask(served, history)
+            answers.append(tokens)
+            history += tokens
+            if turn:
+                times.append(first_s)
+    return answers, mean(times)
+
+
+def left_over() -> set[str]:
+    return {path.name for path in Path("/tmp").glob("tandem-host-*")} | {
+        path.name for path in Path("/dev/shm").glob("*tandem*")
+    }
+
+
+@pytest.mark.parametrize("pools", POOLS)
+def test_conversations_outlive_the_pool_and_a_worker(tmp_path: Path, pools: str) -> None:
+    before = left_over()
+    arguments = ["--set", MODEL, "--set", POOLS[pools], "--set", "kv.capacity=8MiB"]
+    tiers = f"offload.tiers=[{{kind: host, capacity: 64MiB}}, {{kind: disk, capacity: 64MiB, path: {tmp_path}/disk}}]"
+    (tmp_path / "off").mkdir()
+    (tmp_path / "on").mkdir()
+    off = Served(tmp_path / "off", *arguments)
+    try:
+        off.wait_ready()
+        expected, off_s = talk(off)
+        assert off.stop() == 0
+    finally:
+        off.kill()
+    on = Served(tmp_path / "on", *arguments, "--set", tiers)
+    try:
+        on.wait_ready()
+        answers, on_s = talk(on)
+        assert answers == expected
+        assert on.metric("tandem_offload_loads_total", outcome="loaded") > 0
+        tokens = on.metric("tandem_offload_tokens_total")
+        assert tokens > 600
+        print(f"mean time to the first token: tiers on {on_s * 1e3:.1f} ms, off {off_s * 1e3:.1f} ms")
+        worker = "colocated-0" if pools == "together" else "prefill-0"
+        on.worker(worker).kill()
+        wait_for(lambda: f"{worker}#2 is ready" in on.text(), 60, "the next life")
+        again, _ = talk(on)
+        assert again == expected
+        # Counted anew: of the process that was killed, nothing is left.
+        assert on.metric("tandem_offload_blocks_total", tier="host-0", event="loaded", worker=worker) > 0
+        processes = on.tree()
+        assert on.stop() == 0
+        wait_for(lambda: not [p for p in processes if p.is_running() and p.status() != "zombie"], 10, "the end of all")
+    finally:
+        on.kill()
+    assert left_over() <= before
+
+
+HOST = "offload.tiers=[{kind: host, capacity: 64MiB}]"
+
+
+def test_a_killed_serve_leaves_no_host_tier(tmp_path: Path) -> None:
+    before = left_over()
+    served = Served(tmp_path, "--set", MODEL, "--set", POOLS["together"], "--set", HOST)
+    try:
+        served.wait_ready()
+        processes = served.tree()
+        keepers = [p for p in psutil.process_iter() if "tandem.kv_transfer.offload.keeper" in _command(p)]
+        assert [p for p in keepers if set(p.parents()) & set(processes)]
+        served.process.kill()
+        wait_for(lambda: left_over() <= before, 30, "the janitor")
+        processes += keepers
+        wait_for(lambda: not [p for p in processes if p.is_running() and p.status() != "zombie"], 20, "the end of all")
+    finally:
+        served.kill()
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("offload.tiers=[{kind: host, capacity: 1000TiB}]", "offload.tiers.0.capacity"),
+        ("offload.tiers=[{kind: host, capacity: 64MiB, write: write_back}]", "offload.tiers.0.write"),
+    ],
+)
+def test_tiers_that_cannot_be_end_the_start(tmp_path: Path, value: str, said: str) -> None:
+    before = left_over()
+    served = Served(tmp_path, "--set", MODEL, "--set", POOLS["together"], "--set", value)
+    try:
+        assert served.process.wait(timeout=60) != 0
+        assert said in served.text()
+        assert left_over() <= before
+    finally:
+        served.kill()
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []

@@ -1,0 +1,71 @@
+"""Who owns a node's host tier: one keeper for all, a new one when it dies, and nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import psutil
+import pytest
+from support.gateway import wait_for
+from support.tiers import BLOCK_BYTES, ready
+from tandem.cluster.host_tier import HostTierOwner
+from tandem.core.clock import SystemClock
+from tandem.core.config import Config
+from tandem.core.errors import ConfigError
+from tandem.kv_transfer.offload.host import HostTier
+
+CONFIG = Config.model_validate({"offload": {"tiers": [{"kind": "host", "capacity": "64KiB"}]}}).model_dump_json()
+
+
+def keepers() -> list[psutil.Process]:
+    alive = [child for child in psutil.Process().children() if child.status() != "zombie"]
+    return [child for child in alive if any("offload.keeper" in argument for argument in child.cmdline())]
+
+
+def test_a_keeper_that_dies_is_replaced_and_nothing_is_left(tmp_path: Path) -> None:
+    owner = HostTierOwner(CONFIG, str(tmp_path))
+    folder = Path(owner.start(BLOCK_BYTES))
+    assert owner.start(BLOCK_BYTES) == str(folder), "the node has one"
+    news = threading.Event()
+    tier = HostTier(folder / "host.socket", BLOCK_BYTES, SystemClock(), 5.0, news.set)
+    ready(tier)
+    [keeper] = keepers()
+    keeper.kill()
+    wait_for(lambda: tier.stats().away, 10, "the end of the first")
+    ready(tier)
+    tier.close()
+    owner.stop()
+    owner.stop()
+    assert not folder.exists()
+    wait_for(lambda: not keepers(), 10, "the end of the second")
+
+
+def test_what_cannot_be_leaves_nothing(tmp_path: Path) -> None:
+    config = Config.model_validate({"offload": {"tiers": [{"kind": "host", "capacity": "1000TiB"}]}})
+    before = set(Path("/tmp").glob("tandem-host-*"))
+    with pytest.raises(ConfigError, match=r"offload\.tiers\.0\.capacity"):
+        HostTierOwner(config.model_dump_json(), str(tmp_path)).start(BLOCK_BYTES)
+    assert set(Path("/tmp").glob("tandem-host-*")) <= before
+
+
+def test_an_owner_that_is_killed_leaves_nothing(tmp_path: Path) -> None:
+    code = (
+        "import sys, time; from tandem.cluster.host_tier import HostTierOwner\n"
+        "owner = HostTierOwner(sys.argv[1], sys.argv[2]); print(owner.start(5000), flush=True); time.sleep(100)"
+    )
+    owner = subprocess.Popen([sys.executable, "-c", code, CONFIG, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert owner.stdout is not None
+    folder = Path(owner.stdout.readline().strip())
+    wait_for((folder / "host.socket").exists, 10, "the keeper")
+    children = psutil.Process(owner.pid).children()
+    assert children
+    os.kill(owner.pid, signal.SIGKILL)
+    owner.wait()
+    owner.stdout.close()
+    wait_for(lambda: not folder.exists(), 15, "the janitor")
+    wait_for(lambda: not [c for c in children if c.is_running() and c.status() != "zombie"], 10, "the end of all")
