@@ -1,4 +1,4 @@
-"""What speaks to Ray: actors, their placement, and the local cluster of `tandem serve`. `probe_actors` alone does too.
+"""Tandem's processes as Ray actors, and their placement. `ray_cluster` and `probe_actors` alone speak to Ray too.
 
 Ray starts processes, tells when they die, and carries the control calls below. Tokens and KV never pass through it.
 """
@@ -7,11 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
-import shutil
 import signal
-import socket
-import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -25,23 +21,21 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ..core.clock import SystemClock
 from ..core.config import Config
-from ..core.environment import announce_local_ray, cache_folder, ray_authenticates, show_gpus, worker_environment
+from ..core.environment import cache_folder, show_gpus, worker_environment
 from ..core.errors import ConfigError, TandemError, WorkerError
 from ..core.ids import PeerId
 from ..core.log import configure_logging, logger
 from ..core.messages import Member, Membership, Report
 from ..core.wire import ClusterKeys, make_cluster_keys
-from .controller import Controller, Event, Handle, WorkerStatus, desired_workers
-from .janitor import hire
+from .controller import Controller, Event, Handle, WorkerStatus
+from .ray_cluster import ANSWER_TIMEOUT_S, NAMESPACE, check_resources
 
 if TYPE_CHECKING:
     from ..kv_transfer.trial import TrialEnd
 
-NAMESPACE = "tandem"
 NAME = "tandem"
 
 _START_TIMEOUT_S = 600.0
-_ANSWER_TIMEOUT_S = 3.0
 _LEAVE_S = 5.0
 """What a process that gets SIGTERM takes at most: what is not done by then is done again elsewhere."""
 
@@ -139,7 +133,7 @@ class _Process:
         """SIGTERM: hand over what we have, and end; the controller starts the next life."""
         logger.info("SIGTERM: ends within %g s", _LEAVE_S)
         with contextlib.suppress(ray.exceptions.RayError, ray.exceptions.GetTimeoutError):
-            ray.get(self._controller.leaving.remote(self._peer), timeout=_ANSWER_TIMEOUT_S)
+            ray.get(self._controller.leaving.remote(self._peer), timeout=ANSWER_TIMEOUT_S)
         self.stop(_LEAVE_S)
 
     def pid(self) -> int:
@@ -190,14 +184,14 @@ class _ActorHandle:
 
     async def report(self) -> Report | None:
         try:
-            encoded = await asyncio.wait_for(self._actor.report.remote(), _ANSWER_TIMEOUT_S)
+            encoded = await asyncio.wait_for(self._actor.report.remote(), ANSWER_TIMEOUT_S)
         except (ray.exceptions.RayError, TimeoutError):
             return None
         return msgspec.msgpack.decode(encoded, type=Report)
 
     async def stop(self, grace_s: float) -> None:
         with contextlib.suppress(ray.exceptions.RayError, TimeoutError):
-            await asyncio.wait_for(self._actor.stop.remote(grace_s), grace_s + _ANSWER_TIMEOUT_S)
+            await asyncio.wait_for(self._actor.stop.remote(grace_s), grace_s + ANSWER_TIMEOUT_S)
         ray.kill(self._actor)
 
 
@@ -241,7 +235,7 @@ class _RayLauncher:
         while self._host_tiers:
             _, tier = self._host_tiers.popitem()
             with contextlib.suppress(ray.exceptions.RayError, TimeoutError):
-                await asyncio.wait_for(tier.stop.remote(), _ANSWER_TIMEOUT_S)
+                await asyncio.wait_for(tier.stop.remote(), ANSWER_TIMEOUT_S)
             ray.kill(tier)
 
     def phase(self, peer: PeerId, phase: str) -> None:
@@ -416,11 +410,11 @@ class Cluster:
 
     def phases(self) -> dict[str, str]:
         """How far each worker is."""
-        return dict(ray.get(self._controller.phases.remote(), timeout=_ANSWER_TIMEOUT_S))
+        return dict(ray.get(self._controller.phases.remote(), timeout=ANSWER_TIMEOUT_S))
 
     def status(self) -> list[WorkerStatus]:
         """Every worker, and its load."""
-        return list(ray.get(self._controller.status.remote(), timeout=_ANSWER_TIMEOUT_S * 3))
+        return list(ray.get(self._controller.status.remote(), timeout=ANSWER_TIMEOUT_S * 3))
 
     def events(self, after: int, timeout_s: float) -> list[Event]:
         """News since event ``after``; waits for some for at most ``timeout_s``.
@@ -429,14 +423,14 @@ class Cluster:
             WorkerError: the controller is gone.
         """
         try:
-            reply = ray.get(self._controller.events.remote(after, timeout_s), timeout=timeout_s + _ANSWER_TIMEOUT_S)
+            reply = ray.get(self._controller.events.remote(after, timeout_s), timeout=timeout_s + ANSWER_TIMEOUT_S)
         except ray.exceptions.RayError as error:
             raise WorkerError(f"the controller is gone: {type(error).__name__}") from None
         return list(reply)
 
     def describe(self) -> tuple[Config, Path]:
         """The configuration that runs, and the folder of its logs."""
-        config, folder = ray.get(self._controller.describe.remote(), timeout=_ANSWER_TIMEOUT_S)
+        config, folder = ray.get(self._controller.describe.remote(), timeout=ANSWER_TIMEOUT_S)
         return Config.model_validate_json(config), Path(folder)
 
     def stop(self, grace_s: float) -> None:
@@ -444,89 +438,6 @@ class Cluster:
         with contextlib.suppress(ray.exceptions.RayError):
             ray.get(self._controller.stop.remote(grace_s), timeout=2 * grace_s + 10)
         ray.kill(self._controller)
-
-
-class LocalRay:
-    """A Ray cluster of this machine alone, listening on the loopback address, gone without a trace after `stop`.
-
-    `core.config.prepare_local_ray` must have been called before this module was imported.
-
-    Args:
-        configs: of the clusters that will run there: they tell how many logical CPUs are needed.
-    """
-
-    def __init__(self, *configs: Config) -> None:
-        # Sockets live below this folder, and their paths must be short.
-        self._folder = Path(tempfile.mkdtemp(prefix="tandem-ray-"))
-        self._janitor = hire(self._folder)
-        self._note: Path | None = None
-        try:
-            ray.init(
-                address="local",
-                namespace=NAMESPACE,
-                num_cpus=max(psutil.cpu_count() or 1, math.ceil(sum(map(_wanted_cpus, configs)))),
-                include_dashboard=False,
-                log_to_driver=False,
-                configure_logging=False,
-                object_store_memory=80 << 20,
-                _node_ip_address="127.0.0.1",
-                _temp_dir=str(self._folder),
-            )
-            self._note = announce_local_ray(ray.get_runtime_context().gcs_address)
-        except BaseException:
-            self.stop()
-            raise
-
-    def stop(self) -> None:
-        """End Ray and remove its files. Idempotent."""
-        ray.shutdown()
-        if self._note is not None:
-            self._note.unlink(missing_ok=True)
-        shutil.rmtree(self._folder, ignore_errors=True)
-        self._janitor.communicate()
-
-
-def connect_ray(address: str | None) -> None:
-    """Join a running Ray cluster as a driver.
-
-    Raises:
-        ConfigError: there is none, or it lets strangers in.
-    """
-    _probe(address)
-    try:
-        ray.init(address=address or "auto", namespace=NAMESPACE, log_to_driver=False, configure_logging=False)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ConfigError(
-            f"no Ray cluster at {address or 'this host'}: {str(error).splitlines()[0]}",
-            fix="`ray start --head` starts one; `tandem serve` needs none",
-        ) from None
-    addresses = {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
-    if addresses - {"127.0.0.1", "::1"} and not ray_authenticates():
-        disconnect_ray()
-        raise ConfigError(
-            f"the Ray cluster at {', '.join(sorted(addresses))} can be reached from the network, "
-            "and this environment does not ask for token authentication",
-            fix="set RAY_AUTH_MODE=token and the same RAY_AUTH_TOKEN on every node, before `ray start`, and here",
-        )
-
-
-def _probe(address: str | None) -> None:
-    """Ray itself waits for minutes for an address where nobody listens."""
-    host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
-    if not colon or not port.isdigit():
-        return
-    try:
-        socket.create_connection((host, int(port)), timeout=_ANSWER_TIMEOUT_S).close()
-    except OSError as error:
-        raise ConfigError(
-            f"no Ray cluster at {address}: {(error.strerror or str(error)).lower()}",
-            fix="`ray start --head` starts one and prints its address",
-        ) from None
-
-
-def disconnect_ray() -> None:
-    """Leave the Ray cluster; what runs there goes on."""
-    ray.shutdown()
 
 
 def default_log_folder() -> Path:
@@ -538,26 +449,4 @@ def _controller_name(name: str) -> str:
     return f"{name}-controller"
 
 
-def _wanted_cpus(config: Config) -> float:
-    pools = (config.pools.prefill, config.pools.decode, config.pools.colocated)
-    return sum(pool.replicas * pool.cpus_per_replica for pool in pools if pool is not None)
-
-
-def check_resources(config: Config) -> None:
-    """Raises ConfigError if the connected Ray cluster has too few free CPUs or GPUs for all workers."""
-    pools = (config.pools.prefill, config.pools.decode, config.pools.colocated)
-    wanted = {
-        "CPU": _wanted_cpus(config),
-        "GPU": sum(pool.replicas * pool.gpus_per_replica for pool in pools if pool is not None),
-    }
-    available = ray.available_resources()
-    for name, amount in wanted.items():
-        if amount > available.get(name, 0.0):
-            workers = ", ".join(worker for worker, role in desired_workers(config) if role != "gateway")
-            raise ConfigError(
-                f"{workers} need {amount:g} {name}s; the Ray cluster has {available.get(name, 0.0):g} free",
-                fix="lower pools.*.replicas or pools.*.cpus_per_replica, or add nodes",
-            )
-
-
-__all__ = ["Cluster", "LocalRay", "check_resources", "connect_ray", "default_log_folder", "disconnect_ray"]
+__all__ = ["Cluster", "default_log_folder"]

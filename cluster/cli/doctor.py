@@ -74,9 +74,9 @@ def _examine(
     where, own = _find_ray(address)
     if own:
         prepare_local_ray()
-    from ..actors import LocalRay, connect_ray, disconnect_ray
     from ..doctor.examination import Examination
     from ..probe_actors import Probes, ray_version, running_tandem
+    from ..ray_cluster import LocalRay, connect_ray, disconnect_ray
 
     notes = Notes("Ray", "here")
     with ExitStack() as cleanup:

@@ -56,7 +56,8 @@ def _run(config: Config, console: Console, stop: threading.Event) -> None:
     progress = Progress(console, stop.is_set)
     progress.show("starting Ray")
     prepare_local_ray()
-    from ..actors import Cluster, LocalRay, default_log_folder
+    from ..actors import Cluster, default_log_folder
+    from ..ray_cluster import LocalRay
 
     ray: LocalRay | None = None
     cluster: Cluster | None = None
