@@ -75,6 +75,21 @@ class Pieces:
             self._notify()
         return number
 
+    def submit(self, read: Read, regions: dict[str, Region], *, reachable: bool) -> int:
+        """`open` a read from a peer that checks its own end, with what is wrong at ours.
+
+        Args:
+            read: to be numbered.
+            regions: ours, of the host's memory.
+            reachable: whether the peer is there.
+        """
+        target = bytes_of(regions, read.target)
+        if target is None:
+            return self.open(read, f"there is no local region {read.target}")
+        if not reachable:
+            return self.open(read, f"{read.peer} is gone")
+        return self.open(read, check_runs(read.runs, 1 << 62, len(target)))
+
     def poll(self) -> list[TransferResult]:
         """The reads that ended since the last call."""
         with self._lock:

@@ -32,7 +32,7 @@ from ...core.messages import Count, Name, Text, decode_with
 from ...core.wire import SecureContext
 from ...kernels import copy_runs
 from ..rdma import rdma_devices
-from .base import Notify, Read, Region, TransferResult, bytes_of, check_runs
+from .base import Notify, Read, Region, TransferResult, bytes_of
 from .pieces import MAX_RUNS, Piece, Pieces, integers, octets, pack
 
 FRAME_BYTES = 2 << 20
@@ -209,16 +209,10 @@ class UcxTransport:
         self._wake()
 
     def submit(self, read: Read) -> int:
-        target = bytes_of(self._regions, read.target)
         with self._lock:
-            error = "" if read.peer in self._descriptors else f"{read.peer} is gone"
-        if target is None:
-            error = f"there is no local region {read.target}"
-        elif not error:
-            error = check_runs(read.runs, 1 << 62, len(target))
-        number = self._pieces.open(read, error)
-        if not error:
-            self._wake()
+            reachable = read.peer in self._descriptors
+        number = self._pieces.submit(read, self._regions, reachable=reachable)
+        self._wake()
         return number
 
     def poll(self) -> list[TransferResult]:

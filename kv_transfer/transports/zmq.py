@@ -23,7 +23,7 @@ from ...core.log import RateLimited
 from ...core.messages import decode_with
 from ...core.wire import SecureContext
 from ...kernels import copy_runs
-from .base import Notify, Read, Region, TransferResult, bytes_of, check_runs
+from .base import Notify, Read, Region, TransferResult, bytes_of
 from .pieces import Piece, Pieces, integers, octets, pack
 
 FRAME_BYTES = 2 << 20
@@ -107,16 +107,10 @@ class ZmqTransport:
         self._wake(b"peers")
 
     def submit(self, read: Read) -> int:
-        target = bytes_of(self._regions, read.target)
         with self._lock:
-            error = "" if read.peer in self._endpoints else f"{read.peer} is gone"
-        if target is None:
-            error = f"there is no local region {read.target}"
-        elif not error:
-            error = check_runs(read.runs, 1 << 62, len(target))
-        number = self._pieces.open(read, error)
-        if not error:
-            self._wake(b"reads")
+            reachable = read.peer in self._endpoints
+        number = self._pieces.submit(read, self._regions, reachable=reachable)
+        self._wake(b"reads")
         return number
 
     def poll(self) -> list[TransferResult]:
