@@ -7,7 +7,7 @@ import enum
 from ..core.errors import IllegalTransition
 from ..core.ids import PeerId
 from ..core.log import RequestLog
-from ..core.messages import Child, FinishReason, Generate, SampledToken
+from ..core.messages import Child, FinishReason, Generate, SampledToken, Usage
 from ..engine.offloader import InTiers
 from ..engine.sequence import Sequence
 from ..kv_transfer.hidden_states import Recording
@@ -152,3 +152,14 @@ class Stream:
         if token in self.request.stopping.stop_ids:
             return FinishReason.STOP
         return FinishReason.LENGTH if self.sequence.num_tokens >= self.limit else None
+
+    def usage(self) -> Usage:
+        """How long its stages took, and what it reused."""
+        return Usage(
+            self.request.ticket,
+            max(self.queue_s, 0.0),
+            max(self.prefill_s, 0.0),
+            max(self.transfer_s, 0.0),
+            self.cached_tokens,
+            self.transferred_bytes,
+        )

@@ -5,16 +5,15 @@ Owned by one thread. `handle` and `step` return quickly but for the engine's own
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from ..core.clock import Clock
 from ..core.config import Config, DecodePool
-from ..core.errors import CapacityError, RequestError, TransferError
+from ..core.errors import CapacityError, RequestError
 from ..core.hashing import root_hash
 from ..core.ids import PeerId
 from ..core.log import RateLimited, logger
 from ..core.messages import (
-    MAX_TEXT,
     Abort,
     Child,
     ChildUpdate,
@@ -26,7 +25,6 @@ from ..core.messages import (
     Message,
     Report,
     SampledToken,
-    Usage,
 )
 from ..core.metrics import WorkerMetrics
 from ..engine.engine import Engine, Outcome, device_is_lost
@@ -39,11 +37,11 @@ from ..kv_transfer.multi import MultiConnector
 from .cost import CostModel
 from .emitter import Emitter
 from .loader import LoadClosed, LoadDone, Loader, LoadEvent, LoadFailed, PromptDone, PromptStarted, ReadStarted
+from .peers import PrefillPeers, Send
 from .scheduler import DecodeScheduler
 from .step_loop import Landed, StepLoop
 from .stream import Stream, StreamState
 
-Send = Callable[[PeerId, Message], None]
 _log = RateLimited()
 
 _PREFIX_CACHE = "prefix cache"
@@ -86,12 +84,12 @@ class DecodeWorker:
     ) -> None:
         self._engine = engine
         self._connector = connector
+        self._peers = PrefillPeers(connector, metrics, send)
         self._fingerprint = fingerprint
         self._recompute = config.kv.on_load_failure == "recompute"
         self._max_model_len = max_model_len
         self._clock = clock
         self._metrics = metrics
-        self._send = send
         self._hidden_states = hidden_states
         self._cost = CostModel(config.routing.local_prefill, pool.max_batched_tokens)
         self._offloader = offloader or Offloader[Stream](engine, None, clock, metrics)
@@ -104,7 +102,6 @@ class DecodeWorker:
         self._output_tokens = 0
         self._prompt_tokens = 0
         self._received_bytes = 0
-        self._refused_peers: set[PeerId] = set()
 
     # ---- messages ---------------------------------------------------------------------------------------------------
 
@@ -117,15 +114,16 @@ class DecodeWorker:
                 for ticket in message.tickets:
                     self._abort(sender, ticket, message.child)
             case HelloReply():
-                self._greeted(sender, message)
+                self._peers.greeted(sender, message)
             case Membership():
-                self._follow(message)
+                for peer in self._peers.follow(message, {key[0] for key in self._streams}):
+                    self.peer_lost(peer)
             case _:
                 self._apply(self._loader.handle(sender, message))
 
     def peer_lost(self, peer: PeerId) -> None:
         """A prefill worker or a gateway is gone for good."""
-        self._refused_peers.discard(peer)
+        self._peers.forget(peer)
         self._apply(self._loader.peer_lost(peer))
         self._emitter.forget(peer)
         for gateway, ticket in [key for key in self._streams if key[0] == peer]:
@@ -170,7 +168,7 @@ class DecodeWorker:
             prompt_tokens=self._prompt_tokens,
             received_bytes=self._received_bytes,
             peers=self._connector.peers(),
-            refused={peer: self._connector.refusal(peer)[:MAX_TEXT] for peer in self._refused_peers},
+            refused=self._peers.refusals(),
         )
 
     def drained(self) -> bool:
@@ -234,14 +232,14 @@ class DecodeWorker:
         yield _PREFIX_CACHE
         if stream.fetched_from is not None:
             yield _TIERS
-        peer = self._prefill_peer(stream)
+        peer = self._peers.choose(stream)
         scheduler = self._scheduler
         ahead = scheduler.num_prefilling_tokens, scheduler.num_loading_tokens
         remaining = stream.sequence.num_tokens - stream.sequence.num_computed
         if peer and not self._cost.local_is_sooner(remaining, *ahead, scheduler.num_running):
             yield peer
             # With the first tokens known, the client waits for this worker alone.
-            other = self._prefill_peer(stream, avoid=peer) if stream.first_tokens is None else ""
+            other = self._peers.choose(stream, avoid=peer) if stream.first_tokens is None else ""
             if other:
                 yield other
         yield _HERE
@@ -272,16 +270,6 @@ class DecodeWorker:
         self._scheduler.load(stream)
         self._loader.start(stream, peer)
         self._stage(stream, "decode.handoff", detail)
-
-    def _prefill_peer(self, stream: Stream, avoid: PeerId = "") -> PeerId:
-        """The prefill peer for a stream: the one that the gateway chose, or another; "" when there is none."""
-        wanted = stream.request.prefill
-        if not wanted:
-            return ""
-        if wanted != avoid and self._connector.connected(wanted):
-            return wanted
-        others = [peer for peer in self._connector.peers() if peer != avoid]
-        return others[stream.order % len(others)] if others else ""
 
     def _abort(self, gateway: PeerId, ticket: int, child: int) -> None:
         for stream in list(self._streams.get((gateway, ticket), ())):
@@ -316,7 +304,7 @@ class DecodeWorker:
         """Have the tiers load what a stream lacks, where that is sooner than computing it."""
         if stream.in_tiers is None:
             return False
-        s_per_token = self._cost.s_per_token(has_peer=bool(self._prefill_peer(stream)))
+        s_per_token = self._cost.s_per_token(has_peer=bool(self._peers.choose(stream)))
         sequence, salt = stream.sequence, stream.request.salt
         if not self._offloader.fetch(stream, sequence, salt, stream.in_tiers, spare, s_per_token):
             return False
@@ -388,26 +376,6 @@ class DecodeWorker:
         stream.sequence.num_computed = stream.sources.num_here
         self._engine.commit(stream.sequence)
         self._ask_next(stream, event.reason.value)
-
-    def _follow(self, membership: Membership) -> None:
-        alive = {member.peer: member for member in membership.members}
-        gone = {key[0] for key in self._streams} | set(self._connector.peers()) | self._refused_peers
-        for peer in gone - alive.keys():
-            self.peer_lost(peer)
-        for peer, member in alive.items():
-            known = self._connector.connected(peer) or peer in self._refused_peers
-            if member.role == "prefill" and member.ready and not known:
-                self._send(peer, self._connector.hello())
-
-    def _greeted(self, sender: PeerId, reply: HelloReply) -> None:
-        if reply.hello.peer != sender or self._connector.connected(sender):
-            return
-        try:
-            self._connector.connect(reply)
-        except TransferError as error:
-            self._refused_peers.add(sender)
-            self._metrics.load_failures.labels(FailureReason.REFUSED.value).inc()
-            logger.error("cannot read from %s", error.message)
 
     # ---- tokens -----------------------------------------------------------------------------------------------------
 
@@ -538,15 +506,7 @@ class DecodeWorker:
         if stream.begun:
             return
         stream.begun = True
-        usage = Usage(
-            stream.request.ticket,
-            max(stream.queue_s, 0.0),
-            max(stream.prefill_s, 0.0),
-            max(stream.transfer_s, 0.0),
-            stream.cached_tokens,
-            stream.transferred_bytes,
-        )
-        self._emitter.usage(stream.gateway, usage)
+        self._emitter.usage(stream.gateway, stream.usage())
 
     def _not_a_number(self, stream: Stream) -> None:
         self._metrics.invalid_logits.inc()
