@@ -85,7 +85,7 @@ class WorkerRuntime:
     ) -> None:
         self.peer = peer
         self._role = role
-        self._config = config
+        self._config = config.of_pool(role)
         self._keys = keys
         self._address = address
         self._node = node

@@ -23,6 +23,8 @@ from .units import parse_bytes
 
 ByteSize = Annotated[int, BeforeValidator(parse_bytes), Field(ge=0, json_schema_extra={"examples": ["512MiB", "8GiB"]})]
 
+KVDtype = Literal["auto", "float32", "bfloat16", "float16", "fp8_e4m3"]
+
 DEMO_MODEL = "demo"
 """The value of ``model.path`` that means the model that ships with Tandem."""
 
@@ -48,6 +50,15 @@ class ModelConfig(_Section):
     """Operation → the backend that must serve it, for example {moe: torch}. `tandem explain` lists both."""
 
 
+class PoolKVConfig(_Section):
+    block_tokens: int | None = Field(default=None, ge=1, le=1024)
+    """In place of kv.block_tokens."""
+    capacity: ByteSize | Literal["auto"] | None = None
+    """In place of kv.capacity."""
+    dtype: KVDtype | None = None
+    """In place of kv.dtype."""
+
+
 class _Pool(_Section):
     replicas: int = Field(default=1, ge=1, le=1024)
     """Workers of this kind."""
@@ -60,6 +71,8 @@ class _Pool(_Section):
     different numbers of them."""
     threads: int | None = Field(default=None, ge=1, le=1024)
     """Threads that one CPU operation may use. Default: all of the node's."""
+    kv: PoolKVConfig = PoolKVConfig()
+    """What of the kv section is different in this pool. KV is converted on its way."""
 
     @model_validator(mode="after")
     def _check_ranks(self) -> Self:
@@ -132,7 +145,7 @@ class KVConfig(_Section):
     capacity: ByteSize | Literal["auto"] = "auto"
     """Memory for KV blocks of one worker. auto: what max_running sequences of max_model_len can use, at most a
     quarter of the memory that is free when the worker starts; on a GPU, what the largest steps leave."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16", "fp8_e4m3"] = "auto"
+    dtype: KVDtype = "auto"
     """auto: the model's. fp8_e4m3 halves the memory: 8 bits, 3 of them mantissa, unscaled, ±448 at most; on GPUs."""
     transport: Literal["auto", "cuda_ipc", "shm", "nixl", "ucx", "zmq"] = "auto"
     """How KV travels from prefill to decode. auto: on one host shared memory, between GPUs of one host CUDA's; between
@@ -279,6 +292,27 @@ class Config(_Section):
     hidden_states: HiddenStatesConfig = HiddenStatesConfig()
     offload: OffloadConfig = OffloadConfig()
     log: LogConfig = LogConfig()
+
+    def of_pool(self, role: str) -> Config:
+        """What it means for the workers of one pool: their own KV settings are those of the kv section.
+
+        Args:
+            role: prefill, decode or colocated; its pool is there.
+        """
+        own = getattr(self.pools, role).kv.model_dump(exclude_none=True)
+        return self.model_copy(update={"kv": self.kv.model_copy(update=own)}) if own else self
+
+    @model_validator(mode="after")
+    def _check_host_tier(self) -> Self:
+        if not any(tier.kind == "host" for tier in self.offload.tiers):
+            return self
+        roles = [role for role in PoolsConfig.model_fields if getattr(self.pools, role) is not None]
+        for key in ("block_tokens", "dtype"):
+            values = {role: getattr(self.of_pool(role).kv, key) for role in roles}
+            if len(set(values.values())) > 1:
+                found = " and ".join(f"{value} of pools.{role}.kv" for role, value in values.items())
+                raise ValueError(f"offload.tiers: a host tier keeps blocks of one size, and {key} is {found}")
+        return self
 
     @model_validator(mode="after")
     def _check_devices(self) -> Self:

@@ -165,8 +165,9 @@ class _Steps:
 
 
 def _model(config: Config, options: Options, links: Mapping[str, Cost]) -> Model:
-    pool = config.pools.prefill or config.pools.colocated
-    workers = options.workers or (pool.replicas if pool is not None else 1)
+    role = "prefill" if config.pools.prefill is not None else "colocated"
+    config, pool = config.of_pool(role), getattr(config.pools, role)
+    workers = options.workers or pool.replicas
     if options.worker_cache is not None:
         cache_bytes = _size("--worker-cache", options.worker_cache)
     else:

@@ -148,7 +148,9 @@ def _look_at_memory(notes: Notes, config: Config, num_workers: int) -> None:
     ):
         return  # the GPU's memory is what counts
     available = available_bytes()
-    capacity = config.kv.capacity
+    roles = ("prefill", "decode", "colocated")
+    capacities = [config.of_pool(role).kv.capacity for role in roles if getattr(config.pools, role) is not None]
+    capacity = "auto" if "auto" in capacities else max(int(capacity) for capacity in capacities)
     wanted = num_workers * (weights + (0 if isinstance(capacity, str) else capacity))
     kv = "KV takes a quarter of what is free" if isinstance(capacity, str) else f"{format_bytes(capacity)} of KV"
     notes.judge(

@@ -1,5 +1,5 @@
-"""Prefill and decode workers of different numbers of ranks: each rank reads the heads that it lacks from those that
-have them, and nobody can tell by the tokens."""
+"""Prefill and decode workers of different numbers of ranks, and blocks of different sizes: each rank reads the heads that
+it lacks from those that have them, and nobody can tell by the tokens."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ PROMPTS = ["The library", "In the morning " * 60, "A long way from home, " * 20 
 
 
 def start(home: Path, prefill: int, decode: int, transport: str = "auto") -> Served:
-    pools = f"pools={{prefill: {{tensor_parallel: {prefill}, threads: 1}}, decode: {{tensor_parallel: {decode}, threads: 1}}}}"
+    blocks = "kv: {block_tokens: 24}"
+    pools = f"pools={{prefill: {{tensor_parallel: {prefill}, threads: 1, {blocks}}}, decode: {{tensor_parallel: {decode}, threads: 1}}}}"
     return Served(
         home,
         "--set", pools,

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 from tandem.core.config import Config, load_config, model_folder, model_name
 from tandem.core.environment import show_gpus
 from tandem.core.errors import ConfigError
@@ -99,6 +100,16 @@ def test_every_pool_may_have_gpus_and_ranks() -> None:
     for role in ("decode", "colocated"):
         pool = getattr(load_config(None, [f"pools.{role}={{gpus_per_replica: 2, tensor_parallel: 2}}"]).pools, role)
         assert pool.gpus_per_replica == pool.tensor_parallel == 2
+
+
+def test_a_pool_has_kv_settings_of_its_own() -> None:
+    pools = {"prefill": {"kv": {"block_tokens": 64}}, "decode": {"kv": {"dtype": "bfloat16", "capacity": "1GiB"}}}
+    config = Config.model_validate({"pools": pools, "kv": {"capacity": "2GiB"}})
+    prefill, decode = config.of_pool("prefill").kv, config.of_pool("decode").kv
+    assert (prefill.block_tokens, prefill.dtype, prefill.capacity) == (64, "auto", 2 << 30)
+    assert (decode.block_tokens, decode.dtype, decode.capacity) == (16, "bfloat16", 1 << 30)
+    with pytest.raises(ValidationError, match=r"block_tokens is 64 of pools[.]prefill[.]kv and 16 of pools[.]decode"):
+        Config.model_validate({"pools": pools, "offload": {"tiers": [{"kind": "host", "capacity": "1GiB"}]}})
 
 
 def test_a_transport_for_gpus_wants_them() -> None:
