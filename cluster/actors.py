@@ -38,6 +38,8 @@ NAME = "tandem"
 _START_TIMEOUT_S = 600.0
 _LEAVE_S = 5.0
 """What a process that gets SIGTERM takes at most: what is not done by then is done again elsewhere."""
+_PATIENCE_S = 10.0
+"""A controller that answers at all answers sooner, however busy its machine is."""
 
 
 # ---- processes ------------------------------------------------------------------------------------------------------
@@ -409,12 +411,19 @@ class Cluster:
         return True
 
     def phases(self) -> dict[str, str]:
-        """How far each worker is."""
-        return dict(ray.get(self._controller.phases.remote(), timeout=ANSWER_TIMEOUT_S))
+        """How far each worker is; empty while the controller itself is still starting, or is gone."""
+        try:
+            return dict(ray.get(self._controller.phases.remote(), timeout=ANSWER_TIMEOUT_S))
+        except ray.exceptions.RayError:
+            return {}
 
     def status(self) -> list[WorkerStatus]:
-        """Every worker, and its load."""
-        return list(ray.get(self._controller.status.remote(), timeout=ANSWER_TIMEOUT_S * 3))
+        """Every worker, and its load.
+
+        Raises:
+            WorkerError: the controller does not answer.
+        """
+        return list(self._ask(self._controller.status.remote()))
 
     def events(self, after: int, timeout_s: float) -> list[Event]:
         """News since event ``after``; waits for some for at most ``timeout_s``.
@@ -429,8 +438,12 @@ class Cluster:
         return list(reply)
 
     def describe(self) -> tuple[Config, Path]:
-        """The configuration that runs, and the folder of its logs."""
-        config, folder = ray.get(self._controller.describe.remote(), timeout=ANSWER_TIMEOUT_S)
+        """The configuration that runs, and the folder of its logs.
+
+        Raises:
+            WorkerError: the controller does not answer.
+        """
+        config, folder = self._ask(self._controller.describe.remote())
         return Config.model_validate_json(config), Path(folder)
 
     def stop(self, grace_s: float) -> None:
@@ -438,6 +451,16 @@ class Cluster:
         with contextlib.suppress(ray.exceptions.RayError):
             ray.get(self._controller.stop.remote(grace_s), timeout=2 * grace_s + 10)
         ray.kill(self._controller)
+
+    def _ask(self, answer: Any) -> Any:
+        try:
+            return ray.get(answer, timeout=_PATIENCE_S)
+        except ray.exceptions.GetTimeoutError:
+            raise WorkerError(
+                f"the controller does not answer within {_PATIENCE_S:g} s", fix="try again, or `tandem down`"
+            ) from None
+        except ray.exceptions.RayActorError as error:
+            raise WorkerError(f"the controller is gone: {_reason(error)}", fix="`tandem up` starts another") from None
 
 
 def default_log_folder() -> Path:

@@ -14,26 +14,17 @@ from pathlib import Path
 import psutil
 import pytest
 from support.served import TANDEM, Served, free_port, wait_for
+from support.traces import Traces
 
 pytestmark = pytest.mark.e2e
 
 
-class Traces:
-    """What a run could leave on the machine."""
-
-    def __init__(self) -> None:
-        self.shared_memory = set(os.listdir("/dev/shm")) if Path("/dev/shm").is_dir() else set()
-        self.folders = {path.name for path in Path("/tmp").glob("tandem-ray-*")}
-
-    def check(self, processes: list[psutil.Process], port: int) -> None:
-        wait_for(
-            lambda: not [p for p in processes if p.is_running() and p.status() != "zombie"], 5, "all processes to end"
-        )
-        with socket.create_server(("127.0.0.1", port)):
-            pass
-        now = Traces()
-        assert now.shared_memory <= self.shared_memory
-        assert now.folders <= self.folders
+def check_ended(processes: list[psutil.Process], port: int, traces: Traces) -> None:
+    """Nothing of a run is left."""
+    wait_for(lambda: not [p for p in processes if p.is_running() and p.status() != "zombie"], 5, "all processes to end")
+    with socket.create_server(("127.0.0.1", port)):
+        pass
+    traces.check()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -54,7 +45,7 @@ def test_a_signal_stops_everything(tmp_path: Path, number: signal.Signals) -> No
             assert served.process.wait(timeout=30) == 0
         else:
             assert served.stop(number) == 0
-        traces.check(processes, served.port)
+        check_ended(processes, served.port, traces)
         assert served.text().splitlines()[-1].startswith("stopped")
         print(f"ready after {seconds:.1f} s")
     finally:
@@ -69,7 +60,7 @@ def test_a_signal_while_it_starts(tmp_path: Path, after_s: float) -> None:
         time.sleep(after_s)
         processes = served.tree()
         assert served.stop(signal.SIGINT) == 0, served.text()
-        traces.check(processes, served.port)
+        check_ended(processes, served.port, traces)
     finally:
         served.kill()
 
@@ -144,7 +135,7 @@ def test_what_only_a_worker_can_know(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "kv.capacity" in done.stderr
     assert "fix: raise kv.capacity or lower model.max_model_len" in done.stderr
-    traces.check([], port)
+    check_ended([], port, traces)
 
 
 def test_a_fall_back_to_tcp_ends_the_start_where_rdma_is_required(tmp_path: Path) -> None:
@@ -159,7 +150,7 @@ def test_a_fall_back_to_tcp_ends_the_start_where_rdma_is_required(tmp_path: Path
     assert "decode-0#1 cannot read KV from prefill-0#1: kv.transport zmq: nothing works" in done.stderr
     assert "zmq: it would move KV by plain TCP, which kv.require_rdma rules out" in done.stderr
     assert "fix: give both hosts an active RDMA port" in done.stderr
-    traces.check([], port)
+    check_ended([], port, traces)
 
 
 def test_shared_memory_is_fine_where_rdma_is_required(tmp_path: Path) -> None:
