@@ -63,6 +63,11 @@ class BlockPool:
         """The block that holds the prefix's end that ``key`` names, if one does. Takes no reference, as `match`."""
         return self._by_key.get(key)
 
+    def find_free(self, key: BlockHash) -> int | None:
+        """`find` a block that nobody uses: no step writes to it, its content is whole."""
+        block = self._by_key.get(key)
+        return block if block is not None and self._references[block] == 0 else None
+
     def acquire(self, blocks: Iterable[int]) -> None:
         """Take a reference to each block."""
         for block in blocks:

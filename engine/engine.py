@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..core.hashing import BlockHash
 from ..core.messages import Child, SampledToken, TokenLogprobs
 from .allocator import Allocator
 from .batch import Work, lay_out
@@ -120,6 +121,14 @@ class Engine:
         if sequence.prompt_logprobs >= 0 or sequence.hidden_states:  # something of every prompt token is wanted
             return 0
         return self._allocator.match(sequence)
+
+    def num_cached(self, keys: Several[BlockHash]) -> int:
+        """How many blocks the longest cached prefix of ``keys`` has, in every group."""
+        return self._allocator.num_cached(keys)
+
+    def num_lacking(self, num_tokens: int, num_matched: int) -> int:
+        """Blocks that a prompt takes when the prefix cache has its first ``num_matched``."""
+        return self._allocator.num_lacking(num_tokens, num_matched)
 
     def reserve(self, sequence: Sequence, num_tokens: int, first_token: int | None = None) -> bool:
         """Give a sequence blocks for ``num_tokens`` tokens in all; False, and nothing, when there are not enough.

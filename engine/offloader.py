@@ -19,11 +19,12 @@ from ..core.log import logger
 from ..core.metrics import WorkerMetrics
 from ..kv_transfer.memory import Buffer
 from ..kv_transfer.offload.base import HostBlocks, Lookup
-from ..kv_transfer.offload.keys import KeySpace, key_space
+from ..kv_transfer.offload.keys import KeySpace, TierKey, key_space
 from ..kv_transfer.offload.stack import OffloadStack, StackResult
 from .engine import Engine
 from .load_cost import LoadCost
-from .sequence import Sequence
+from .prefixes import Part, group_key, longest_window, parts_of
+from .sequence import NO_BLOCK, Sequence
 
 _Owner = TypeVar("_Owner")
 
@@ -36,12 +37,11 @@ _KNOWN_TENANTS = 1024
 
 
 class InTiers(NamedTuple):
-    """What the tiers have of a prompt."""
+    """What the prefix cache and the tiers have of a prompt."""
 
-    start: int
-    """Blocks that the prefix cache had."""
-    levels: tuple[int, ...]
-    """For each block that follows, the number of the nearest tier that has it."""
+    num_blocks: int
+    levels: dict[Part, int]
+    """For each block that was not in the prefix cache, the number of the nearest tier that has it."""
 
 
 class Fetched(NamedTuple, Generic[_Owner]):
@@ -55,11 +55,13 @@ class Fetched(NamedTuple, Generic[_Owner]):
 
 
 class _Fetch(Generic[_Owner]):
-    def __init__(self, owner: _Owner, prefix: list[int], blocks: list[int], keys: list[BlockHash]) -> None:
+    def __init__(self, owner: _Owner, start: int, hashes: list[BlockHash]) -> None:
         self.owner: _Owner | None = owner
-        self.prefix = prefix
-        self.blocks = blocks
-        self.keys = keys
+        self.start = start
+        self.hashes = hashes
+        self.held: list[int] = []
+        self.parts: list[Part] = []
+        self.blocks: list[int] = []
         self.num_lacking = 0
         self.started_s = self.deadline_s = 0.0
 
@@ -68,7 +70,7 @@ class Offloader(Generic[_Owner]):
     """See the module. Owned by the engine thread.
 
     Args:
-        engine: whose blocks go out and come back; one KV group.
+        engine: whose blocks go out and come back.
         stack: the tiers; None: there are none, and nothing here does anything.
         clock: for durations and deadlines.
         metrics: counts.
@@ -83,7 +85,9 @@ class Offloader(Generic[_Owner]):
         metrics: WorkerMetrics,
         cost: LoadCost | None = None,
     ) -> None:
+        self._engine = engine
         self._pool = engine.pool
+        self._groups = engine.groups
         self._layout = engine.cache.layout
         self._block_tokens = engine.block_tokens
         self._stack = stack
@@ -94,10 +98,12 @@ class Offloader(Generic[_Owner]):
         # `open_tiers` has seen to it that the cache is in the host's memory.
         array = engine.cache.blocks.array if isinstance(engine.cache.blocks, Buffer) else np.empty(0, np.uint8)
         self._memory = HostBlocks(array, block_bytes)
-        self._space: Callable[[str], KeySpace] = functools.lru_cache(_KNOWN_TENANTS)(
-            lambda salt: key_space(salt, self._layout)
+        self._spaces: Callable[[str], list[KeySpace]] = functools.lru_cache(_KNOWN_TENANTS)(
+            lambda salt: [key_space(salt, self._layout, group) for group in range(len(self._groups))]
         )
-        self._max_held = max(engine.pool.num_blocks // _HELD_SHARE, 1)
+        self._max_held = max(engine.pool.num_blocks // _HELD_SHARE, len(self._groups))
+        self._whole = [number for number, group in enumerate(self._groups) if not group.window]
+        self._windowed = [number for number, group in enumerate(self._groups) if group.window]
         self._num_held = 0
         self._stores: dict[int, list[int]] = {}
         self._fetches: dict[int, _Fetch[_Owner]] = {}
@@ -110,7 +116,8 @@ class Offloader(Generic[_Owner]):
     # ---- out --------------------------------------------------------------------------------------------------------
 
     def offer(self, sequence: Sequence, salt: str, num_tokens: int) -> None:
-        """Store a sequence's full blocks, those that came from a cache too, which counts as a use of them.
+        """Store a sequence's full blocks, those that came from a cache too, which counts as a use of them. Of layers
+        that see a window, also what is dead already and nobody has reused: another prompt may part from this one there.
 
         What is more than stores may hold now is left for the next call.
 
@@ -119,41 +126,65 @@ class Offloader(Generic[_Owner]):
             salt: its tenant's.
             num_tokens: whose KV is in the blocks, whatever steps are in flight.
         """
-        start = sequence.num_offered
-        stop = min(num_tokens // self._block_tokens, start + self._max_held - self._num_held)
+        start, num_groups = sequence.num_offered, len(self._groups)
+        stop = min(num_tokens // self._block_tokens, start + (self._max_held - self._num_held) // num_groups)
         if self._stack is None or stop <= start:
             return
-        blocks = sequence.tables[0][start:stop]
-        keys = self._space(salt).of(sequence.keys(stop, self._block_tokens)[start:])
+        hashes = sequence.keys(stop, self._block_tokens)
+        parts, blocks = [], []
+        for part in (Part(position, group) for position in range(start, stop) for group in range(num_groups)):
+            block: int | None = sequence.tables[part.group][part.position]
+            if block == NO_BLOCK:
+                block = self._pool.find_free(group_key(hashes[part.position], part.group))
+            if block is not None:
+                parts.append(part)
+                blocks.append(block)
         self._pool.acquire(blocks)
         self._num_held += len(blocks)
-        self._stores[self._stack.store(keys, self._memory, blocks)] = blocks
+        self._stores[self._stack.store(self._keys(salt, hashes, parts), self._memory, blocks)] = blocks
         sequence.num_offered = stop
 
     def forget(self, sequence: Sequence, salt: str) -> None:
         """What a sequence computed is not to be trusted: no tier gives it to anybody."""
         num_blocks = max(sequence.num_offered, sequence.num_committed)
         if self._stack is not None and num_blocks:
-            self._stack.remove(self._space(salt).of(sequence.keys(num_blocks, self._block_tokens)))
+            hashes = sequence.keys(num_blocks, self._block_tokens)
+            self._stack.remove([key for space in self._spaces(salt) for key in space.of(hashes)])
 
     # ---- back -------------------------------------------------------------------------------------------------------
 
     def look(self, sequence: Sequence, salt: str) -> InTiers | None:
         """What the tiers have of a sequence beyond the prefix cache; None: nothing, or it is of no use. Does no I/O;
-        when no tier has the first block, no other is looked up."""
+        when no tier has the first block of layers that see everything, no other is looked up."""
         if self._stack is None or sequence.prompt_logprobs >= 0 or sequence.hidden_states:
             return None
-        hashes = sequence.keys((sequence.num_tokens - 1) // self._block_tokens, self._block_tokens)
-        start = len(self._pool.match(hashes))
-        keys = self._space(salt).of(hashes[start:])
-        if not keys or self._stack.lookup(keys[:1])[0].state is not Lookup.HIT:
+        size = self._block_tokens
+        hashes = sequence.keys((sequence.num_tokens - 1) // size, size)
+        start, stop = self._engine.num_cached(hashes), len(hashes)
+        levels: dict[Part, int] = {}
+        for group in self._whole:
+            if stop <= start:
+                return None
+            first = len(self._pool.match([group_key(key, group) for key in hashes[:stop]]))
+            parts = [Part(position, group) for position in range(first, stop)]
+            found = self._find(salt, hashes, parts[:1])
+            if found:
+                found = self._find(salt, hashes, parts)
+            stop = next((part.position for part in parts if part not in found), stop)
+            levels |= found
+
+        def has(part: Part) -> bool:
+            return part in levels or self._cached(hashes, part) is not None
+
+        for group in self._windowed if stop > start else ():
+            first = self._groups[group].first_block((start + 1) * size, size)
+            parts = [Part(position, group) for position in range(first, stop)]
+            levels |= self._find(salt, hashes, [part for part in parts if self._cached(hashes, part) is None])
+        stop = longest_window(self._groups, stop, size, has)
+        if stop <= start:
             return None
-        levels = []
-        for found in self._stack.lookup(keys):
-            if found.state is not Lookup.HIT:
-                break
-            levels.append(found.level)
-        return InTiers(start, tuple(levels)) if levels else None
+        needed = parts_of(self._groups, stop, size)
+        return InTiers(stop, {part: levels[part] for part in needed if part in levels})
 
     def fetch(
         self, owner: _Owner, sequence: Sequence, salt: str, known: InTiers, spare: int, s_per_token: float
@@ -172,30 +203,38 @@ class Offloader(Generic[_Owner]):
         Returns:
             whether there is something to wait for.
         """
-        if self._stack is None:
+        start, stop = sequence.num_matched_blocks, known.num_blocks
+        if self._stack is None or stop <= start:
             return False
-        start, stop = sequence.num_matched_blocks, known.start + len(known.levels)
-        levels = known.levels[max(start - known.start, 0) :]
-        if start < known.start or not levels:  # what the cache had is gone, or it has all
+        fetch = _Fetch(owner, start, sequence.keys(stop, self._block_tokens))
+        for part in parts_of(self._groups, stop, self._block_tokens):
+            block = self._cached(fetch.hashes, part)
+            if block is not None:
+                fetch.held.append(block)
+            elif part in known.levels:
+                fetch.parts.append(part)
+            else:  # what the cache had is gone
+                return False
+        fetch.num_lacking = self._engine.num_lacking(sequence.num_tokens, stop)
+        promised = sum(other.num_lacking for other in self._fetches.values())
+        self._pool.acquire(fetch.held)
+        if len(fetch.parts) + fetch.num_lacking + promised + spare > self._pool.num_free:
+            self._pool.release(fetch.held)
             return False
-        num_lacking = -(-sequence.num_tokens // self._block_tokens) - start
-        promised = sum(fetch.num_lacking for fetch in self._fetches.values())
-        if num_lacking + promised + spare > self._pool.num_free:
-            return False
-        compute_s = len(levels) * self._block_tokens * s_per_token
+        compute_s = (stop - start) * self._block_tokens * s_per_token
+        levels = [known.levels[part] for part in fetch.parts]
         if self._cost.load_s(levels) > compute_s:
+            self._pool.release(fetch.held)
             self._cost.declined(levels)
             self._metrics.offload_loads.labels("declined").inc()
             return False
-        blocks = self._pool.allocate(stop - start)
-        assert blocks is not None, "a prompt's room is less than that of its beginning"
-        hashes = sequence.keys(stop, self._block_tokens)[start:]
-        fetch = _Fetch(owner, sequence.tables[0][:start], blocks, hashes)
-        self._pool.acquire(fetch.prefix)
-        fetch.num_lacking = num_lacking - len(blocks)
+        blocks = self._pool.allocate(len(fetch.parts))
+        assert blocks is not None, "so many were free"
+        fetch.blocks = blocks
         fetch.started_s = self._clock.monotonic_s()
         fetch.deadline_s = fetch.started_s + max(_PATIENCE * compute_s, _LEAST_WAIT_S)
-        self._fetches[self._stack.load(self._space(salt).of(hashes), self._memory, blocks)] = fetch
+        keys = self._keys(salt, fetch.hashes, fetch.parts)
+        self._fetches[self._stack.load(keys, self._memory, blocks)] = fetch
         return True
 
     def poll(self) -> list[Fetched[_Owner]]:
@@ -217,7 +256,7 @@ class Offloader(Generic[_Owner]):
         for fetch in self._fetches.values():
             if fetch.owner is not None and fetch.deadline_s <= now_s:
                 self._metrics.offload_loads.labels("slow").inc()
-                over.append(Fetched(fetch.owner, len(fetch.prefix) * self._block_tokens, 0))
+                over.append(Fetched(fetch.owner, fetch.start * self._block_tokens, 0))
                 fetch.owner = None
                 fetch.num_lacking = 0
         return over
@@ -245,16 +284,30 @@ class Offloader(Generic[_Owner]):
     def _landed(self, fetch: _Fetch[_Owner], result: StackResult) -> list[Fetched[_Owner]]:
         """Give what was loaded to the prefix cache."""
         self._cost.loaded(result.levels, self._clock.monotonic_s() - fetch.started_s)
-        for block, key, good in zip(fetch.blocks, fetch.keys, result.good, strict=True):
+        for block, part, good in zip(fetch.blocks, fetch.parts, result.good, strict=True):
             if good:
-                self._pool.commit(block, key)
-        self._pool.release(fetch.prefix + fetch.blocks)
-        num_good = result.good.index(False) if False in result.good else len(result.good)
+                self._pool.commit(block, group_key(fetch.hashes[part.position], part.group))
+        num_good = max(self._engine.num_cached(fetch.hashes) - fetch.start, 0)
+        self._pool.release(fetch.held + fetch.blocks)
         self._metrics.offload_tokens.inc(num_good * self._block_tokens)
         if fetch.owner is None:
             return []
-        self._metrics.offload_loads.labels("loaded" if num_good == len(result.good) else "failed").inc()
+        self._metrics.offload_loads.labels("loaded" if all(result.good) else "failed").inc()
         if result.error:
-            logger.info("%d of %d blocks came from the tiers: %s", num_good, len(result.good), result.error)
+            logger.info("%d of %d blocks came from the tiers: %s", sum(result.good), len(result.good), result.error)
         size = self._block_tokens
-        return [Fetched(fetch.owner, len(fetch.prefix) * size, num_good * size)]
+        return [Fetched(fetch.owner, fetch.start * size, num_good * size)]
+
+    def _find(self, salt: str, hashes: list[BlockHash], parts: list[Part]) -> dict[Part, int]:
+        """The nearest tier of each block that one has."""
+        if self._stack is None or not parts:
+            return {}
+        found = self._stack.lookup(self._keys(salt, hashes, parts))
+        return {part: at.level for part, at in zip(parts, found, strict=True) if at.state is Lookup.HIT}
+
+    def _cached(self, hashes: list[BlockHash], part: Part) -> int | None:
+        return self._pool.find(group_key(hashes[part.position], part.group))
+
+    def _keys(self, salt: str, hashes: list[BlockHash], parts: list[Part]) -> list[TierKey]:
+        spaces = self._spaces(salt)
+        return [spaces[part.group].key(hashes[part.position]) for part in parts]

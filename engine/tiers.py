@@ -33,11 +33,6 @@ def open_tiers(
             "kv.prefix_cache: false, and offload.tiers bring blocks back to the prefix cache",
             fix="leave kv.prefix_cache at true, or offload.tiers empty",
         )
-    if len(engine.groups) > 1 or engine.groups[0].window:
-        raise ConfigError(
-            "model.path: layers of this model see a window, and offload.tiers keep KV of layers that see everything",
-            fix="leave offload.tiers empty",
-        )
     if engine.model.group.size > 1:
         raise ConfigError(
             f"pools.{role}.tensor_parallel: {engine.model.group.size}, and offload.tiers are for workers of one rank",
