@@ -99,6 +99,7 @@ class Engine:
         self._allocator = Allocator(self.pool, self.groups, self.block_tokens, max_chunk)
         self.forward_s = 0.0
         """Time of the forward pass of the step that was collected last; on a GPU, of all its work."""
+        self._first_after_copy = 0
         self._rows = rows
         self._penalty_slots = PenaltySlots()
 
@@ -111,6 +112,12 @@ class Engine:
     def overlaps(self) -> bool:
         """Whether a step may be submitted before the one before it is collected."""
         return self._rows is not None
+
+    @property
+    def copying(self) -> bool:
+        """Whether other ranks may still be copying blocks, which nobody may write to: until a step that they take part
+        in after that has ended."""
+        return self._allocator.num_collected < self._first_after_copy
 
     def match_prefix(self, sequence: Sequence) -> int:
         """Give a sequence that has no blocks those of its longest cached prefix, leaving at least one token to compute.
@@ -183,6 +190,8 @@ class Engine:
             return None
         for source, target in copies:
             self.runner.copy_block(source, target)
+        if copies and self.model.group.size > 1:
+            self._first_after_copy = self._allocator.num_submitted + 1
         return fork
 
     def submit(self, plan: Several[Work], publish: Callable[[int], None] | None = None) -> Step:

@@ -11,20 +11,18 @@ import functools
 from collections.abc import Callable
 from typing import Generic, NamedTuple, TypeVar
 
-import numpy as np
-
 from ..core.clock import Clock
 from ..core.hashing import BlockHash
 from ..core.log import logger
 from ..core.metrics import WorkerMetrics
-from ..kv_transfer.memory import Buffer
-from ..kv_transfer.offload.base import HostBlocks, Lookup
+from ..kv_transfer.offload.base import Lookup
 from ..kv_transfer.offload.keys import KeySpace, TierKey, key_space
-from ..kv_transfer.offload.stack import OffloadStack, StackResult
+from ..kv_transfer.offload.stack import StackResult
 from .engine import Engine
 from .load_cost import LoadCost
 from .prefixes import Part, group_key, longest_window, parts_of
 from .sequence import NO_BLOCK, Sequence
+from .tiers import Tiers, whole_layout
 
 _Owner = TypeVar("_Owner")
 
@@ -71,7 +69,7 @@ class Offloader(Generic[_Owner]):
 
     Args:
         engine: whose blocks go out and come back.
-        stack: the tiers; None: there are none, and nothing here does anything.
+        tiers: None: there are none, and nothing here does anything.
         clock: for durations and deadlines.
         metrics: counts.
         cost: what loads take; default: measured.
@@ -80,7 +78,7 @@ class Offloader(Generic[_Owner]):
     def __init__(
         self,
         engine: Engine,
-        stack: OffloadStack | None,
+        tiers: Tiers | None,
         clock: Clock,
         metrics: WorkerMetrics,
         cost: LoadCost | None = None,
@@ -88,18 +86,16 @@ class Offloader(Generic[_Owner]):
         self._engine = engine
         self._pool = engine.pool
         self._groups = engine.groups
-        self._layout = engine.cache.layout
         self._block_tokens = engine.block_tokens
-        self._stack = stack
+        self._stack = None if tiers is None else tiers.stack
+        self._memory = None if tiers is None else tiers.memory
         self._clock = clock
         self._metrics = metrics
-        block_bytes = self._layout.block_bytes
-        self._cost = cost or LoadCost(len(stack.levels) if stack is not None else 0, block_bytes)
-        # `open_tiers` has seen to it that the cache is in the host's memory.
-        array = engine.cache.blocks.array if isinstance(engine.cache.blocks, Buffer) else np.empty(0, np.uint8)
-        self._memory = HostBlocks(array, block_bytes)
+        layout = whole_layout(engine)
+        num_tiers = 0 if tiers is None else len(tiers.stack.levels)
+        self._cost = cost or LoadCost(num_tiers, layout.block_bytes)
         self._spaces: Callable[[str], list[KeySpace]] = functools.lru_cache(_KNOWN_TENANTS)(
-            lambda salt: [key_space(salt, self._layout, group) for group in range(len(self._groups))]
+            lambda salt: [key_space(salt, layout, group) for group in range(len(self._groups))]
         )
         self._max_held = max(engine.pool.num_blocks // _HELD_SHARE, len(self._groups))
         self._whole = [number for number, group in enumerate(self._groups) if not group.window]
@@ -204,7 +200,7 @@ class Offloader(Generic[_Owner]):
             whether there is something to wait for.
         """
         start, stop = sequence.num_matched_blocks, known.num_blocks
-        if self._stack is None or stop <= start:
+        if self._stack is None or stop <= start or self._engine.copying:
             return False
         fetch = _Fetch(owner, start, sequence.keys(stop, self._block_tokens))
         for part in parts_of(self._groups, stop, self._block_tokens):

@@ -31,9 +31,9 @@ class Place(NamedTuple):
     folder: Path
     """Where the node's workers meet; this user's alone."""
     worker: str
-    """A name that is the same after a restart, "decode-0"; with several ranks, one for each."""
+    """A name that is the same after a restart: "decode-0"."""
     num_workers: int
-    """Of the node, each rank counted, that open stacks."""
+    """Of the node, that open stacks."""
 
 
 def start_host_tier(config: OffloadConfig, block_bytes: int, folder: Path) -> subprocess.Popen[bytes] | None:
@@ -41,7 +41,7 @@ def start_host_tier(config: OffloadConfig, block_bytes: int, folder: Path) -> su
 
     Args:
         config: which tiers.
-        block_bytes: of one rank's part of a block.
+        block_bytes: of a block, with the heads of all ranks.
         folder: see `Place`.
 
     Raises:
@@ -73,7 +73,7 @@ def open_stack(
 
     Args:
         config: which.
-        block_bytes: of this rank's part of a block.
+        block_bytes: of a block, with the heads of all ranks.
         place: whose they are.
         clock: for deadlines.
         notify: called, on any thread, when `OffloadStack.poll` has something new.

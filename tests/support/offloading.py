@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from tandem.core.config import Config
 from tandem.core.ids import worker_of
-from tandem.engine.tiers import open_tiers
+from tandem.engine.tiers import Tiers, memory_of, open_tiers, whole_layout
 from tandem.kv_transfer.layout import KVLayout
 from tandem.kv_transfer.offload.base import Spill
 from tandem.kv_transfer.offload.build import Place
@@ -76,12 +76,12 @@ class Slow:
     ) -> None:
         self.tiers: dict[str, SimulatedTier] = {}
 
-        def stack_of(pair: Pair, node: Node, role: str) -> OffloadStack:
-            size, cost = node.engine.cache.layout.block_bytes, Cost(latency_s, 1e12, 1e12)
+        def tiers_of(pair: Pair, node: Node, role: str) -> Tiers:
+            size, cost = whole_layout(node.engine).block_bytes, Cost(latency_s, 1e12, 1e12)
             tier = self.tiers[node.peer] = SimulatedTier("slow", slots, size, "lru", cost, pair.clock, timeout_s)
-            return OffloadStack([Level(tier, write)], Spill(0, None))
+            return Tiers(OffloadStack([Level(tier, write)], Spill(0, None)), memory_of(node.engine, others_of(node)))
 
-        self.pair = Pair(config, overlap, stack_of=stack_of)
+        self.pair = Pair(config, overlap, tiers_of=tiers_of)
 
     def run(self, max_turns: int = 10_000) -> None:
         """Turn until nothing is left, and move the clock on when nothing else happens."""
@@ -95,14 +95,19 @@ class Slow:
         raise AssertionError("the workers do not come to rest")
 
 
-def real(folder: Path) -> Callable[[Pair, Node, str], OffloadStack | None]:
+def others_of(node: Node) -> list[np.ndarray]:
+    """The blocks of a worker's other ranks."""
+    return [] if node.ranks is None else node.ranks.memory()
+
+
+def real(folder: Path) -> Callable[[Pair, Node, str], Tiers | None]:
     """The tiers that the configuration names; the host tier's keeper is found in a folder."""
 
-    def stack_of(pair: Pair, node: Node, role: str) -> OffloadStack | None:
+    def tiers_of(pair: Pair, node: Node, role: str) -> Tiers | None:
         place = Place(folder, worker_of(node.peer), 1)
-        return open_tiers(node.config, role, node.engine, place, pair.clock, pair.news.set)
+        return open_tiers(node.config, role, node.engine, place, pair.clock, pair.news.set, others_of(node))
 
-    return stack_of
+    return tiers_of
 
 
 def check(pair: Pair) -> None:

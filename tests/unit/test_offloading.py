@@ -81,7 +81,7 @@ def test_what_the_pool_lost_comes_back(
     pools: str,
     overlap: bool,
 ) -> None:
-    pair = Pair(config_of(folder, 20, POOLS[pools], tiers), overlap, stack_of=real(tmp_path))
+    pair = Pair(config_of(folder, 20, POOLS[pools], tiers), overlap, tiers_of=real(tmp_path))
     until_ready(pair)
     which = [(number, 90) for number in range(6)]
     for turn in range(2):
@@ -101,7 +101,7 @@ def test_the_next_life_finds_what_the_last_one_stored(
 ) -> None:
     config = config_of(folder, 60, POOLS["together"], tiers)
     for life in range(2):
-        pair = Pair(config, stack_of=real(tmp_path))
+        pair = Pair(config, tiers_of=real(tmp_path))
         until_ready(pair)
         assert pair.generate([prompt_of(3, 90)], max_tokens=12) == [golden[3, 90]]
         assert value(pair.decode, "tandem_offload_tokens_total") == (88 if life else 0)
@@ -110,7 +110,7 @@ def test_the_next_life_finds_what_the_last_one_stored(
 
 
 def test_tenants_do_not_share(folder: Path, tmp_path: Path, tiers: list[dict[str, Any]]) -> None:
-    pair = Pair(config_of(folder, 20, POOLS["together"], tiers), stack_of=real(tmp_path))
+    pair = Pair(config_of(folder, 20, POOLS["together"], tiers), tiers_of=real(tmp_path))
     until_ready(pair)
     for salt in ("a", "b"):
         pair.generate([prompt_of(1, 90)], max_tokens=2, salt=salt)
@@ -132,7 +132,7 @@ def test_the_keeper_dies_and_the_disk_serves(
     config = config_of(folder, 20, POOLS["together"], tiers)
     keeper = start_host_tier(config.offload, size, tmp_path)
     assert keeper is not None
-    pair = Pair(config, stack_of=real(tmp_path))
+    pair = Pair(config, tiers_of=real(tmp_path))
     until_ready(pair)
     for number in range(4):
         assert pair.generate([prompt_of(number, 90)], max_tokens=12) == [golden[number, 90]]
@@ -356,7 +356,6 @@ def test_no_tiers_cost_nothing(folder: Path) -> None:
     [
         ("qwen3_moe", {"offload": {"tiers": [{"kind": "host", "capacity": "1MiB", "write": "write_back"}]}}, "offload.tiers.0.write"),
         ("qwen3_moe", {"kv": {"block_tokens": SIZE, "prefix_cache": False}}, "kv.prefix_cache"),
-        ("llama", {"pools": {"colocated": {"tensor_parallel": 2}}}, "pools.colocated.tensor_parallel"),
     ],
 )  # fmt: skip
 def test_what_tiers_cannot_keep_is_refused(tmp_path: Path, family: str, change: dict[str, Any], key: str) -> None:
@@ -368,5 +367,5 @@ def test_what_tiers_cannot_keep_is_refused(tmp_path: Path, family: str, change: 
         "offload": {"tiers": [{"kind": "host", "capacity": "1MiB"}]},
     }
     with pytest.raises(ConfigError) as caught:
-        Pair(Config.model_validate(sections | change), stack_of=real(tmp_path))
+        Pair(Config.model_validate(sections | change), tiers_of=real(tmp_path))
     assert key in caught.value.message

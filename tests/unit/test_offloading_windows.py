@@ -67,7 +67,7 @@ def tiers(model: Model, tmp_path: Path) -> Iterator[list[dict[str, Any]]]:
 def test_what_the_pool_lost_comes_back(
     model: Model, tmp_path: Path, tiers: list[dict[str, Any]], pools: str, overlap: bool
 ) -> None:
-    pair = Pair(config_of(model.folder, model.num_blocks, POOLS[pools], tiers), overlap, stack_of=real(tmp_path))
+    pair = Pair(config_of(model.folder, model.num_blocks, POOLS[pools], tiers), overlap, tiers_of=real(tmp_path))
     until_ready(pair)
     for number in range(6):
         assert pair.generate([prompt_of(number, 90)], max_tokens=12) == [model.golden[number, 90]]
