@@ -17,12 +17,13 @@ from ..core.log import logger
 from ..core.metrics import WorkerMetrics
 from ..kv_transfer.offload.base import Lookup
 from ..kv_transfer.offload.keys import KeySpace, TierKey, key_space
-from ..kv_transfer.offload.stack import StackResult
+from ..kv_transfer.offload.stack import StackResult, Write
 from .engine import Engine
 from .load_cost import LoadCost
 from .prefixes import Part, group_key, longest_window, parts_of
 from .sequence import NO_BLOCK, Sequence
 from .tiers import Tiers, whole_layout
+from .write_back import WriteBack
 
 _Owner = TypeVar("_Owner")
 
@@ -89,6 +90,9 @@ class Offloader(Generic[_Owner]):
         self._block_tokens = engine.block_tokens
         self._stack = None if tiers is None else tiers.stack
         self._memory = None if tiers is None else tiers.memory
+        self._write_back: WriteBack | None = None
+        if tiers is not None and tiers.stack.levels[0].write is Write.BACK:
+            self._write_back = WriteBack(engine.pool, tiers)
         self._clock = clock
         self._metrics = metrics
         layout = whole_layout(engine)
@@ -107,7 +111,8 @@ class Offloader(Generic[_Owner]):
     @property
     def num_open(self) -> int:
         """Stores and loads under way."""
-        return len(self._stores) + len(self._fetches)
+        num_saved = self._write_back.num_open if self._write_back is not None else 0
+        return len(self._stores) + len(self._fetches) + num_saved
 
     # ---- out --------------------------------------------------------------------------------------------------------
 
@@ -122,22 +127,22 @@ class Offloader(Generic[_Owner]):
             salt: its tenant's.
             num_tokens: whose KV is in the blocks, whatever steps are in flight.
         """
-        start, num_groups = sequence.num_offered, len(self._groups)
-        stop = min(num_tokens // self._block_tokens, start + (self._max_held - self._num_held) // num_groups)
-        if self._stack is None or stop <= start:
+        start, full = sequence.num_offered, num_tokens // self._block_tokens
+        stop = min(full, start + (self._max_held - self._num_held) // len(self._groups))
+        known = stop if self._write_back is None else full
+        if self._stack is None or known <= start:
             return
-        hashes = sequence.keys(stop, self._block_tokens)
-        parts, blocks = [], []
-        for part in (Part(position, group) for position in range(start, stop) for group in range(num_groups)):
-            block: int | None = sequence.tables[part.group][part.position]
-            if block == NO_BLOCK:
-                block = self._pool.find_free(group_key(hashes[part.position], part.group))
-            if block is not None:
-                parts.append(part)
-                blocks.append(block)
-        self._pool.acquire(blocks)
-        self._num_held += len(blocks)
-        self._stores[self._stack.store(self._keys(salt, hashes, parts), self._memory, blocks)] = blocks
+        hashes = sequence.keys(known, self._block_tokens)
+        parts, blocks = self._filled(sequence, hashes, range(start, known))
+        keys = self._keys(salt, hashes, parts)
+        if self._write_back is not None:
+            self._write_back.name(blocks, [group_key(hashes[part.position], part.group) for part in parts], keys)
+        if stop <= start:
+            return
+        count = sum(part.position < stop for part in parts)
+        self._pool.acquire(blocks[:count])
+        self._num_held += count
+        self._stores[self._stack.store(keys[:count], self._memory, blocks[:count])] = blocks[:count]
         sequence.num_offered = stop
 
     def forget(self, sequence: Sequence, salt: str) -> None:
@@ -244,7 +249,7 @@ class Offloader(Generic[_Owner]):
             if blocks is not None:
                 self._num_held -= len(blocks)
                 self._pool.release(blocks)
-            else:
+            elif self._write_back is None or not self._write_back.ended(result.number):
                 over += self._landed(self._fetches.pop(result.number), result)
         if results:
             self._stack.publish(self._metrics)
@@ -293,6 +298,18 @@ class Offloader(Generic[_Owner]):
             logger.info("%d of %d blocks came from the tiers: %s", sum(result.good), len(result.good), result.error)
         size = self._block_tokens
         return [Fetched(fetch.owner, fetch.start * size, num_good * size)]
+
+    def _filled(self, sequence: Sequence, hashes: list[BlockHash], positions: range) -> tuple[list[Part], list[int]]:
+        """The blocks that there are at some positions, in every group."""
+        parts, blocks = [], []
+        for part in (Part(position, group) for position in positions for group in range(len(self._groups))):
+            block: int | None = sequence.tables[part.group][part.position]
+            if block == NO_BLOCK:
+                block = self._pool.find_free(group_key(hashes[part.position], part.group))
+            if block is not None:
+                parts.append(part)
+                blocks.append(block)
+        return parts, blocks
 
     def _find(self, salt: str, hashes: list[BlockHash], parts: list[Part]) -> dict[Part, int]:
         """The nearest tier of each block that one has."""

@@ -65,14 +65,8 @@ def open_tiers(
     Raises:
         ConfigError: a tier cannot be, or this worker's KV cannot go to tiers; names the key.
     """
-    tiers = config.offload.tiers
-    if not tiers:
+    if not config.offload.tiers:
         return None
-    if tiers[0].write == "write_back":
-        raise ConfigError(
-            "offload.tiers.0.write: the first tier cannot be write_back: there is no tier above it",
-            fix="make it write_through or second_use",
-        )
     if not config.kv.prefix_cache:
         raise ConfigError(
             "kv.prefix_cache: false, and offload.tiers bring blocks back to the prefix cache",

@@ -12,7 +12,7 @@ from tandem.core.config import Config
 from tandem.core.ids import worker_of
 from tandem.engine.tiers import Tiers, memory_of, open_tiers, whole_layout
 from tandem.kv_transfer.layout import KVLayout
-from tandem.kv_transfer.offload.base import Spill
+from tandem.kv_transfer.offload.base import HostBlocks, Spill
 from tandem.kv_transfer.offload.build import Place
 from tandem.kv_transfer.offload.simulated import Cost, SimulatedTier
 from tandem.kv_transfer.offload.stack import Level, OffloadStack, Write
@@ -73,13 +73,15 @@ class Slow:
         slots: int = 64,
         write: Write = Write.THROUGH,
         overlap: bool = False,
+        num_spill: int = 0,
     ) -> None:
         self.tiers: dict[str, SimulatedTier] = {}
 
         def tiers_of(pair: Pair, node: Node, role: str) -> Tiers:
             size, cost = whole_layout(node.engine).block_bytes, Cost(latency_s, 1e12, 1e12)
             tier = self.tiers[node.peer] = SimulatedTier("slow", slots, size, "lru", cost, pair.clock, timeout_s)
-            return Tiers(OffloadStack([Level(tier, write)], Spill(0, None)), memory_of(node.engine, others_of(node)))
+            spill = Spill(num_spill, HostBlocks(np.zeros(num_spill * size, np.uint8), size))
+            return Tiers(OffloadStack([Level(tier, write)], spill), memory_of(node.engine, others_of(node)))
 
         self.pair = Pair(config, overlap, tiers_of=tiers_of)
 

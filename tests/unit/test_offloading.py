@@ -354,7 +354,6 @@ def test_no_tiers_cost_nothing(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("family", "change", "key"),
     [
-        ("qwen3_moe", {"offload": {"tiers": [{"kind": "host", "capacity": "1MiB", "write": "write_back"}]}}, "offload.tiers.0.write"),
         ("qwen3_moe", {"kv": {"block_tokens": SIZE, "prefix_cache": False}}, "kv.prefix_cache"),
     ],
 )  # fmt: skip
