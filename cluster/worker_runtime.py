@@ -248,7 +248,7 @@ class WorkerRuntime:
         folder = self._host_tier(whole_layout(engine).block_bytes) if has_host else Path()
         place = Place(folder, worker_of(self.peer), num_workers)
         others = self._ranks.memory() if self._ranks is not None and self._config.offload.tiers else ()
-        tiers = open_tiers(self._config, self._role, engine, place, self._clock, self._nudge, others)
+        tiers = open_tiers(self._config, engine, place, self._clock, self._nudge, others)
         return Offloader(engine, tiers, self._clock, self._metrics)
 
     def _end_ranks(self) -> None:

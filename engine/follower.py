@@ -52,7 +52,8 @@ def main(connection: socket.socket, orders: socket.socket) -> None:
         if engine is None:
             return
         blocks = engine.cache.blocks
-        send_frame(connection, encode(Holds(blocks.shared if isinstance(blocks, Buffer) else None)))
+        holds = Holds(blocks.shared) if isinstance(blocks, Buffer) else Holds(None, blocks.handle)
+        send_frame(connection, encode(holds))
         kv = Config.model_validate_json(task.config).kv
         follower = Follower(engine.runner, lambda access: _move(engine, kv, access, orders))
         while True:

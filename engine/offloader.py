@@ -16,6 +16,7 @@ from ..core.hashing import BlockHash
 from ..core.log import logger
 from ..core.metrics import WorkerMetrics
 from ..kv_transfer.offload.base import Lookup
+from ..kv_transfer.offload.device import DeviceBlocks
 from ..kv_transfer.offload.keys import KeySpace, TierKey, key_space
 from ..kv_transfer.offload.stack import StackResult, Write
 from .engine import Engine
@@ -235,7 +236,8 @@ class Offloader(Generic[_Owner]):
         fetch.started_s = self._clock.monotonic_s()
         fetch.deadline_s = fetch.started_s + max(_PATIENCE * compute_s, _LEAST_WAIT_S)
         keys = self._keys(salt, fetch.hashes, fetch.parts)
-        self._fetches[self._stack.load(keys, self._memory, blocks)] = fetch
+        memory = self._memory.ordered() if isinstance(self._memory, DeviceBlocks) else self._memory
+        self._fetches[self._stack.load(keys, memory, blocks)] = fetch
         return True
 
     def poll(self) -> list[Fetched[_Owner]]:

@@ -47,6 +47,8 @@ class Holds(msgspec.Struct, frozen=True, tag=True):
 
     host: SharedMemory | None
     """None on a GPU, and where the system cannot share memory."""
+    handle: bytes = b""
+    """On a GPU, of an allocation (cudaIpcMemHandle_t)."""
 
 
 class Capture(msgspec.Struct, frozen=True, tag=True):

@@ -21,6 +21,7 @@ import torch
 from ..core.config import ColocatedPool, Config, DecodePool, PrefillPool
 from ..core.errors import ConfigError, TransferError
 from ..core.frames import send_frame
+from ..kernels import cuda_memory
 from ..kv_transfer.memory import map_shared
 from ..kv_transfer.transports import Transport
 from ..kv_transfer.transports.base import Notify
@@ -180,25 +181,29 @@ class Ranks:
             self._links.append(MoverLink(orders, whose, notify, lambda: self._num_copies, on_bad_frame))
         return [forwarded(link) for link in self._links]
 
-    def memory(self) -> list[np.ndarray]:
-        """The others' blocks, [bytes] uint8 each, to be read and written. Blocks until all are built. Once.
+    def memory(self) -> list[np.ndarray | int]:
+        """The others' blocks, to be read and written: [bytes] uint8 each, or, on GPUs, where the first rank's GPU sees
+        them. Blocks until all are built. Once.
 
         Raises:
             ConfigError: they are not in memory that this process can map.
         """
-        arrays = []
+        found: list[np.ndarray | int] = []
         for rank, connection in enumerate(self._connections, 1):
             try:
                 answer = receive(connection)
-                if not isinstance(answer, Holds) or answer.host is None:
+                if isinstance(answer, Holds) and answer.handle:
+                    found.append(cuda_memory.open_handle(answer.handle, 0))
+                elif isinstance(answer, Holds) and answer.host is not None:
+                    found.append(map_shared(answer.host, writable=True))
+                else:
                     raise TransferError("it is not in memory that processes of this system can share")
-                arrays.append(map_shared(answer.host, writable=True))
             except (EOFError, OSError, TransferError) as error:
                 raise ConfigError(
                     f"offload.tiers: KV of rank {rank} of {self.size} cannot be reached: {error}",
                     fix="leave offload.tiers empty, or give each worker one rank",
                 ) from None
-        return arrays
+        return found
 
     def watch(self, lost: Callable[[int], None]) -> None:
         """From now on, call ``lost`` with the number of a rank that has ended, in a thread of its own."""

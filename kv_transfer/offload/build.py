@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -94,6 +95,8 @@ def open_stack(
         raise
     num_moving = config.moving // block_bytes
     memory = HostBlocks(np.zeros(num_moving * block_bytes, np.uint8), block_bytes)
+    if pin is not None and num_moving:
+        weakref.finalize(memory, pin(memory.array.reshape(-1))).atexit = False
     return OffloadStack(levels, Spill(num_moving, memory))
 
 

@@ -97,7 +97,7 @@ class Slow:
         raise AssertionError("the workers do not come to rest")
 
 
-def others_of(node: Node) -> list[np.ndarray]:
+def others_of(node: Node) -> Sequence[np.ndarray | int]:
     """The blocks of a worker's other ranks."""
     return [] if node.ranks is None else node.ranks.memory()
 
@@ -107,7 +107,7 @@ def real(folder: Path) -> Callable[[Pair, Node, str], Tiers | None]:
 
     def tiers_of(pair: Pair, node: Node, role: str) -> Tiers | None:
         place = Place(folder, worker_of(node.peer), 1)
-        return open_tiers(node.config, role, node.engine, place, pair.clock, pair.news.set, others_of(node))
+        return open_tiers(node.config, node.engine, place, pair.clock, pair.news.set, others_of(node))
 
     return tiers_of
 
