@@ -4,9 +4,11 @@ is no GPU, the host's memory and Triton's interpreter take its part.
 
 from __future__ import annotations
 
+import mmap
 import threading
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,10 +19,11 @@ from support.gpu_memory import prepare
 from support.offloading import block_bytes, check, config_of, prompt_of, real, until_ready, value
 from support.pair import Pair
 from support.tiers import end
+from tandem.bench import offload_copies
 from tandem.core.config import Config
 from tandem.engine.kv_cache import KVCache
 from tandem.engine.models.shard import kv_heads_of
-from tandem.kernels import on_gpu
+from tandem.kernels import cuda_memory, on_gpu
 from tandem.kv_transfer.layout import KVLayout
 from tandem.kv_transfer.memory import DeviceBuffer
 from tandem.kv_transfer.offload.build import start_host_tier
@@ -153,6 +156,32 @@ def test_a_load_comes_after_what_the_gpu_was_given() -> None:
         block.fill_(1)  # as a block is cleared that was freed
         ranks.blocks.ordered().write([0], [host])
         assert bool((block == 7).all())
+
+
+def test_what_is_measured_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    total, run = 8 << 10, 1 << 10
+    source = np.random.default_rng(0).integers(0, 256, 2 * total, dtype=np.uint8)
+    gpu, host = Memory(source), mmap.mmap(-1, 2 * total)
+    array = np.frombuffer(host, np.uint8)
+    array[:] = source[::-1]
+    cuda_memory.register_host(array.ctypes.data, 2 * total, 0)
+    before = array.copy()
+    if not CUDA:
+        monkeypatch.setattr(offload_copies, "CopyQueue", host_as_gpu.CopyQueue)
+        monkeypatch.setattr(offload_copies, "memcpy", lambda *_: None)
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device: mock.Mock())
+    record = offload_copies.measure(offload_copies.Ends(gpu.address, array.ctypes.data), run, [1], total)
+    assert {f"{way}_{how}_gb_per_s" for way in ("h2d", "d2h", "both") for how in ("kernel_1", "memcpy_each")} < set(
+        record
+    )
+    found = gpu.get()
+    h2d, d2h = offload_copies.scattered(run, total, 0), offload_copies.scattered(run, total, total)
+    if not CUDA:  # else copies of everything at once come last
+        for here, there, size in zip(*h2d, strict=True):
+            assert np.array_equal(found[there : there + size], before[here : here + size])
+        for here, there, size in zip(*d2h, strict=True):
+            assert np.array_equal(array[there : there + size], source[here : here + size])
+    cuda_memory.unregister_host(array.ctypes.data, 0)
 
 
 @pytest.mark.parametrize("write", ["write_through", "write_back"])
