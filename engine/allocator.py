@@ -13,7 +13,7 @@ from collections.abc import Sequence as Several
 from ..core.hashing import BlockHash
 from ..kv_transfer.layout import KVGroup
 from .block_pool import BlockPool
-from .prefixes import Part, group_key, longest_window
+from .prefixes import Part, group_key, group_keys, longest_window
 from .sequence import Sequence
 
 
@@ -251,7 +251,7 @@ class Allocator:
         num_blocks = len(keys)
         tables: dict[int, list[int]] = {}
         for group in self._whole:
-            tables[group] = self._pool.match([group_key(key, group) for key in keys[:num_blocks]] if group else keys)
+            tables[group] = self._pool.match(group_keys(keys[:num_blocks], group))
             num_blocks = min(num_blocks, len(tables[group]))
 
         def has(part: Part) -> bool:

@@ -21,7 +21,7 @@ from ..kv_transfer.offload.keys import KeySpace, TierKey, key_space
 from ..kv_transfer.offload.stack import StackResult, Write
 from .engine import Engine
 from .load_cost import LoadCost
-from .prefixes import Part, group_key, longest_window, parts_of
+from .prefixes import Part, group_key, group_keys, longest_window, parts_of
 from .sequence import NO_BLOCK, Sequence
 from .tiers import Tiers, whole_layout
 from .write_back import WriteBack
@@ -167,13 +167,13 @@ class Offloader(Generic[_Owner]):
         for group in self._whole:
             if stop <= start:
                 return None
-            first = len(self._pool.match([group_key(key, group) for key in hashes[:stop]]))
+            first = len(self._pool.match(group_keys(hashes[:stop], group)))
+            if not self._find(salt, hashes, [Part(first, group)][: stop - first]):
+                stop = first
+                continue
             parts = [Part(position, group) for position in range(first, stop)]
-            found = self._find(salt, hashes, parts[:1])
-            if found:
-                found = self._find(salt, hashes, parts)
-            stop = next((part.position for part in parts if part not in found), stop)
-            levels |= found
+            levels |= self._find(salt, hashes, parts)
+            stop = next((part.position for part in parts if part not in levels), stop)
 
         def has(part: Part) -> bool:
             return part in levels or self._cached(hashes, part) is not None
@@ -209,14 +209,9 @@ class Offloader(Generic[_Owner]):
         if self._stack is None or stop <= start or self._engine.copying:
             return False
         fetch = _Fetch(owner, start, sequence.keys(stop, self._block_tokens))
-        for part in parts_of(self._groups, stop, self._block_tokens):
-            block = self._cached(fetch.hashes, part)
-            if block is not None:
-                fetch.held.append(block)
-            elif part in known.levels:
-                fetch.parts.append(part)
-            else:  # what the cache had is gone
-                return False
+        fetch.held, fetch.parts = self._split(fetch.hashes)
+        if not known.levels.keys() >= set(fetch.parts):  # what the cache had is gone
+            return False
         fetch.num_lacking = self._engine.num_lacking(sequence.num_tokens, stop)
         promised = sum(other.num_lacking for other in self._fetches.values())
         self._pool.acquire(fetch.held)
@@ -319,6 +314,25 @@ class Offloader(Generic[_Owner]):
             return {}
         found = self._stack.lookup(self._keys(salt, hashes, parts))
         return {part: at.level for part, at in zip(parts, found, strict=True) if at.state is Lookup.HIT}
+
+    def _split(self, hashes: list[BlockHash]) -> tuple[list[int], list[Part]]:
+        """Of what a prefix needs, the blocks that the prefix cache has, and the parts that it lacks."""
+        held: list[int] = []
+        lacking: list[Part] = []
+        for group in self._whole:
+            cached = self._pool.match(group_keys(hashes, group))
+            held += cached
+            lacking += [Part(position, group) for position in range(len(cached), len(hashes))]
+        size = self._block_tokens
+        for group in self._windowed:
+            first = self._groups[group].first_block(len(hashes) * size, size)
+            for part in (Part(position, group) for position in range(first, len(hashes))):
+                block = self._cached(hashes, part)
+                if block is None:
+                    lacking.append(part)
+                else:
+                    held.append(block)
+        return held, sorted(lacking)
 
     def _cached(self, hashes: list[BlockHash], part: Part) -> int | None:
         return self._pool.find(group_key(hashes[part.position], part.group))

@@ -18,6 +18,11 @@ class Part(NamedTuple):
     """Which layers."""
 
 
+def group_keys(keys: Sequence[BlockHash], group: int) -> Sequence[BlockHash]:
+    """Prefixes' keys in a group."""
+    return [group_key(key, group) for key in keys] if group else keys
+
+
 def group_key(key: BlockHash, group: int) -> BlockHash:
     """A prefix's key in a group."""
     return key + group.to_bytes(2, "little") if group else key

@@ -120,7 +120,9 @@ def check(pair: Pair) -> None:
 
 
 def until_ready(pair: Pair) -> None:
+    """Wait for all tiers. From then on everything is stored, however slow the machine is."""
     for node in pair.nodes.values():
         assert node.offloader._stack is not None
         for level in node.offloader._stack.levels:
             ready(level.tier)
+        node.offloader._max_held = node.engine.pool.num_blocks
