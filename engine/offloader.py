@@ -21,7 +21,7 @@ from ..kv_transfer.offload.keys import KeySpace, TierKey, key_space
 from ..kv_transfer.offload.stack import StackResult, Write
 from .engine import Engine
 from .load_cost import LoadCost
-from .prefixes import Part, group_key, group_keys, longest_window, parts_of
+from .prefixes import Part, group_key, group_keys, longest_window
 from .sequence import NO_BLOCK, Sequence
 from .tiers import Tiers, whole_layout
 from .write_back import WriteBack
@@ -185,8 +185,8 @@ class Offloader(Generic[_Owner]):
         stop = longest_window(self._groups, stop, size, has)
         if stop <= start:
             return None
-        needed = parts_of(self._groups, stop, size)
-        return InTiers(stop, {part: levels[part] for part in needed if part in levels})
+        firsts = [group.first_block(stop * size, size) for group in self._groups]
+        return InTiers(stop, {part: at for part, at in levels.items() if firsts[part.group] <= part.position < stop})
 
     def fetch(
         self, owner: _Owner, sequence: Sequence, salt: str, known: InTiers, spare: int, s_per_token: float
@@ -338,5 +338,5 @@ class Offloader(Generic[_Owner]):
         return self._pool.find(group_key(hashes[part.position], part.group))
 
     def _keys(self, salt: str, hashes: list[BlockHash], parts: list[Part]) -> list[TierKey]:
-        spaces = self._spaces(salt)
-        return [spaces[part.group].key(hashes[part.position]) for part in parts]
+        suffixes = [space.suffix for space in self._spaces(salt)]
+        return [hashes[position] + suffixes[group] for position, group in parts]

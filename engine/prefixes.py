@@ -28,14 +28,6 @@ def group_key(key: BlockHash, group: int) -> BlockHash:
     return key + group.to_bytes(2, "little") if group else key
 
 
-def parts_of(groups: Sequence[KVGroup], num_blocks: int, block_tokens: int) -> list[Part]:
-    """What the token after a prefix of ``num_blocks`` blocks sees, in the order of positions. Pure."""
-    firsts = [group.first_block(num_blocks * block_tokens, block_tokens) for group in groups]
-    if not any(firsts):
-        return [Part(position, group) for position in range(num_blocks) for group in range(len(groups))]
-    return sorted(Part(position, group) for group, first in enumerate(firsts) for position in range(first, num_blocks))
-
-
 def longest_window(groups: Sequence[KVGroup], num_blocks: int, block_tokens: int, has: Callable[[Part], bool]) -> int:
     """The longest prefix, of at most ``num_blocks`` blocks, whose last window is there for all groups that have one.
     Asks for each block once. Pure.

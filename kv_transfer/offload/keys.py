@@ -33,10 +33,6 @@ class KeySpace(NamedTuple):
 
     suffix: bytes
 
-    def key(self, block_hash: BlockHash) -> TierKey:
-        """Key of a block."""
-        return block_hash + self.suffix
-
     def of(self, hashes: Sequence[BlockHash]) -> list[TierKey]:
         """Keys of some blocks."""
         return [block_hash + self.suffix for block_hash in hashes]

@@ -15,7 +15,7 @@ from support.offloading import Slow, block_bytes, check, config_of, prompt_of, r
 from support.pair import Pair
 from support.tiers import end
 from tandem.core.config import Config
-from tandem.engine.prefixes import Part, longest_window, parts_of
+from tandem.engine.prefixes import Part, longest_window
 from tandem.kv_transfer.layout import KVGroup
 from tandem.kv_transfer.offload.build import start_host_tier
 from tandem.kv_transfer.offload.stack import Write
@@ -146,5 +146,11 @@ def test_the_longest_prefix_is_the_longest(windows: list[int], num_blocks: int, 
     def has(part: Part) -> bool:
         return tuple(part) not in missing
 
-    whole = [n for n in range(num_blocks + 1) if all(has(part) for part in parts_of(groups, n, 8))]
-    assert longest_window(groups, num_blocks, 8, has) == max(whole)
+    def complete(length: int) -> bool:
+        return all(
+            has(Part(position, number))
+            for number, group in enumerate(groups)
+            for position in range(group.first_block(length * 8, 8), length)
+        )
+
+    assert longest_window(groups, num_blocks, 8, has) == max(n for n in range(num_blocks + 1) if complete(n))
