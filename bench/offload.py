@@ -1,7 +1,8 @@
-"""`python -m tandem.bench.offload lookup | disk FOLDER`: what the tiers of KV offload cost, as JSON lines.
+"""`python -m tandem.bench.offload lookup | disk FOLDER | copies`: what the tiers of KV offload cost, as JSON lines.
 
 lookup: 1,000 keys in the host tier's index, as an engine reads it. disk: blocks stored and loaded in random order,
 beside what fio(1) does with the same file, block size and number of threads, or, where there is none, a bare loop.
+copies: scattered ranges between a GPU and the host's memory, either way and both at once, beside memcpy.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import subprocess
 import tempfile
 import threading
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from ..kv_transfer.offload.keeper import start_keeper
 from ..kv_transfer.offload.keys import KEY_BYTES
 from ..kv_transfer.offload.pool import pool_bytes
 from .machine import describe
+from .offload_copies import copy_records
 
 _JOB_BLOCKS = 16
 _JOBS = 4
@@ -47,12 +50,19 @@ def main() -> None:
     disk.add_argument("--capacity", type=parse_bytes, default="1GiB")
     disk.add_argument("--block", type=parse_bytes, default="2MiB")
     disk.add_argument("--seconds", type=float, default=5.0)
+    copies = kinds.add_parser("copies")
+    copies.add_argument("--run", type=parse_bytes, nargs="+", default=[16 << 10, 32 << 10, 2 << 20])
+    copies.add_argument("--programs", type=int, nargs="+", default=[8, 16, 32])
+    copies.add_argument("--total", type=parse_bytes, default="512MiB", help="copied at a time, each way")
     options = parser.parse_args()
     if options.kind == "lookup":
-        result = measure_lookup(options.slots)
+        results: Iterable[dict[str, Any]] = [measure_lookup(options.slots)]
+    elif options.kind == "disk":
+        results = [measure_disk(options.folder, options.capacity, options.block, options.seconds)]
     else:
-        result = measure_disk(options.folder, options.capacity, options.block, options.seconds)
-    print(json.dumps({"bench": options.kind, **result, "machine": describe()}))
+        results = copy_records(options.run, options.programs, options.total)
+    for result in results:
+        print(json.dumps({"bench": options.kind, **result, "machine": describe()}), flush=True)
 
 
 def measure_lookup(num_slots: int) -> dict[str, Any]:

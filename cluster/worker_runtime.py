@@ -33,7 +33,7 @@ from ..engine.models.shard import kv_heads_of
 from ..engine.offloader import Offloader
 from ..engine.rank_wire import PeerAccess
 from ..engine.ranks import Ranks, build_on_ranks
-from ..engine.tiers import open_tiers
+from ..engine.tiers import open_tiers, whole_layout
 from ..kv_transfer.connector import Connector
 from ..kv_transfer.ends import End, first_end, open_transports
 from ..kv_transfer.hidden_states import open_writer
@@ -245,10 +245,11 @@ class WorkerRuntime:
         pools = self._config.pools
         num_workers = sum(pool.replicas for pool in (pools.prefill, pools.decode, pools.colocated) if pool is not None)
         has_host = any(tier.kind == "host" for tier in self._config.offload.tiers)
-        folder = self._host_tier(engine.cache.layout.block_bytes) if has_host else Path()
+        folder = self._host_tier(whole_layout(engine).block_bytes) if has_host else Path()
         place = Place(folder, worker_of(self.peer), num_workers)
-        stack = open_tiers(self._config, self._role, engine, place, self._clock, self._nudge)
-        return Offloader(engine, stack, self._clock, self._metrics)
+        others = self._ranks.memory() if self._ranks is not None and self._config.offload.tiers else ()
+        tiers = open_tiers(self._config, engine, place, self._clock, self._nudge, others)
+        return Offloader(engine, tiers, self._clock, self._metrics)
 
     def _end_ranks(self) -> None:
         if self._ranks is not None:

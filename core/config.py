@@ -257,7 +257,7 @@ class OffloadConfig(_Section):
     tiers: tuple[OffloadTierConfig, ...] = ()
     """Where KV blocks go beyond the workers' own memory, nearest first. Empty: nowhere."""
     moving: ByteSize = 64 << 20
-    """Memory of a worker for blocks on their way from one tier to the next. What finds none of it free is dropped."""
+    """Memory of a worker for blocks on their way from its own to a tier, or on to the next. What finds none is lost."""
 
     @model_validator(mode="after")
     def _check_tiers(self) -> Self:

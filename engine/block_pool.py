@@ -29,6 +29,8 @@ class BlockPool:
         self.generations = generations
         self.on_reuse: Callable[[Sequence[int]], None] = lambda blocks: None
         """Called with blocks that are about to hold something else, once their generations have moved on."""
+        self.on_evict: Callable[[Sequence[tuple[int, BlockHash]]], None] | None = None
+        """Called with cached blocks, and their keys, that are about to be reused, while they hold what they held."""
         self._prefix_cache = prefix_cache
         self._references = [0] * num_blocks
         self._keys: list[BlockHash | None] = [None] * num_blocks
@@ -63,6 +65,11 @@ class BlockPool:
         """The block that holds the prefix's end that ``key`` names, if one does. Takes no reference, as `match`."""
         return self._by_key.get(key)
 
+    def find_free(self, key: BlockHash) -> int | None:
+        """`find` a block that nobody uses: no step writes to it, its content is whole."""
+        block = self._by_key.get(key)
+        return block if block is not None and self._references[block] == 0 else None
+
     def acquire(self, blocks: Iterable[int]) -> None:
         """Take a reference to each block."""
         for block in blocks:
@@ -75,15 +82,21 @@ class BlockPool:
         if count > self.num_free:
             return None
         blocks = []
+        evicted = []
         for _ in range(count):
             if self._empty:
                 block = self._empty.pop()
             else:
                 block, _none = self._cached.popitem(last=False)
+                key = self._keys[block]
+                assert key is not None, "a cached block has a key"
+                evicted.append((block, key))
                 self._forget(block)
             self._references[block] = 1
             self.generations[block] += 1
             blocks.append(block)
+        if evicted and self.on_evict is not None:
+            self.on_evict(evicted)
         self.on_reuse(blocks)
         return blocks
 

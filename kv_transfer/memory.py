@@ -109,8 +109,8 @@ def host_id() -> str:
         return ""
 
 
-def map_shared(shared: SharedMemory) -> np.ndarray:
-    """Map a peer's buffer, for reading: [num_bytes] uint8.
+def map_shared(shared: SharedMemory, *, writable: bool = False) -> np.ndarray:
+    """Map another process's buffer: [num_bytes] uint8, for reading unless ``writable``.
 
     Raises:
         TransferError: it cannot be opened from here: the owner is gone, or lives on another host or in another
@@ -120,12 +120,13 @@ def map_shared(shared: SharedMemory) -> np.ndarray:
     try:
         if os.readlink(path) != f"/memfd:tandem-{shared.token} (deleted)":
             raise TransferError(f"{path} is not the peer's memory: the peer is on another host, or gone")
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
     except OSError as error:
         raise TransferError(f"{path} cannot be opened: {error.strerror}") from None
     try:
         if os.fstat(descriptor).st_size != shared.num_bytes:
             raise TransferError(f"{path} has {os.fstat(descriptor).st_size} bytes, expected {shared.num_bytes}")
-        return np.frombuffer(mmap.mmap(descriptor, shared.num_bytes, prot=mmap.PROT_READ), np.uint8)
+        access = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+        return np.frombuffer(mmap.mmap(descriptor, shared.num_bytes, prot=access), np.uint8)
     finally:
         os.close(descriptor)

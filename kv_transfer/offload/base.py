@@ -68,15 +68,15 @@ class HostBlocks:
 
 
 class Spill:
-    """Places for blocks between the tier that gives them up and the next, and a bound on how many there are at a time.
-    Thread-safe.
+    """Places for blocks between the cache or tier that gives them up and the next, and a bound on how many there are at
+    a time. Thread-safe.
 
     Args:
         num_blocks: places.
         memory: of as many blocks; None where nothing is copied, as in a simulation.
     """
 
-    def __init__(self, num_blocks: int, memory: BlockMemory | None) -> None:
+    def __init__(self, num_blocks: int, memory: HostBlocks | None) -> None:
         self.memory = memory
         self.num_blocks = num_blocks
         self._free = deque(range(num_blocks))

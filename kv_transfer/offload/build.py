@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -31,9 +32,9 @@ class Place(NamedTuple):
     folder: Path
     """Where the node's workers meet; this user's alone."""
     worker: str
-    """A name that is the same after a restart, "decode-0"; with several ranks, one for each."""
+    """A name that is the same after a restart: "decode-0"."""
     num_workers: int
-    """Of the node, each rank counted, that open stacks."""
+    """Of the node, that open stacks."""
 
 
 def start_host_tier(config: OffloadConfig, block_bytes: int, folder: Path) -> subprocess.Popen[bytes] | None:
@@ -41,7 +42,7 @@ def start_host_tier(config: OffloadConfig, block_bytes: int, folder: Path) -> su
 
     Args:
         config: which tiers.
-        block_bytes: of one rank's part of a block.
+        block_bytes: of a block, with the heads of all ranks.
         folder: see `Place`.
 
     Raises:
@@ -73,7 +74,7 @@ def open_stack(
 
     Args:
         config: which.
-        block_bytes: of this rank's part of a block.
+        block_bytes: of a block, with the heads of all ranks.
         place: whose they are.
         clock: for deadlines.
         notify: called, on any thread, when `OffloadStack.poll` has something new.
@@ -94,6 +95,8 @@ def open_stack(
         raise
     num_moving = config.moving // block_bytes
     memory = HostBlocks(np.zeros(num_moving * block_bytes, np.uint8), block_bytes)
+    if pin is not None and num_moving:
+        weakref.finalize(memory, pin(memory.array.reshape(-1))).atexit = False
     return OffloadStack(levels, Spill(num_moving, memory))
 
 

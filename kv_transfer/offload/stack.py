@@ -102,14 +102,14 @@ class OffloadStack:
 
     Args:
         levels: nearest first, at least one.
-        spill: for blocks that move down; with memory if the tiers have any.
+        spill: for blocks that move down, from the engine's cache too; with memory if the tiers have any.
     """
 
     def __init__(self, levels: Sequence[Level], spill: Spill) -> None:
         self.levels = list(levels)
         self.moved_down = 0
         """Blocks that were given to the tier below."""
-        self._spill = spill
+        self.spill = spill
         self._number = 0
         self._order = 0
         self._parts: list[dict[int, _Part]] = [{} for _ in levels]
@@ -288,7 +288,7 @@ class OffloadStack:
     def _spill_below(self, number: int) -> Spill | None:
         if number + 1 == len(self.levels) or self.levels[number + 1].write is Write.THROUGH:
             return None
-        return self._spill
+        return self.spill
 
     def _move_down(self, number: int, order: int, spilled: Iterable[Spilled]) -> None:
         """Give what a tier pushed out to this one."""
@@ -302,13 +302,13 @@ class OffloadStack:
                 or (level.write is Write.SECOND_USE and not self._seen_before(number, block.key))
             )
             if unwanted:
-                self._spill.give(block.place)
+                self.spill.give(block.place)
             else:
                 moving.append(block)
         if moving:
             keys, places = [block.key for block in moving], [block.place for block in moving]
             self._moving.update(keys)
-            job = StoreJob(keys, self._spill.memory, places, 0, self._spill_below(number))
+            job = StoreJob(keys, self.spill.memory, places, 0, self._spill_below(number))
             self._add(number, level.tier.submit_store(job), None, (), moving)
             self.moved_down += len(moving)
 
@@ -344,7 +344,7 @@ class OffloadStack:
 
     def _settle(self, number: int, part: _Part, result: JobResult) -> None:
         for block in part.moving:
-            self._spill.give(block.place)
+            self.spill.give(block.place)
             self._moving[block.key] -= 1
             if not self._moving[block.key]:
                 del self._moving[block.key]

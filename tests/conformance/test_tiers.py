@@ -128,13 +128,12 @@ def test_only_what_was_stored_is_found(kit: Kit) -> None:
     assert engine.load([strangers[0], key, strangers[1]]).good == (False, True, False)
 
 
-def test_tenants_groups_and_ranks_never_meet(kit: Kit) -> None:
+def test_tenants_and_groups_never_meet(kit: Kit) -> None:
     engine = kit.engine()
     spaces = [
         key_space("", LAYOUT),
         key_space("a", LAYOUT),
         key_space("", LAYOUT, group=1),
-        key_space("", LAYOUT, first_head=2),
     ]
     engine.store(keys_of(1, space=spaces[0]))
     for space in spaces[1:]:
