@@ -22,6 +22,7 @@ from ..core.config import ColocatedPool, Config, DecodePool, PrefillPool
 from ..core.environment import cache_folder
 from ..core.errors import ConfigError, TandemError
 from ..core.ids import PeerId, worker_of
+from ..core.kv_messages import KVWatch
 from ..core.log import logger
 from ..core.messages import Member, Membership, Message, Report, Scrape, Scraped, Subscribe
 from ..core.metrics import WorkerMetrics, render
@@ -38,7 +39,9 @@ from ..kv_transfer.connector import Connector
 from ..kv_transfer.ends import End, first_end, open_transports
 from ..kv_transfer.hidden_states import open_writer
 from ..kv_transfer.offload.build import Place
+from ..kv_transfer.offload.stack import OffloadStack
 from ..prefill.worker import PrefillWorker
+from .kv_publisher import KVPublisher
 from .mesh import Mesh
 
 _INBOX_SIZE = 16384
@@ -205,7 +208,11 @@ class WorkerRuntime:
         self._connector = self._connect(built.engine, built.fingerprint)
         model = built.engine.model
         self._hidden_states = open_writer(self._config.hidden_states, model.spec.hidden, model.dtype, self._metrics)
-        self._offloader = self._open_offloader(built.engine)
+        stack = self._open_tiers(built.engine)
+        self._offloader = Offloader[Any](built.engine, stack, self._clock, self._metrics)
+        self._publisher = KVPublisher(
+            built.engine.pool, stack, built.fingerprint, built.engine.block_tokens, self._clock, self._mesh.send
+        )
         lease_s = self._config.kv.lease_s
         self._worker: PrefillWorker | DecodeWorker
         if isinstance(pool, PrefillPool):
@@ -241,14 +248,13 @@ class WorkerRuntime:
         self._progress("ready")
         logger.info("ready at %s", self._mesh.endpoint)
 
-    def _open_offloader(self, engine: Engine) -> Offloader[Any]:
+    def _open_tiers(self, engine: Engine) -> OffloadStack | None:
         pools = self._config.pools
         num_workers = sum(pool.replicas for pool in (pools.prefill, pools.decode, pools.colocated) if pool is not None)
         has_host = any(tier.kind == "host" for tier in self._config.offload.tiers)
         folder = self._host_tier(engine.cache.layout.block_bytes) if has_host else Path()
         place = Place(folder, worker_of(self.peer), num_workers)
-        stack = open_tiers(self._config, self._role, engine, place, self._clock, self._nudge)
-        return Offloader(engine, stack, self._clock, self._metrics)
+        return open_tiers(self._config, self._role, engine, place, self._clock, self._nudge)
 
     def _end_ranks(self) -> None:
         if self._ranks is not None:
@@ -298,6 +304,7 @@ class WorkerRuntime:
                 self._worker.tick()
             self._busy = self._worker.step()
             self._look_after_links(now_s)
+            self._publisher.poll(now_s)
             self._publish_report(now_s)
         self._connector.close()
         if isinstance(self._worker, PrefillWorker):
@@ -318,7 +325,7 @@ class WorkerRuntime:
         """How long nothing may happen; None: until somebody wakes us."""
         if self._busy:
             return 0.0
-        deadlines = [self._worker.next_deadline_s(), self._retry_s]
+        deadlines = [self._worker.next_deadline_s(), self._retry_s, self._publisher.next_due_s()]
         if self._current_report() != self._report:
             deadlines.append(self._reported_s + _REPORT_PERIOD_S)
         if self._stopping.is_set():
@@ -343,6 +350,7 @@ class WorkerRuntime:
         if isinstance(item, _Lost):
             logger.warning("lost %s", item.peer)
             self._subscribers.discard(item.peer)
+            self._publisher.forget(item.peer)
             self._linked.discard(item.peer)
             self._retry_s = self._clock.monotonic_s() + _RETRY_PERIOD_S
             self._worker.peer_lost(item.peer)
@@ -354,6 +362,8 @@ class WorkerRuntime:
                 self._worker.peer_lost(sender)
             self._subscribers.add(sender)
             self._mesh.send(sender, self._report)
+        elif isinstance(message, KVWatch):
+            self._publisher.watch(sender)
         elif isinstance(message, Membership):
             self._membership = message
             self._link(message)

@@ -160,8 +160,9 @@ class KVConfig(_Section):
 
 
 class RoutingConfig(_Section):
-    policy: Literal["least_loaded", "round_robin"] = "least_loaded"
-    """How a gateway picks the workers of a request."""
+    policy: Literal["kv_aware", "prefix_hash", "least_loaded", "round_robin"] = "least_loaded"
+    """How a gateway picks the workers of a request. kv_aware: where most of the prompt's KV is, weighed against what
+    waits there. prefix_hash: prompts that begin alike go to the same, unless it has much to do."""
     local_prefill: Literal["auto", "never", "always"] = "auto"
     """Whether a decode worker computes a short rest of a prompt itself: auto when that is sooner."""
 

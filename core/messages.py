@@ -7,6 +7,7 @@
     decode  ── Hello, Prefill, Renew, Release ──────────────────────► prefill
     decode  ◄─ HelloReply, Accepted, BlocksReady, Prefilled, PrefillFailed ── prefill
     any     ── Report ──► gateways          gateway ── Scrape ──► worker ── Scraped ──► gateway
+    gateway ── KVWatch ──► worker ── KVSnapshot, then KVEvents ──► gateway
 
 `decode` either returns a message that satisfies every bound below, or raises: no half-checked value gets further.
 """
@@ -19,28 +20,27 @@ from typing import Annotated, Final, TypeVar
 import msgspec
 from msgspec import Meta, Struct
 
+from .bounds import (
+    MAX_CHILDREN,
+    MAX_LOGPROBS,
+    MAX_RANKS,
+    MAX_TOKENS,
+    Count,
+    FileName,
+    Name,
+    Seconds,
+    Seed,
+    Text,
+    TokenId,
+    TokenIds,
+)
+from .kv_messages import KVEvents, KVSnapshot, KVWatch
+
 PROTOCOL_VERSION: Final = 2
 """Peers of one protocol version interoperate, whatever their package versions."""
 
 MAX_MESSAGE_BYTES: Final = 64 << 20
 """Largest frame that a message socket accepts."""
-
-MAX_TOKENS: Final = 1 << 22
-MAX_CHILDREN: Final = 128
-MAX_LOGPROBS: Final = 20
-MAX_RANKS: Final = 1024
-
-MAX_TEXT: Final = 4096
-
-Name = Annotated[str, Meta(max_length=256)]
-Text = Annotated[str, Meta(max_length=MAX_TEXT)]
-FileName = Annotated[str, Meta(pattern=r"^([0-9a-f]{32})?\Z")]
-"""Made by a gateway, never by a client; empty: none."""
-Count = Annotated[int, Meta(ge=0, le=1 << 40)]
-TokenId = Annotated[int, Meta(ge=0, lt=1 << 31)]
-TokenIds = Annotated[list[TokenId], Meta(max_length=MAX_TOKENS)]
-Seed = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
-Seconds = Annotated[float, Meta(ge=0, le=1e12)]
 
 
 class FinishReason(enum.StrEnum):
@@ -420,7 +420,8 @@ class Membership(Struct, tag=True, frozen=True):
 
 Message = (
     Generate | Abort | Update | Refused | Hello | HelloReply | Prefill | Accepted | BlocksReady | Prefilled
-    | PrefillFailed | Renew | Release | Report | Subscribe | Scrape | Scraped | Membership
+    | PrefillFailed | Renew | Release | Report | Subscribe | Scrape | Scraped | KVWatch | KVSnapshot | KVEvents
+    | Membership
 )  # fmt: skip
 
 _encoder = msgspec.msgpack.Encoder()

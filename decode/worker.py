@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from ..core.bounds import MAX_TEXT
 from ..core.clock import Clock
 from ..core.config import Config, DecodePool
 from ..core.errors import CapacityError, RequestError, TransferError
@@ -14,7 +15,6 @@ from ..core.hashing import root_hash
 from ..core.ids import PeerId
 from ..core.log import RateLimited, logger
 from ..core.messages import (
-    MAX_TEXT,
     Abort,
     Child,
     ChildUpdate,

@@ -29,6 +29,8 @@ class BlockPool:
         self.generations = generations
         self.on_reuse: Callable[[Sequence[int]], None] = lambda blocks: None
         """Called with blocks that are about to hold something else, once their generations have moved on."""
+        self.journal: dict[BlockHash, bool] | None = None
+        """Keys that can be found now (true), or not any more; kept for whoever puts a dict here, and takes it away."""
         self._prefix_cache = prefix_cache
         self._references = [0] * num_blocks
         self._keys: list[BlockHash | None] = [None] * num_blocks
@@ -109,6 +111,12 @@ class BlockPool:
         if self._prefix_cache and self._keys[block] is None and key not in self._by_key:
             self._keys[block] = key
             self._by_key[key] = block
+            if self.journal is not None:
+                self.journal[key] = True
+
+    def keys(self) -> list[BlockHash]:
+        """All keys that can be found."""
+        return list(self._by_key)
 
     def uncache(self, blocks: Iterable[int]) -> None:
         """Make blocks unfindable: their content is not to be trusted."""
@@ -142,3 +150,5 @@ class BlockPool:
         if key is not None:
             del self._by_key[key]
             self._keys[block] = None
+            if self.journal is not None:
+                self.journal[key] = False

@@ -206,16 +206,16 @@ class Dispatcher:
         groups = [fresh] if fresh else []
         groups += [[output] for output in open_outputs if output.tokens]
         for group in groups:
-            placement = self._router.place()
+            tokens = live.tokens + group[0].tokens
+            placement = self._router.place(tokens, live.salt)
             if placement is None:
                 self._wait(live)
                 return
             ticket = next(self._tickets)
-            tokens = live.tokens + group[0].tokens
-            attempt = Attempt(ticket, placement, [output.child.index for output in group], len(tokens))
+            attempt = Attempt(ticket, placement, [output.child.index for output in group], placement.num_left)
             live.attempts[ticket] = attempt
             self._by_ticket[ticket] = live
-            self._router.sent(placement, len(group), len(tokens))
+            self._router.sent(placement, len(group), placement.num_left)
             live.timeline.mark("gateway.sent", f"to {placement.decode}, prompt to {placement.prefill or 'the same'}")
             logprobs = -1 if live.prompt_logprobs_known else live.wants_prompt_logprobs
             self._send(

@@ -17,11 +17,13 @@ from ...core.clock import SystemClock
 from ...core.config import Config, model_folder, model_name
 from ...core.errors import ConfigError
 from ...core.ids import PeerId, worker_of
+from ...core.kv_messages import KVEvents, KVSnapshot
 from ...core.log import logger
 from ...core.messages import Member, Membership, Message, Report, Scrape, Scraped, Subscribe
 from ...core.metrics import GatewayMetrics, merge, render
 from ...core.wire import ClusterKeys, SecureContext
 from ...engine.models.spec import context_length, read_spec
+from ..kv_view import KVView
 from ..mesh import Mesh
 from ..router import Router
 from .app import Api
@@ -76,7 +78,8 @@ class GatewayRuntime:
         self._progress = progress
         self._metrics = GatewayMetrics(CollectorRegistry())
         self._clock = SystemClock()
-        self._router = Router(config.routing.policy)
+        self._view = KVView(lambda peer, message: self._mesh.send(peer, message))
+        self._router = Router(config.routing.policy, self._view)
         self._membership: Membership | None = None
         self._linked: dict[PeerId, str] = {}
         self._scrapes: dict[int, asyncio.Future[None]] = {}
@@ -177,11 +180,14 @@ class GatewayRuntime:
                     waiting = self._scrapes[message.number]
                     if not waiting.done():
                         waiting.set_result(None)
+        elif isinstance(message, KVSnapshot | KVEvents):
+            self._view.receive(sender, message)
         else:
             self._dispatcher.receive(sender, message)
 
     def _follow(self, membership: Membership) -> None:
         self._membership = membership
+        self._view.follow(membership)
         self._link()
         self._dispatcher.follow(membership)
         roles = [member.role for member in membership.members]
@@ -199,11 +205,14 @@ class GatewayRuntime:
         for peer in wanted.keys() - self._linked.keys():
             self._mesh.connect(peer, wanted[peer])
             self._mesh.send(peer, Subscribe())
+            if self._config.routing.policy == "kv_aware":
+                self._view.watch(peer)
         self._linked = wanted
 
     def _lost(self, peer: PeerId) -> None:
         logger.warning("lost %s", peer)
         self._linked.pop(peer, None)
+        self._view.forget(peer)
         self._dispatcher.lost(peer)
         self._loop.call_later(_RECONNECT_S, self._relink)
 

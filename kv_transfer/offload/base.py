@@ -143,6 +143,15 @@ class JobResult(NamedTuple):
     spilled: tuple[Spilled, ...] = ()
 
 
+class Change(NamedTuple):
+    """What can be found in a tier has changed."""
+
+    key: TierKey
+    """b"": of all keys."""
+    found: bool
+    """Whether it can be found from now on."""
+
+
 class TierStats:
     """What a tier counts. Changed by the tier alone."""
 
@@ -164,6 +173,8 @@ class Tier(Protocol):
     """Keeps blocks by key."""
 
     name: str
+    shared: bool
+    """By all workers of the node."""
 
     def lookup(self, keys: Sequence[TierKey]) -> list[Lookup]:
         """What it knows of some keys. Does no I/O and waits for nobody; counts as no use."""
@@ -199,6 +210,14 @@ class Tier(Protocol):
 
     def clear(self, tenant: bytes | None = None) -> None:
         """Forget everything, or all keys with this `keys.tenant_tag`."""
+        ...
+
+    def watch(self) -> list[TierKey]:
+        """The keys that can be found now; from now on `changes` are kept."""
+        ...
+
+    def changes(self) -> list[Change]:
+        """What has changed since the last call, in order. Of a shared tier, what this process did."""
         ...
 
     def stats(self) -> TierStats:

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from .base import Lookup
+from .base import Change, Lookup
 from .keys import TierKey, tenant_of
 from .policies import Priorities
 
@@ -60,6 +60,8 @@ class TierIndex:
 
     def __init__(self, num_slots: int, policy: Priorities) -> None:
         self.num_slots = num_slots
+        self.journal: list[Change] | None = None
+        """What can be found from now on, or not any more; kept for whoever puts a list here, and takes it away."""
         self._policy = policy
         self._slots = [_Slot(number) for number in range(num_slots)]
         self._free = list(range(num_slots - 1, -1, -1))
@@ -92,6 +94,7 @@ class TierIndex:
             if victim is None:
                 return None
             slot = self._by_key.pop(victim)
+            self._note(slot, found=False)
             evicted = Evicted(victim, slot.generation)
         self._generation += 1
         slot.generation = self._generation
@@ -103,6 +106,8 @@ class TierIndex:
     def commit(self, slot: int) -> None:
         """A reserved slot has its content, and may be found. It is held until `release`."""
         self._slots[slot].stored = True
+        if not self._slots[slot].leaving:
+            self._note(self._slots[slot], found=True)
 
     def is_leaving(self, slot: int) -> bool:
         """Whether the key of a slot that is reserved or held was removed."""
@@ -167,6 +172,10 @@ class TierIndex:
             self._free.append(slot.number)
         return slot.number
 
+    def stored_keys(self) -> list[TierKey]:
+        """All keys that can be found."""
+        return [key for key, slot in self._by_key.items() if slot.stored]
+
     def keys_of(self, tenant: bytes | None = None) -> list[TierKey]:
         """All keys, or those of one tenant. Looks at every key."""
         return [key for key in self._by_key if tenant is None or tenant_of(key) == tenant]
@@ -188,6 +197,7 @@ class TierIndex:
                 slot.generation = generation
                 self._fill(slot, key, 0)
                 slot.stored = True
+                self._note(slot, found=True)
         taken = {slot.number for slot in self._by_key.values()}
         self._free = [slot.number for slot in reversed(self._slots) if not slot.pins and slot.number not in taken]
 
@@ -215,6 +225,10 @@ class TierIndex:
         self._by_key[key] = slot
         self._policy.insert(key, priority)
 
+    def _note(self, slot: _Slot, *, found: bool) -> None:
+        if self.journal is not None:
+            self.journal.append(Change(slot.key, found))
+
     def _pin(self, slot: _Slot) -> None:
         if slot.pins == 0:
             self._policy.pin(slot.key)
@@ -222,6 +236,8 @@ class TierIndex:
 
     def _leave(self, slot: _Slot) -> None:
         if not slot.leaving:
+            if slot.stored:
+                self._note(slot, found=False)
             slot.leaving = True
             slot.pins -= slot.user_pins
             slot.user_pins = 0

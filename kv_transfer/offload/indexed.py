@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 
 from ...core.clock import Clock
 from ...core.log import RateLimited, logger
-from .base import JobResult, LoadJob, Lookup, Spilled, StoreJob, TierStats
+from .base import Change, JobResult, LoadJob, Lookup, Spilled, StoreJob, TierStats
 from .index import Evicted, TierIndex
 from .keys import TierKey
 
@@ -81,6 +81,8 @@ class IndexedTier(abc.ABC):
         clock: for deadlines.
         timeout_s: after which a job ends with what it has, and the tier counts as slow.
     """
+
+    shared = False
 
     def __init__(self, name: str, index: TierIndex, clock: Clock, timeout_s: float) -> None:
         self.name = name
@@ -197,6 +199,18 @@ class IndexedTier(abc.ABC):
     def clear(self, tenant: bytes | None = None) -> None:
         """See `Tier`."""
         self.remove(self._index.keys_of(tenant))
+
+    def watch(self) -> list[TierKey]:
+        """See `Tier`."""
+        self._index.journal = []
+        return self._index.stored_keys()
+
+    def changes(self) -> list[Change]:
+        """See `Tier`."""
+        if not self._index.journal:
+            return []
+        changes, self._index.journal = self._index.journal, []
+        return changes
 
     def stats(self) -> TierStats:
         """See `Tier`."""

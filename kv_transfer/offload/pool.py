@@ -219,6 +219,11 @@ class MappedPool:
             open_, chain = open_[~same], records[~same, _NEXT].astype(np.int64)
         return Places(states, slots, generations)
 
+    def stored_keys(self) -> list[TierKey]:
+        """All keys that can be found."""
+        stored = self._table[self._table[:, _STATE] == _STORED, : KEY_BYTES // 8].tobytes()
+        return [stored[at : at + KEY_BYTES] for at in range(0, len(stored), KEY_BYTES)]
+
     def num_used(self) -> int:
         """Slots that hold something, or wait for it, of all engines."""
         return int(self._words[_USED])

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from ...core.metrics import WorkerMetrics
-from .base import BlockMemory, JobResult, LoadJob, Lookup, Spill, Spilled, StoreJob, Tier
+from .base import BlockMemory, Change, JobResult, LoadJob, Lookup, Spill, Spilled, StoreJob, Tier
 from .keys import TierKey, tenant_of
 
 _REMEMBERED_PER_SLOT = 4
@@ -232,6 +232,14 @@ class OffloadStack:
         self._forgotten.append(_Forgotten(self._order, None, tenant))
         for level in self.levels:
             level.tier.clear(tenant)
+
+    def watch(self) -> list[tuple[Tier, list[TierKey]]]:
+        """Each tier and the keys that can be found in it now; from now on `changes` are kept."""
+        return [(level.tier, level.tier.watch()) for level in self.levels]
+
+    def changes(self) -> list[tuple[Tier, list[Change]]]:
+        """Each tier and what has changed in it since the last call."""
+        return [(level.tier, level.tier.changes()) for level in self.levels]
 
     def next_event_s(self) -> float | None:
         """When `poll` has something to do although nobody was notified, on the clock's monotonic scale."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from .base import JobResult, LoadJob, Lookup, Spilled, StoreJob, Tier, TierStats
+from .base import Change, JobResult, LoadJob, Lookup, Spilled, StoreJob, Tier, TierStats
 from .keys import TierKey
 
 _STATES = ("num_slots", "num_used", "stored", "loaded", "evicted", "refused")
@@ -25,6 +25,8 @@ class StripedTier:
         name: in logs and metrics.
         tiers: of equal size, always in this order.
     """
+
+    shared = False
 
     def __init__(self, name: str, tiers: Sequence[Tier]) -> None:
         self.name = name
@@ -102,6 +104,14 @@ class StripedTier:
         """See `Tier`."""
         for tier in self._tiers:
             tier.clear(tenant)
+
+    def watch(self) -> list[TierKey]:
+        """See `Tier`."""
+        return [key for tier in self._tiers for key in tier.watch()]
+
+    def changes(self) -> list[Change]:
+        """See `Tier`."""
+        return [change for tier in self._tiers for change in tier.changes()]
 
     def stats(self) -> TierStats:
         """See `Tier`; a new object each time."""

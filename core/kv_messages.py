@@ -1,0 +1,56 @@
+"""Messages about the KV that workers keep: what they hold, for routers. Part of `messages`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Final
+
+from msgspec import Meta, Struct
+
+from .bounds import MAX_TOKENS, Count, Name
+from .hashing import HASH_BYTES
+
+MAX_KV_HASHES: Final = 1 << 16
+"""Block hashes of one message."""
+
+KVHashes = Annotated[bytes, Meta(max_length=HASH_BYTES * MAX_KV_HASHES)]
+"""Block hashes (`core.hashing`), one after the other."""
+
+
+class KVWatch(Struct, tag=True, frozen=True):
+    """Gateway → worker: tell me which blocks you hold, and from then on what changes. Also after a gap."""
+
+
+class KVSnapshot(Struct, tag=True, frozen=True):
+    """Worker → gateway: what it holds, in as many parts as needed, all sent before the events that follow."""
+
+    first: bool
+    """The first part: what was told before is void."""
+    next_number: Count
+    """Of the first event that is not in it."""
+    fingerprint: Name
+    """Of the model, for `root_hash`."""
+    block_tokens: Annotated[int, Meta(ge=1, le=MAX_TOKENS)]
+    medium: Name
+    """Where these blocks are: "" for the worker's prefix cache, else a tier's name."""
+    shared: bool
+    """By all workers of the node."""
+    blocks: KVHashes
+
+
+class KVEvents(Struct, tag=True, frozen=True):
+    """Worker → gateways that watch, about every 100 ms while anything changes: blocks that came and went."""
+
+    first_number: Count
+    """Events are numbered through a worker's life, whatever their medium: who finds a gap has missed some."""
+    medium: Name
+    shared: bool
+    cleared: bool
+    """Everything has gone, before the rest of this; an event too."""
+    stored: KVHashes
+    removed: KVHashes
+    """None of which was stored again since."""
+
+    @property
+    def next_number(self) -> int:
+        """Of the events that follow."""
+        return self.first_number + self.cleared + (len(self.stored) + len(self.removed)) // HASH_BYTES

@@ -1,0 +1,31 @@
+"""Real workers tell a real gateway what they hold, and prompts that come again go there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from support.gateway import wait_for
+from support.processes import Processes
+
+
+def test_a_long_prompt_that_comes_again_goes_to_the_worker_that_holds_it(tmp_path: Path) -> None:
+    config = {"model": {"max_model_len": 1024}, "pools": {"colocated": {}}, "routing": {"policy": "kv_aware"}}
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(5, 4000, 100).tolist() for _ in range(4)]
+    with Processes(tmp_path, config, {f"colocated-{n}": {} for n in range(2)}) as cluster:
+        cluster.serve()
+
+        def ask(prompt: list[int]) -> int:
+            answer = cluster.complete(prompt=prompt, max_tokens=1, temperature=0)
+            return int(answer["usage"]["prompt_tokens_details"]["cached_tokens"])
+
+        for prompt in prompts:
+            assert ask(prompt) == 0
+        # Both have computed some, and each is asked for its own again.
+        spread = [cluster.metric("tandem_prompt_tokens_total", worker=f"colocated-{n}") for n in range(2)]
+        assert all(spread)
+        for prompt in prompts:
+            wait_for(lambda prompt=prompt: ask(prompt) == 96, 10, "its KV to be known")
+        for prompt in prompts[::-1]:
+            assert ask(prompt) == 96
