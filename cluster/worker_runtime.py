@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 from prometheus_client import CollectorRegistry
 
 from ..core.clock import SystemClock
@@ -22,7 +23,7 @@ from ..core.config import ColocatedPool, Config, DecodePool, PrefillPool
 from ..core.environment import cache_folder
 from ..core.errors import ConfigError, TandemError
 from ..core.ids import PeerId, worker_of
-from ..core.kv_messages import KVWatch
+from ..core.kv_messages import KVReport, KVWatch
 from ..core.log import logger
 from ..core.messages import Member, Membership, Message, Report, Scrape, Scraped, Subscribe
 from ..core.metrics import WorkerMetrics, render
@@ -399,7 +400,12 @@ class WorkerRuntime:
                 self._mesh.send(subscriber, self._report)
 
     def _current_report(self) -> Report:
-        return self._worker.report()
+        report = self._worker.report()
+        pool = self._engine.pool
+        used = pool.num_blocks - pool.num_free + pool.num_cached
+        hits = report.cached_tokens // self._engine.block_tokens
+        cache = KVReport("", pool.num_blocks, used, 0, hits, 0, 0, 0.0, 0.0, pool.num_evicted, 0.0, 0, "")
+        return msgspec.structs.replace(report, kv=[cache, *self._offloader.reports()])
 
     def _update_report(self) -> bool:
         report = self._current_report()

@@ -6,7 +6,7 @@ from typing import Annotated, Final
 
 from msgspec import Meta, Struct
 
-from .bounds import MAX_TOKENS, Count, Name
+from .bounds import MAX_TOKENS, Count, Name, Seconds
 from .hashing import HASH_BYTES
 
 MAX_KV_HASHES: Final = 1 << 16
@@ -14,6 +14,31 @@ MAX_KV_HASHES: Final = 1 << 16
 
 KVHashes = Annotated[bytes, Meta(max_length=HASH_BYTES * MAX_KV_HASHES)]
 """Block hashes (`core.hashing`), one after the other."""
+
+
+class KVReport(Struct, array_like=True, frozen=True):
+    """What a worker's prefix cache, or one of its tiers, has done since the worker started."""
+
+    medium: Name
+    """A tier's name; "" for the prefix cache."""
+    num_blocks: Count
+    num_used: Count
+    """Of the prefix cache, those in use and those that can be found."""
+    lookups: Count
+    """Blocks of prompts that it was asked for; of the prefix cache not counted."""
+    hits: Count
+    loaded_bytes: Count
+    stored_bytes: Count
+    load_s: Seconds
+    """For so long loads were under way."""
+    store_s: Seconds
+    evicted: Count
+    oldest_at_s: Seconds
+    """Wall clock when the oldest block was stored; 0: unknown."""
+    failures: Count
+    """Blocks that were not stored, or not found as promised."""
+    away: Name
+    """Why it answers nothing at present, or ""."""
 
 
 class KVWatch(Struct, tag=True, frozen=True):

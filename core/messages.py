@@ -34,7 +34,7 @@ from .bounds import (
     TokenId,
     TokenIds,
 )
-from .kv_messages import KVEvents, KVSnapshot, KVWatch
+from .kv_messages import KVEvents, KVReport, KVSnapshot, KVWatch
 
 PROTOCOL_VERSION: Final = 2
 """Peers of one protocol version interoperate, whatever their package versions."""
@@ -380,6 +380,10 @@ class Report(Struct, tag=True, frozen=True):
     """Prefill peers whose handshake this decode worker has accepted."""
     refused: Annotated[dict[Name, Text], Meta(max_length=4096)] = {}
     """Prefill peers that it cannot read from, and why."""
+    cached_tokens: Count = 0
+    """Prompt tokens found in the prefix cache since the worker started."""
+    kv: Annotated[list[KVReport], Meta(max_length=64)] = []
+    """Of the prefix cache, and of each tier."""
 
 
 class Subscribe(Struct, tag=True, frozen=True):

@@ -103,6 +103,7 @@ class DecodeWorker:
         self._order = 0
         self._output_tokens = 0
         self._prompt_tokens = 0
+        self._cached_tokens = 0
         self._received_bytes = 0
         self._refused_peers: set[PeerId] = set()
 
@@ -169,6 +170,7 @@ class DecodeWorker:
             output_tokens=self._output_tokens,
             prompt_tokens=self._prompt_tokens,
             received_bytes=self._received_bytes,
+            cached_tokens=self._cached_tokens,
             peers=self._connector.peers(),
             refused={peer: self._connector.refusal(peer)[:MAX_TEXT] for peer in self._refused_peers},
         )
@@ -218,6 +220,7 @@ class DecodeWorker:
         if not stream.begun:
             stream.queue_s += now_s - stream.arrived_s
             stream.cached_tokens = sequence.num_computed
+            self._cached_tokens += sequence.num_computed
             self._metrics.cached_tokens.inc(sequence.num_computed)
         stream.started_s = now_s
         stream.sources = MultiConnector(sequence.num_tokens, self._engine.block_tokens, self._sources(stream))

@@ -31,6 +31,8 @@ class BlockPool:
         """Called with blocks that are about to hold something else, once their generations have moved on."""
         self.journal: dict[BlockHash, bool] | None = None
         """Keys that can be found now (true), or not any more; kept for whoever puts a dict here, and takes it away."""
+        self.num_evicted = 0
+        """Cached prefixes' blocks that made way for others."""
         self._prefix_cache = prefix_cache
         self._references = [0] * num_blocks
         self._keys: list[BlockHash | None] = [None] * num_blocks
@@ -82,6 +84,7 @@ class BlockPool:
                 block = self._empty.pop()
             else:
                 block, _none = self._cached.popitem(last=False)
+                self.num_evicted += 1
                 self._forget(block)
             self._references[block] = 1
             self.generations[block] += 1

@@ -15,6 +15,7 @@ import numpy as np
 
 from ..core.clock import Clock
 from ..core.hashing import BlockHash
+from ..core.kv_messages import KVReport
 from ..core.log import logger
 from ..core.metrics import WorkerMetrics
 from ..kv_transfer.memory import Buffer
@@ -146,10 +147,11 @@ class Offloader(Generic[_Owner]):
         hashes = sequence.keys((sequence.num_tokens - 1) // self._block_tokens, self._block_tokens)
         start = len(self._pool.match(hashes))
         keys = self._space(salt).of(hashes[start:])
-        if not keys or self._stack.lookup(keys[:1])[0].state is not Lookup.HIT:
+        found_first = self._stack.lookup(keys[:1])
+        if not keys or found_first[0].state is not Lookup.HIT:
             return None
         levels = []
-        for found in self._stack.lookup(keys):
+        for found in found_first + self._stack.lookup(keys[1:]):
             if found.state is not Lookup.HIT:
                 break
             levels.append(found.level)
@@ -230,6 +232,10 @@ class Offloader(Generic[_Owner]):
         if (at_s := self._stack.next_event_s()) is not None:
             times.append(at_s)
         return min(times, default=None)
+
+    def reports(self) -> list[KVReport]:
+        """Each tier's figures."""
+        return [] if self._stack is None else self._stack.reports()
 
     def publish(self) -> None:
         """Bring the tiers' metrics up to date."""

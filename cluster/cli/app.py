@@ -108,12 +108,17 @@ def down(address: AddressOption = None) -> None:
 @app.command()
 def status(
     address: AddressOption = None,
+    kv: Annotated[bool, typer.Option("--kv", help="Each worker's prefix cache and tiers instead.")] = False,
     json_: Annotated[bool, typer.Option("--json", help="One JSON object a worker instead of a table.")] = False,
 ) -> None:
-    """Show every worker: role, node, state, sequences, blocks, leases, and rates over one second."""
+    """Show every worker: role, node, state, sequences, blocks, leases, and rates over one second.
+
+    With --kv, what each prefix cache and tier holds and has done since its worker started: blocks, hits, bytes and the
+    speed of copies, evictions, the oldest block's age, failures, and whether it is away.
+    """
     from .cluster import status as run
 
-    run(address, as_json=json_)
+    run(address, kv=kv, as_json=json_)
 
 
 @app.command()

@@ -220,9 +220,7 @@ class HostTier:
         pool = self._pool
         self._stats.away = "" if pool is not None else "no keeper"
         self._stats.num_slots = 0 if pool is None else pool.num_slots
-        self._stats.num_used = 0
-        if pool is not None:
-            self._stats.num_used = pool.num_used()
+        self._stats.num_used, self._stats.oldest_at_s = (0, 0.0) if pool is None else pool.in_use()
         return self._stats
 
     def next_event_s(self) -> float | None:
@@ -252,6 +250,7 @@ class HostTier:
         self._number += 1
         open_job = OpenJob(self._number, job, num_keys, self._clock.monotonic_s() + self._timeout_s)
         self._jobs[self._number] = open_job
+        self._stats.job_began(job, self._clock.monotonic_s())
         return open_job
 
     def _refuse(self, job: OpenJob) -> int:
@@ -263,6 +262,8 @@ class HostTier:
         with job.lock:
             job.ended = True
         del self._jobs[job.number]
+        if job.job is not None:
+            self._stats.job_ended(job.job, self._clock.monotonic_s())
         good = sum(job.good)
         if isinstance(job.job, LoadJob):
             self._stats.loaded += good

@@ -13,6 +13,7 @@ it. Sans-IO; owned by one thread.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -37,7 +38,7 @@ class Reservation(NamedTuple):
 
 
 class _Slot:
-    __slots__ = ("generation", "key", "leaving", "number", "pins", "priority", "stored", "user_pins")
+    __slots__ = ("generation", "key", "leaving", "number", "pins", "priority", "stored", "stored_at_s", "user_pins")
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -45,6 +46,7 @@ class _Slot:
         self.key: TierKey = b""
         self.priority = 0
         self.stored = False
+        self.stored_at_s = 0.0
         self.leaving = False
         self.pins = 0
         self.user_pins = 0
@@ -65,7 +67,8 @@ class TierIndex:
         self._policy = policy
         self._slots = [_Slot(number) for number in range(num_slots)]
         self._free = list(range(num_slots - 1, -1, -1))
-        self._by_key: dict[TierKey, _Slot] = {}
+        # In order of reservation; a plain dict takes long to find its first key when many before it have gone.
+        self._by_key: OrderedDict[TierKey, _Slot] = OrderedDict()
         self._generation = 0
 
     def __len__(self) -> int:
@@ -103,9 +106,10 @@ class TierIndex:
         self._policy.pin(key)
         return Reservation(slot.number, slot.generation, evicted)
 
-    def commit(self, slot: int) -> None:
-        """A reserved slot has its content, and may be found. It is held until `release`."""
+    def commit(self, slot: int, at_s: float = 0.0) -> None:
+        """A reserved slot has its content, from ``at_s`` on, and may be found. It is held until `release`."""
         self._slots[slot].stored = True
+        self._slots[slot].stored_at_s = at_s
         if not self._slots[slot].leaving:
             self._note(self._slots[slot], found=True)
 
@@ -172,6 +176,10 @@ class TierIndex:
             self._free.append(slot.number)
         return slot.number
 
+    def oldest_at_s(self) -> float:
+        """When the oldest block was stored, as told; 0: there is none."""
+        return next((slot.stored_at_s for slot in self._by_key.values() if slot.stored), 0.0)
+
     def stored_keys(self) -> list[TierKey]:
         """All keys that can be found."""
         return [key for key, slot in self._by_key.items() if slot.stored]
@@ -185,7 +193,7 @@ class TierIndex:
         slot = self._by_key.get(key)
         return None if slot is None else slot.generation
 
-    def restore(self, found: Sequence[tuple[int, TierKey, int]]) -> None:
+    def restore(self, found: Sequence[tuple[int, TierKey, int]], at_s: float = 0.0) -> None:
         """Fill an index that has no keys with what slots were found to hold: (slot, key, generation) each. What was
         stored last counts as used last, and of several slots with one key it is the one that is kept."""
         for number, key, generation in sorted(found, key=lambda entry: entry[2]):
@@ -196,7 +204,7 @@ class TierIndex:
             if slot.pins == 0:
                 slot.generation = generation
                 self._fill(slot, key, 0)
-                slot.stored = True
+                slot.stored, slot.stored_at_s = True, at_s
                 self._note(slot, found=True)
         taken = {slot.number for slot in self._by_key.values()}
         self._free = [slot.number for slot in reversed(self._slots) if not slot.pins and slot.number not in taken]

@@ -215,6 +215,7 @@ class IndexedTier(abc.ABC):
     def stats(self) -> TierStats:
         """See `Tier`."""
         self._stats.num_used = self._index.num_used
+        self._stats.oldest_at_s = self._index.oldest_at_s()
         if not self.away:
             self._stats.away = ""
         return self._stats
@@ -249,6 +250,7 @@ class IndexedTier(abc.ABC):
         self._number += 1
         open_job = OpenJob(self._number, job, num_keys, self._clock.monotonic_s() + self._timeout_s)
         self._jobs[self._number] = open_job
+        self._stats.job_began(job, self._clock.monotonic_s())
         return open_job
 
     def _refuse(self, job: OpenJob) -> int:
@@ -272,7 +274,7 @@ class IndexedTier(abc.ABC):
                 # It was removed while it was written.
                 self._start([Item(item.job, Kind.ERASE, 0, item.key, item.slot, item.generation)])
             else:
-                self._index.commit(item.slot)
+                self._index.commit(item.slot, self._clock.wall_s())
                 self._let_go(item)
                 self._stats.stored += 1
             self._settle_spill(item)
@@ -314,6 +316,8 @@ class IndexedTier(abc.ABC):
         for _, slot in sorted(job.held, reverse=True):
             self._index.release(slot)
         del self._jobs[job.number]
+        if job.job is not None:
+            self._stats.job_ended(job.job, self._clock.monotonic_s())
         self._ended.append(JobResult(job.number, tuple(job.good), job.error, tuple(job.spilled)))
 
     def _fail(self, item: Item) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 
 from .base import Change, JobResult, LoadJob, Lookup, Spilled, StoreJob, Tier, TierStats
@@ -120,8 +121,12 @@ class StripedTier:
             part = tier.stats()
             for name in _STATES:
                 setattr(total, name, getattr(total, name) + getattr(part, name))
+            # Stripes work side by side.
+            total.load_s, total.store_s = max(total.load_s, part.load_s), max(total.store_s, part.store_s)
+            total.oldest_at_s = min(total.oldest_at_s or math.inf, part.oldest_at_s or math.inf)
             total.failures += part.failures
             total.away = total.away or part.away
+        total.oldest_at_s = total.oldest_at_s if math.isfinite(total.oldest_at_s) else 0.0
         return total
 
     def next_event_s(self) -> float | None:
