@@ -21,9 +21,9 @@ from prometheus_client import CollectorRegistry
 from ..core.clock import SystemClock
 from ..core.config import ColocatedPool, Config, DecodePool, PrefillPool
 from ..core.environment import cache_folder
-from ..core.errors import ConfigError, TandemError
+from ..core.errors import ConfigError, RequestError, TandemError
 from ..core.ids import PeerId, worker_of
-from ..core.kv_messages import KVReport, KVWatch
+from ..core.kv_messages import KVClear, KVControlled, KVPin, KVReport, KVUnpin, KVWatch
 from ..core.log import logger
 from ..core.messages import Member, Membership, Message, Report, Scrape, Scraped, Subscribe
 from ..core.metrics import WorkerMetrics, render
@@ -31,6 +31,7 @@ from ..core.wire import ClusterKeys, SecureContext
 from ..decode.worker import DecodeWorker
 from ..engine.build import use_threads, warm_up
 from ..engine.engine import Engine
+from ..engine.kv_control import KVControl
 from ..engine.models.shard import kv_heads_of
 from ..engine.offloader import Offloader
 from ..engine.rank_wire import PeerAccess
@@ -214,6 +215,9 @@ class WorkerRuntime:
         self._publisher = KVPublisher(
             built.engine.pool, stack, built.fingerprint, built.engine.block_tokens, self._clock, self._mesh.send
         )
+        self._control = KVControl(
+            built.engine.pool, self._offloader, built.fingerprint, built.engine.block_tokens, self._clock
+        )
         lease_s = self._config.kv.lease_s
         self._worker: PrefillWorker | DecodeWorker
         if isinstance(pool, PrefillPool):
@@ -305,6 +309,7 @@ class WorkerRuntime:
                 self._worker.tick()
             self._busy = self._worker.step()
             self._look_after_links(now_s)
+            self._control.poll(now_s)
             self._publisher.poll(now_s)
             self._publish_report(now_s)
         self._connector.close()
@@ -326,7 +331,12 @@ class WorkerRuntime:
         """How long nothing may happen; None: until somebody wakes us."""
         if self._busy:
             return 0.0
-        deadlines = [self._worker.next_deadline_s(), self._retry_s, self._publisher.next_due_s()]
+        deadlines = [
+            self._worker.next_deadline_s(),
+            self._retry_s,
+            self._publisher.next_due_s(),
+            self._control.next_due_s(),
+        ]
         if self._current_report() != self._report:
             deadlines.append(self._reported_s + _REPORT_PERIOD_S)
         if self._stopping.is_set():
@@ -365,12 +375,22 @@ class WorkerRuntime:
             self._mesh.send(sender, self._report)
         elif isinstance(message, KVWatch):
             self._publisher.watch(sender)
+        elif isinstance(message, KVClear | KVPin | KVUnpin):
+            self._carry_out(sender, message)
         elif isinstance(message, Membership):
             self._membership = message
             self._link(message)
             self._worker.handle(sender, message)
         else:
             self._worker.handle(sender, message)
+
+    def _carry_out(self, sender: PeerId, order: KVClear | KVPin | KVUnpin) -> None:
+        try:
+            answer = KVControlled(order.number, self._control.carry_out(order))
+            logger.info("%s: %s, %d blocks", sender, type(order).__name__, answer.num_blocks)
+        except RequestError as error:
+            answer = KVControlled(order.number, 0, str(error))
+        self._mesh.send(sender, answer)
 
     def _link(self, membership: Membership) -> None:
         """Decode workers connect to every prefill worker."""

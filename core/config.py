@@ -178,6 +178,9 @@ class GatewayConfig(_Section):
     """Largest request body."""
     api_keys: tuple[str, ...] = ()
     """Keys that clients must send as `Authorization: Bearer …`. Empty: everyone is served."""
+    admin_keys: tuple[str, ...] = ()
+    """Keys that operators must send likewise, to /admin. Empty: clients on the gateway's host alone are answered
+    there."""
     failover_timeout_s: float = Field(default=60, gt=0, le=3600)
     """How long a request whose workers are gone waits for others before it fails."""
 

@@ -6,7 +6,7 @@ from typing import Annotated, Final
 
 from msgspec import Meta, Struct
 
-from .bounds import MAX_TOKENS, Count, Name, Seconds
+from .bounds import MAX_TOKENS, Count, Name, Seconds, Text, TokenIds
 from .hashing import HASH_BYTES
 
 MAX_KV_HASHES: Final = 1 << 16
@@ -39,6 +39,43 @@ class KVReport(Struct, array_like=True, frozen=True):
     """Blocks that were not stored, or not found as promised."""
     away: Name
     """Why it answers nothing at present, or ""."""
+
+
+class KVClear(Struct, tag=True, frozen=True):
+    """Gateway → worker: forget cached KV, in the prefix cache and in tiers. Answered by `KVControlled`."""
+
+    number: Count
+    salt: Name | None
+    """The tenant's; None: everybody's."""
+
+
+class KVPin(Struct, tag=True, frozen=True):
+    """Gateway → worker: keep the KV of a prompt's full blocks, those that are computed later too. Answered likewise."""
+
+    number: Count
+    salt: Name
+    tokens: Annotated[TokenIds, Meta(min_length=1)]
+    ttl_s: Annotated[float, Meta(ge=0, le=1e9)] = 0.0
+    """For so long; 0: until `KVUnpin`, or the worker's end."""
+
+
+class KVUnpin(Struct, tag=True, frozen=True):
+    """Gateway → worker: undo a pin. Answered likewise."""
+
+    number: Count
+    salt: Name | None
+    """None: undo all pins."""
+    tokens: TokenIds
+    """Empty: all pins of the tenant."""
+
+
+class KVControlled(Struct, tag=True, frozen=True):
+    """Worker → gateway: it is done, or why not."""
+
+    number: Count
+    num_blocks: Count
+    """Blocks of the prefix cache that were cleared; blocks that were pinned, or are not any more."""
+    error: Text = ""
 
 
 class KVWatch(Struct, tag=True, frozen=True):

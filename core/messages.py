@@ -7,6 +7,7 @@
     decode  ── Hello, Prefill, Renew, Release ──────────────────────► prefill
     decode  ◄─ HelloReply, Accepted, BlocksReady, Prefilled, PrefillFailed ── prefill
     any     ── Report ──► gateways          gateway ── Scrape ──► worker ── Scraped ──► gateway
+    gateway ── KVClear, KVPin, KVUnpin ──► worker ── KVControlled ──► gateway
     gateway ── KVWatch ──► worker ── KVSnapshot, then KVEvents ──► gateway
 
 `decode` either returns a message that satisfies every bound below, or raises: no half-checked value gets further.
@@ -34,7 +35,7 @@ from .bounds import (
     TokenId,
     TokenIds,
 )
-from .kv_messages import KVEvents, KVReport, KVSnapshot, KVWatch
+from .kv_messages import KVClear, KVControlled, KVEvents, KVPin, KVReport, KVSnapshot, KVUnpin, KVWatch
 
 PROTOCOL_VERSION: Final = 2
 """Peers of one protocol version interoperate, whatever their package versions."""
@@ -425,7 +426,7 @@ class Membership(Struct, tag=True, frozen=True):
 Message = (
     Generate | Abort | Update | Refused | Hello | HelloReply | Prefill | Accepted | BlocksReady | Prefilled
     | PrefillFailed | Renew | Release | Report | Subscribe | Scrape | Scraped | KVWatch | KVSnapshot | KVEvents
-    | Membership
+    | KVClear | KVPin | KVUnpin | KVControlled | Membership
 )  # fmt: skip
 
 _encoder = msgspec.msgpack.Encoder()

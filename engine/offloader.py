@@ -20,7 +20,7 @@ from ..core.log import logger
 from ..core.metrics import WorkerMetrics
 from ..kv_transfer.memory import Buffer
 from ..kv_transfer.offload.base import HostBlocks, Lookup
-from ..kv_transfer.offload.keys import KeySpace, key_space
+from ..kv_transfer.offload.keys import KeySpace, key_space, tenant_tag
 from ..kv_transfer.offload.stack import OffloadStack, StackResult
 from .engine import Engine
 from .load_cost import LoadCost
@@ -56,11 +56,16 @@ class Fetched(NamedTuple, Generic[_Owner]):
 
 
 class _Fetch(Generic[_Owner]):
-    def __init__(self, owner: _Owner, prefix: list[int], blocks: list[int], keys: list[BlockHash]) -> None:
+    def __init__(
+        self, owner: _Owner, prefix: list[int], blocks: list[int], keys: list[BlockHash], root: BlockHash
+    ) -> None:
         self.owner: _Owner | None = owner
         self.prefix = prefix
         self.blocks = blocks
         self.keys = keys
+        self.root = root
+        self.forgotten = False
+        """What is loaded was meant to be forgotten meanwhile."""
         self.num_lacking = 0
         self.started_s = self.deadline_s = 0.0
 
@@ -137,6 +142,18 @@ class Offloader(Generic[_Owner]):
         if self._stack is not None and num_blocks:
             self._stack.remove(self._space(salt).of(sequence.keys(num_blocks, self._block_tokens)))
 
+    def clear(self, salt: str | None, root: BlockHash | None) -> None:
+        """The tiers forget everything, or one tenant's blocks; ``root`` is its chains' beginning."""
+        if self._stack is not None:
+            self._stack.clear(None if salt is None else tenant_tag(salt))
+            for fetch in self._fetches.values():
+                fetch.forgotten |= root is None or fetch.root == root
+
+    def pin(self, salt: str, hashes: list[BlockHash], *, on: bool) -> None:
+        """The tiers keep blocks, as far as they have them, or need not any more."""
+        if self._stack is not None:
+            (self._stack.pin if on else self._stack.unpin)(self._space(salt).of(hashes))
+
     # ---- back -------------------------------------------------------------------------------------------------------
 
     def look(self, sequence: Sequence, salt: str) -> InTiers | None:
@@ -192,7 +209,7 @@ class Offloader(Generic[_Owner]):
         blocks = self._pool.allocate(stop - start)
         assert blocks is not None, "a prompt's room is less than that of its beginning"
         hashes = sequence.keys(stop, self._block_tokens)[start:]
-        fetch = _Fetch(owner, sequence.tables[0][:start], blocks, hashes)
+        fetch = _Fetch(owner, sequence.tables[0][:start], blocks, hashes, sequence.root)
         self._pool.acquire(fetch.prefix)
         fetch.num_lacking = num_lacking - len(blocks)
         fetch.started_s = self._clock.monotonic_s()
@@ -252,8 +269,8 @@ class Offloader(Generic[_Owner]):
         """Give what was loaded to the prefix cache."""
         self._cost.loaded(result.levels, self._clock.monotonic_s() - fetch.started_s)
         for block, key, good in zip(fetch.blocks, fetch.keys, result.good, strict=True):
-            if good:
-                self._pool.commit(block, key)
+            if good and not fetch.forgotten:
+                self._pool.commit(block, key, fetch.root)
         self._pool.release(fetch.prefix + fetch.blocks)
         num_good = result.good.index(False) if False in result.good else len(result.good)
         self._metrics.offload_tokens.inc(num_good * self._block_tokens)

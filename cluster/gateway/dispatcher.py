@@ -50,6 +50,8 @@ class Dispatcher:
         self._homeless: dict[LiveRequest, asyncio.TimerHandle] = {}
         """Requests that wait for a worker to appear."""
         self._tickets = itertools.count(1)
+        self.on_finish: Callable[[LiveRequest], None] = lambda live: None
+        """Called with each request when the client has everything, or is gone."""
 
     @property
     def num_live(self) -> int:
@@ -80,6 +82,7 @@ class Dispatcher:
             return
         self._live.discard(live)
         self._metrics.in_flight.set(len(self._live))
+        self.on_finish(live)
         live.cancel()
         timer = self._homeless.pop(live, None)
         if timer is not None:

@@ -41,7 +41,7 @@ class Worker:
         blocks = self.pool.allocate(len(hashes))
         assert blocks is not None
         for block, key in zip(blocks, hashes, strict=True):
-            self.pool.commit(block, key)
+            self.pool.commit(block, key, b"")
         self.pool.release(blocks)
 
 
