@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 from support.gateway import wait_for
 from support.processes import Processes
+from tandem.cluster.cli.app import app
+from typer.testing import CliRunner
 
 
 def test_a_long_prompt_that_comes_again_goes_to_the_worker_that_holds_it(tmp_path: Path) -> None:
@@ -29,3 +31,16 @@ def test_a_long_prompt_that_comes_again_goes_to_the_worker_that_holds_it(tmp_pat
             wait_for(lambda prompt=prompt: ask(prompt) == 96, 10, "its KV to be known")
         for prompt in prompts[::-1]:
             assert ask(prompt) == 96
+        # Operators clear, by the command line: another tenant's first, which changes nothing, then all.
+        arguments = ["--url", cluster.url]
+        trace = tmp_path / "trace.jsonl"
+        commands = [["kv", "clear", "--tenant", "another"], ["kv", "pin", "--prompt", "x = " * 40]]
+        for command in (*commands, ["trace", "record", "--output", str(trace), "--duration-s", "0.1"]):
+            result = CliRunner().invoke(app, [*command, *arguments])
+            assert result.exit_code == 0, (result.output, result.exception)
+        assert ask(prompts[0]) == 96
+        result = CliRunner().invoke(app, ["kv", "clear", *arguments])
+        cleared = [int(line.split()[1]) for line in result.output.splitlines()]
+        assert sum(cleared) >= 4 * 6
+        assert [ask(prompt) for prompt in prompts] == [0] * 4
+        assert trace.exists()
