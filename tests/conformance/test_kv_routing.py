@@ -8,6 +8,8 @@ import numpy as np
 from support.gateway import wait_for
 from support.processes import Processes
 from tandem.cluster.cli.app import app
+from tandem.cluster.cli.kv import post
+from tandem.kv_transfer.offload.trace import read_trace
 from typer.testing import CliRunner
 
 
@@ -43,4 +45,11 @@ def test_a_long_prompt_that_comes_again_goes_to_the_worker_that_holds_it(tmp_pat
         cleared = [int(line.split()[1]) for line in result.output.splitlines()]
         assert sum(cleared) >= 4 * 6
         assert [ask(prompt) for prompt in prompts] == [0] * 4
-        assert trace.exists()
+        # A trace says what was served: the same prompt twice.
+        post(cluster.url, "/admin/trace/start", {}, "")
+        for _ in range(2):
+            ask(prompts[0])
+        trace.write_bytes(post(cluster.url, "/admin/trace/stop", {}, "").content)
+        assert [(r.input_length, r.output_length, r.hash_ids) for r in read_trace(trace).requests] == [
+            (100, 1, (0,))
+        ] * 2
