@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable
 from ..core.hashing import BlockHash
 
 MAX_BLOCKS = 1 << 21
-"""About 200 bytes each, and 50 more for every further holder."""
+"""About 150 bytes each, and more for every further holder."""
 
 
 class PrefixIndex:
