@@ -173,8 +173,9 @@ class KVConfig(_Section):
 
 
 class RoutingConfig(_Section):
-    policy: Literal["least_loaded", "round_robin"] = "least_loaded"
-    """How a gateway picks the workers of a request."""
+    policy: Literal["kv_aware", "prefix_hash", "least_loaded", "round_robin"] = "least_loaded"
+    """How a gateway picks the workers of a request. kv_aware: where most of the prompt's KV is, weighed against what
+    waits there. prefix_hash: prompts that begin alike go to the same, unless it has much to do."""
     local_prefill: Literal["auto", "never", "always"] = "auto"
     """Whether a decode worker computes a short rest of a prompt itself: auto when that is sooner."""
 
@@ -190,6 +191,9 @@ class GatewayConfig(_Section):
     """Largest request body."""
     api_keys: tuple[str, ...] = ()
     """Keys that clients must send as `Authorization: Bearer …`. Empty: everyone is served."""
+    admin_keys: tuple[str, ...] = ()
+    """Keys that operators must send likewise, to /admin. Empty: clients on the gateway's host alone are answered
+    there."""
     failover_timeout_s: float = Field(default=60, gt=0, le=3600)
     """How long a request whose workers are gone waits for others before it fails."""
 

@@ -199,7 +199,7 @@ class Allocator:
             for group, table in enumerate(sequence.tables):
                 for index in range(sequence.num_committed, min(full, len(table))):
                     if table[index] >= 0:
-                        self._pool.commit(table[index], group_key(keys[index], group))
+                        self._pool.commit(table[index], group_key(keys[index], group), sequence.root)
             sequence.num_committed = full
 
     def fork(self, parent: Sequence, fork: Sequence) -> list[tuple[int, int]] | None:

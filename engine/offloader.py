@@ -13,11 +13,12 @@ from typing import Generic, NamedTuple, TypeVar
 
 from ..core.clock import Clock
 from ..core.hashing import BlockHash
+from ..core.kv_messages import KVReport
 from ..core.log import logger
 from ..core.metrics import WorkerMetrics
 from ..kv_transfer.offload.base import Lookup
 from ..kv_transfer.offload.device import DeviceBlocks
-from ..kv_transfer.offload.keys import KeySpace, TierKey, key_space
+from ..kv_transfer.offload.keys import KeySpace, TierKey, key_space, tenant_tag
 from ..kv_transfer.offload.stack import StackResult, Write
 from .engine import Engine
 from .load_cost import LoadCost
@@ -55,10 +56,13 @@ class Fetched(NamedTuple, Generic[_Owner]):
 
 
 class _Fetch(Generic[_Owner]):
-    def __init__(self, owner: _Owner, start: int, hashes: list[BlockHash]) -> None:
+    def __init__(self, owner: _Owner, start: int, hashes: list[BlockHash], root: BlockHash) -> None:
         self.owner: _Owner | None = owner
         self.start = start
         self.hashes = hashes
+        self.root = root
+        self.forgotten = False
+        """What is loaded was meant to be forgotten meanwhile."""
         self.held: list[int] = []
         self.parts: list[Part] = []
         self.blocks: list[int] = []
@@ -153,6 +157,19 @@ class Offloader(Generic[_Owner]):
             hashes = sequence.keys(num_blocks, self._block_tokens)
             self._stack.remove([key for space in self._spaces(salt) for key in space.of(hashes)])
 
+    def clear(self, salt: str | None, root: BlockHash | None) -> None:
+        """The tiers forget everything, or one tenant's blocks; ``root`` is its chains' beginning."""
+        if self._stack is not None:
+            self._stack.clear(None if salt is None else tenant_tag(salt))
+            for fetch in self._fetches.values():
+                fetch.forgotten |= root is None or fetch.root == root
+
+    def pin(self, salt: str, hashes: list[BlockHash], *, on: bool) -> None:
+        """The tiers keep blocks, as far as they have them, or need not any more."""
+        if self._stack is not None:
+            keys = [key for space in self._spaces(salt) for key in space.of(hashes)]
+            (self._stack.pin if on else self._stack.unpin)(keys)
+
     # ---- back -------------------------------------------------------------------------------------------------------
 
     def look(self, sequence: Sequence, salt: str) -> InTiers | None:
@@ -208,7 +225,7 @@ class Offloader(Generic[_Owner]):
         start, stop = sequence.num_matched_blocks, known.num_blocks
         if self._stack is None or stop <= start or self._engine.copying:
             return False
-        fetch = _Fetch(owner, start, sequence.keys(stop, self._block_tokens))
+        fetch = _Fetch(owner, start, sequence.keys(stop, self._block_tokens), sequence.root)
         fetch.held, fetch.parts = self._split(fetch.hashes)
         if not known.levels.keys() >= set(fetch.parts):  # what the cache had is gone
             return False
@@ -268,6 +285,10 @@ class Offloader(Generic[_Owner]):
             times.append(at_s)
         return min(times, default=None)
 
+    def reports(self) -> list[KVReport]:
+        """Each tier's figures."""
+        return [] if self._stack is None else self._stack.reports()
+
     def publish(self) -> None:
         """Bring the tiers' metrics up to date."""
         if self._stack is not None:
@@ -283,8 +304,8 @@ class Offloader(Generic[_Owner]):
         """Give what was loaded to the prefix cache."""
         self._cost.loaded(result.levels, self._clock.monotonic_s() - fetch.started_s)
         for block, part, good in zip(fetch.blocks, fetch.parts, result.good, strict=True):
-            if good:
-                self._pool.commit(block, group_key(fetch.hashes[part.position], part.group))
+            if good and not fetch.forgotten:
+                self._pool.commit(block, group_key(fetch.hashes[part.position], part.group), fetch.root)
         num_good = max(self._engine.num_cached(fetch.hashes) - fetch.start, 0)
         self._pool.release(fetch.held + fetch.blocks)
         self._metrics.offload_tokens.inc(num_good * self._block_tokens)

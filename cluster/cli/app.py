@@ -8,6 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from ... import __version__
+from .kv import DEFAULT_URL, KeyOption, UrlOption, kv_app
 
 app = typer.Typer(
     name="tandem",
@@ -44,6 +45,7 @@ app.add_typer(config_app, name="config")
 app.add_typer(bench_app, name="bench")
 trace_app = typer.Typer(no_args_is_help=True, help="Traces: recorded load for `tandem tune` and `tandem bench serve`.")
 app.add_typer(trace_app, name="trace")
+app.add_typer(kv_app, name="kv")
 
 # typer evaluates these at run time: Optional, not "| None", keeps the help's types readable.
 FileArgument = Annotated[
@@ -108,12 +110,17 @@ def down(address: AddressOption = None) -> None:
 @app.command()
 def status(
     address: AddressOption = None,
+    kv: Annotated[bool, typer.Option("--kv", help="Each worker's prefix cache and tiers instead.")] = False,
     json_: Annotated[bool, typer.Option("--json", help="One JSON object a worker instead of a table.")] = False,
 ) -> None:
-    """Show every worker: role, node, state, sequences, blocks, leases, and rates over one second."""
+    """Show every worker: role, node, state, sequences, blocks, leases, and rates over one second.
+
+    With --kv, what each prefix cache and tier holds and has done since its worker started: blocks, hits, bytes and the
+    speed of copies, evictions, the oldest block's age, failures, and whether it is away.
+    """
     from .cluster import status as run
 
-    run(address, as_json=json_)
+    run(address, kv=kv, as_json=json_)
 
 
 @app.command()
@@ -242,6 +249,26 @@ def trace_synth(
             requests, seed, rate, turns, pause_s, input_tokens=input_tokens, output_tokens=output_tokens
         ),
     )  # fmt: skip
+
+
+@trace_app.command("record")
+def trace_record(
+    output: Annotated[Path, typer.Option(metavar="FILE", help="Where to write it.")],
+    duration_s: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(min=0.1, help="For so long. Default: until Ctrl-C."),
+    ] = None,
+    max_requests: Annotated[int, typer.Option(min=1, max=100_000, help="So many at most.")] = 100_000,
+    url: UrlOption = DEFAULT_URL,
+    admin_key: KeyOption = "",
+) -> None:
+    """Record what a running gateway serves: arrivals, lengths and shared beginnings, no text.
+
+    Requests that arrive and are answered meanwhile are written in Mooncake's JSONL format.
+    """
+    from .record import record
+
+    record(output, duration_s, max_requests, url, admin_key)
 
 
 @config_app.command("schema")

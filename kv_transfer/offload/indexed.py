@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 
 from ...core.clock import Clock
 from ...core.log import RateLimited, logger
-from .base import JobResult, LoadJob, Lookup, Spilled, StoreJob, TierStats
+from .base import Change, JobResult, LoadJob, Lookup, Spilled, StoreJob, TierStats
 from .index import Evicted, TierIndex
 from .keys import TierKey
 
@@ -81,6 +81,8 @@ class IndexedTier(abc.ABC):
         clock: for deadlines.
         timeout_s: after which a job ends with what it has, and the tier counts as slow.
     """
+
+    shared = False
 
     def __init__(self, name: str, index: TierIndex, clock: Clock, timeout_s: float) -> None:
         self.name = name
@@ -198,9 +200,22 @@ class IndexedTier(abc.ABC):
         """See `Tier`."""
         self.remove(self._index.keys_of(tenant))
 
+    def watch(self) -> list[TierKey]:
+        """See `Tier`."""
+        self._index.journal = []
+        return self._index.stored_keys()
+
+    def changes(self) -> list[Change]:
+        """See `Tier`."""
+        if not self._index.journal:
+            return []
+        changes, self._index.journal = self._index.journal, []
+        return changes
+
     def stats(self) -> TierStats:
         """See `Tier`."""
         self._stats.num_used = self._index.num_used
+        self._stats.oldest_at_s = self._index.oldest_at_s()
         if not self.away:
             self._stats.away = ""
         return self._stats
@@ -235,6 +250,7 @@ class IndexedTier(abc.ABC):
         self._number += 1
         open_job = OpenJob(self._number, job, num_keys, self._clock.monotonic_s() + self._timeout_s)
         self._jobs[self._number] = open_job
+        self._stats.job_began(job, self._clock.monotonic_s())
         return open_job
 
     def _refuse(self, job: OpenJob) -> int:
@@ -258,7 +274,7 @@ class IndexedTier(abc.ABC):
                 # It was removed while it was written.
                 self._start([Item(item.job, Kind.ERASE, 0, item.key, item.slot, item.generation)])
             else:
-                self._index.commit(item.slot)
+                self._index.commit(item.slot, self._clock.wall_s())
                 self._let_go(item)
                 self._stats.stored += 1
             self._settle_spill(item)
@@ -300,6 +316,8 @@ class IndexedTier(abc.ABC):
         for _, slot in sorted(job.held, reverse=True):
             self._index.release(slot)
         del self._jobs[job.number]
+        if job.job is not None:
+            self._stats.job_ended(job.job, self._clock.monotonic_s())
         self._ended.append(JobResult(job.number, tuple(job.good), job.error, tuple(job.spilled)))
 
     def _fail(self, item: Item) -> None:

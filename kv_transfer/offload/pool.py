@@ -5,7 +5,7 @@ little-endian uint64.
 
 ::
 
-    records    page 0     num_slots, num_heads, block bytes, slots in use
+    records    page 0     num_slots, num_heads, block bytes, slots in use, microseconds of the oldest
                heads      [num_heads]: slot + 1 of the first record of a chain, or 0
                records    [num_slots, 8]: key (4), generation, state, next slot + 1 in its chain, 0
 
@@ -34,7 +34,7 @@ _RECORD_BYTES = 8 * _RECORD_WORDS
 _LINE_BYTES = 64
 _GENERATION, _STATE, _NEXT = 4, 5, 6
 _RESERVED, _STORED = 1, 2
-_NUM_SLOTS, _NUM_HEADS, _BLOCK_BYTES, _USED = range(4)
+_NUM_SLOTS, _NUM_HEADS, _BLOCK_BYTES, _USED, _OLDEST_US = range(5)
 _LONGEST_CHAIN = 64
 # linux/fcntl.h: not in every Python's fcntl.
 _F_ADD_SEALS = 1033
@@ -138,9 +138,10 @@ class OwnedPool:
             link = self._first + (words[link] - 1) * _RECORD_WORDS + _NEXT
         words[link] = words[at + _NEXT]
 
-    def count(self, num_used: int) -> None:
+    def count(self, num_used: int, oldest_at_s: float) -> None:
         """What engines show as statistics."""
         self._words[_USED] = num_used
+        self._words[_OLDEST_US] = round(oldest_at_s * 1e6)
 
 
 class MappedPool:
@@ -219,9 +220,15 @@ class MappedPool:
             open_, chain = open_[~same], records[~same, _NEXT].astype(np.int64)
         return Places(states, slots, generations)
 
-    def num_used(self) -> int:
-        """Slots that hold something, or wait for it, of all engines."""
-        return int(self._words[_USED])
+    def stored_keys(self) -> list[TierKey]:
+        """All keys that can be found."""
+        stored = self._table[self._table[:, _STATE] == _STORED, : KEY_BYTES // 8].tobytes()
+        return [stored[at : at + KEY_BYTES] for at in range(0, len(stored), KEY_BYTES)]
+
+    def in_use(self) -> tuple[int, float]:
+        """Slots that hold something, or wait for it, of all engines; and when the oldest was stored, on the wall
+        clock."""
+        return int(self._words[_USED]), int(self._words[_OLDEST_US]) / 1e6
 
 
 def _nothing() -> None:

@@ -14,8 +14,9 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from ...core.kv_messages import KVReport
 from ...core.metrics import WorkerMetrics
-from .base import BlockMemory, JobResult, LoadJob, Lookup, Spill, Spilled, StoreJob, Tier
+from .base import BlockMemory, Change, JobResult, LoadJob, Lookup, Spill, Spilled, StoreJob, Tier
 from .keys import TierKey, tenant_of
 
 _REMEMBERED_PER_SLOT = 4
@@ -119,6 +120,9 @@ class OffloadStack:
         self._seen: list[OrderedDict[TierKey, None]] = [OrderedDict() for _ in levels]
         self._closed = False
         self._told: list[Counter[str]] = [Counter() for _ in levels]
+        self._lookups = [0] * len(self.levels)
+        self._hits = [0] * len(self.levels)
+        self._counted: dict[tuple[str, str], float] = {}
 
     def lookup(self, keys: Sequence[TierKey]) -> list[Found]:
         """Where some keys are. Does no I/O; counts as no use."""
@@ -132,7 +136,10 @@ class OffloadStack:
                     found[place] = Found(state, number)
                 elif state is Lookup.PENDING:
                     found[place] = Found(state, -1)
+            asked = len(open_)
             open_ = [place for place in open_ if found[place].state is not Lookup.HIT]
+            self._lookups[number] += asked
+            self._hits[number] += asked - len(open_)
         if self._moving:
             for place in open_:
                 if keys[place] in self._moving:
@@ -233,10 +240,43 @@ class OffloadStack:
         for level in self.levels:
             level.tier.clear(tenant)
 
+    def watch(self) -> list[tuple[Tier, list[TierKey]]]:
+        """Each tier and the keys that can be found in it now; from now on `changes` are kept."""
+        return [(level.tier, level.tier.watch()) for level in self.levels]
+
+    def changes(self) -> list[tuple[Tier, list[Change]]]:
+        """Each tier and what has changed in it since the last call."""
+        return [(level.tier, level.tier.changes()) for level in self.levels]
+
     def next_event_s(self) -> float | None:
         """When `poll` has something to do although nobody was notified, on the clock's monotonic scale."""
         times = [at_s for level in self.levels if (at_s := level.tier.next_event_s()) is not None]
         return min(times, default=None)
+
+    def reports(self) -> list[KVReport]:
+        """Each tier's figures."""
+        block_bytes = self.spill.memory.block_bytes if self._spill.memory is not None else 0
+        reports = []
+        for number, level in enumerate(self.levels):
+            stats = level.tier.stats()
+            reports.append(
+                KVReport(
+                    medium=level.tier.name,
+                    num_blocks=stats.num_slots,
+                    num_used=stats.num_used,
+                    lookups=self._lookups[number],
+                    hits=self._hits[number],
+                    loaded_bytes=stats.loaded * block_bytes,
+                    stored_bytes=stats.stored * block_bytes,
+                    load_s=stats.load_s,
+                    store_s=stats.store_s,
+                    evicted=stats.evicted,
+                    oldest_at_s=stats.oldest_at_s,
+                    failures=sum(stats.failures.values()),
+                    away=stats.away,
+                )
+            )
+        return reports
 
     def publish(self, metrics: WorkerMetrics) -> None:
         """Bring the tiers' numbers up to date in a worker's metrics."""
@@ -251,6 +291,18 @@ class OffloadStack:
             for cause, count in stats.failures.items():
                 metrics.offload_failures.labels(name, cause).inc(count - told["!" + cause])
                 told["!" + cause] = count
+        for report in self.reports():
+            metrics.offload_oldest_at_s.labels(report.medium).set(report.oldest_at_s)
+            for field, counter in (
+                ("lookups", metrics.offload_lookups.labels(report.medium)),
+                ("hits", metrics.offload_hits.labels(report.medium)),
+                ("loaded_bytes", metrics.offload_bytes.labels(report.medium, "load")),
+                ("stored_bytes", metrics.offload_bytes.labels(report.medium, "store")),
+                ("load_s", metrics.offload_copy_s.labels(report.medium, "load")),
+                ("store_s", metrics.offload_copy_s.labels(report.medium, "store")),
+            ):
+                counter.inc(max(getattr(report, field) - self._counted.get((report.medium, field), 0), 0))
+                self._counted[report.medium, field] = getattr(report, field)
 
     def close(self) -> None:
         """Close all tiers; a last `poll` tells how jobs in flight ended. Blocks. Idempotent."""

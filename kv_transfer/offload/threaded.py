@@ -176,7 +176,7 @@ class ThreadedTier(IndexedTier):
             if done.error:
                 self._go_away("unusable", done.error)
             else:
-                self._index.restore(done.entries)
+                self._index.restore(done.entries, self._clock.wall_s())
                 self._ready = True
 
     def _fail(self, item: Item) -> None:

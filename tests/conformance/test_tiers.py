@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.gateway import wait_for
 from support.s3 import S3Server, allow
 from support.tiers import BLOCK_BYTES, LAYOUT, Engine, content_of, end, keys_of, ready
 from tandem.core.clock import SystemClock
@@ -193,6 +194,30 @@ def test_every_policy_serves(kit: Kit, policy: str) -> None:
         assert list(engine.load(keys).good) == hits
         engine.store(keys)
         assert engine.tier.stats().num_used <= SLOTS
+
+
+def test_what_comes_and_goes_is_told(kit: Kit) -> None:
+    engine = kit.engine()
+    keys = keys_of(*range(12))
+    engine.store(keys[:3])
+    held = set(engine.tier.watch())
+    assert held == set(keys[:3])
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        some = [keys[n] for n in rng.choice(12, 3, replace=False)]
+        if rng.random() < 0.2:
+            engine.tier.remove(some)
+        else:
+            engine.store(some)
+    engine.tier.clear(tenant_tag("nobody's"))
+    engine.store(keys[:1])  # what was asked before it is done
+    for change in engine.tier.changes():
+        (held.add if change.found else held.discard)(change.key)
+    found = [key for key, answer in zip(keys, engine.tier.lookup(keys), strict=True) if answer is Lookup.HIT]
+    assert held == set(found)
+    engine.tier.clear()
+    wait_for(lambda: not engine.tier.poll() and not engine.tier.stats().num_used, 10, "an empty tier")
+    assert {change.key for change in engine.tier.changes()} == set(found)
 
 
 def test_pins_and_priorities(kit: Kit) -> None:

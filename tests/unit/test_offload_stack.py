@@ -347,3 +347,30 @@ def test_what_is_late_does_not_keep_a_simulated_tier_busy() -> None:
         times.append(at_s)
     assert times[-1] == pytest.approx(8.25)
     assert tier.lookup(KEYS[:7]) == [Lookup.HIT] * 2 + [Lookup.MISS] * 4 + [Lookup.HIT]
+
+
+def test_figures_of_each_tier() -> None:
+    """What `tandem status --kv` and the metrics show, against a count by hand."""
+    world = World([4, 8], [Write.THROUGH, Write.THROUGH])
+    metrics = WorkerMetrics(CollectorRegistry())
+    world.clock.advance(100)
+    world.store(KEYS[:6])  # the first has room for four; a block takes a second, and half a one to arrive
+    world.drain()
+    world.stack.lookup(KEYS[:7])
+    world.stack.load(KEYS[2:6], world.memory, world.blocks(4))
+    world.drain()
+    near, far = world.stack.reports()
+    assert (near.num_used, near.num_blocks, near.lookups, near.hits) == (4, 4, 7, 4)
+    assert (far.num_used, far.num_blocks, far.lookups, far.hits) == (6, 8, 3, 2)
+    assert (near.stored_bytes, near.loaded_bytes, far.loaded_bytes) == (64, 32, 32)
+    assert (near.store_s, near.load_s, far.store_s, far.load_s) == (4.5, 2.5, 6.5, 2.5)
+    assert near.oldest_at_s == 101.5
+    world.stack.remove(KEYS[:1])
+    assert world.stack.reports()[0].oldest_at_s == 102.5
+    for _ in range(2):
+        world.stack.publish(metrics)
+    value = metrics.registry.get_sample_value
+    assert value("tandem_offload_hits_total", {"tier": "tier-1"}) == 2
+    assert value("tandem_offload_bytes_total", {"tier": "tier-0", "direction": "store"}) == 64
+    assert value("tandem_offload_copy_seconds_total", {"tier": "tier-1", "direction": "load"}) == 2.5
+    assert value("tandem_offload_oldest_timestamp_seconds", {"tier": "tier-0"}) == 102.5
