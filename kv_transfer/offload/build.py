@@ -18,8 +18,10 @@ from .base import HostBlocks, Notify, Spill, Tier
 from .disk import open_disk
 from .host import HostTier
 from .keeper import start_keeper
+from .network import Network
 from .objects import open_objects
 from .pool import slots_within
+from .remote import RemoteTier
 from .stack import Level, OffloadStack, Write
 
 _SOCKET = "host.socket"
@@ -34,6 +36,8 @@ class Place(NamedTuple):
     """A name that is the same after a restart, "decode-0"; with several ranks, one for each."""
     num_workers: int
     """Of the node, each rank counted, that open stacks."""
+    network: Network | None = None
+    """For a remote tier."""
 
 
 def start_host_tier(config: OffloadConfig, block_bytes: int, folder: Path) -> subprocess.Popen[bytes] | None:
@@ -87,7 +91,8 @@ def open_stack(
     levels: list[Level] = []
     try:
         for number, tier in enumerate(config.tiers):
-            levels.append(Level(_open(number, tier, block_bytes, place, clock, notify, pin), Write(tier.write)))
+            write = None if tier.kind == "remote" else Write(tier.write)
+            levels.append(Level(_open(number, tier, block_bytes, place, clock, notify, pin), write))
     except ConfigError:
         for level in levels:
             level.tier.close()
@@ -110,6 +115,9 @@ def _open(
     try:
         if tier.kind == "host":
             return HostTier(place.folder / _SOCKET, block_bytes, clock, tier.timeout_s, notify, pin, name)
+        if tier.kind == "remote":
+            assert place.network is not None
+            return RemoteTier(place.network, block_bytes, clock, tier.timeout_s, notify, name)
         if tier.kind == "disk":
             paths = [Path(path).expanduser() / place.worker for path in tier.path]
             return open_disk(paths, capacity, block_bytes, tier.policy, clock, tier.timeout_s, notify, name)
