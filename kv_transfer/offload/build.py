@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import psutil
@@ -18,11 +18,12 @@ from .base import HostBlocks, Notify, Spill, Tier
 from .disk import open_disk
 from .host import HostTier
 from .keeper import start_keeper
-from .network import Network
 from .objects import open_objects
 from .pool import slots_within
-from .remote import RemoteTier
 from .stack import Level, OffloadStack, Write
+
+if TYPE_CHECKING:
+    from .network import Network
 
 _SOCKET = "host.socket"
 
@@ -38,6 +39,11 @@ class Place(NamedTuple):
     """Of the node, each rank counted, that open stacks."""
     network: Network | None = None
     """For a remote tier."""
+
+
+def host_socket(folder: Path) -> Path:
+    """Where a node's keeper listens; see `Place`."""
+    return folder / _SOCKET
 
 
 def start_host_tier(config: OffloadConfig, block_bytes: int, folder: Path) -> subprocess.Popen[bytes] | None:
@@ -61,7 +67,7 @@ def start_host_tier(config: OffloadConfig, block_bytes: int, folder: Path) -> su
                 )
             if not slots_within(tier.capacity, block_bytes):
                 raise ConfigError(f"{key}: {format_bytes(tier.capacity)} holds no block of {format_bytes(block_bytes)}")
-            return start_keeper(folder / _SOCKET, tier.capacity, block_bytes, tier.policy)
+            return start_keeper(host_socket(folder), tier.capacity, block_bytes, tier.policy)
     return None
 
 
@@ -114,8 +120,11 @@ def _open(
     name, capacity = f"{tier.kind}-{number}", tier.capacity // place.num_workers
     try:
         if tier.kind == "host":
-            return HostTier(place.folder / _SOCKET, block_bytes, clock, tier.timeout_s, notify, pin, name)
+            return HostTier(host_socket(place.folder), block_bytes, clock, tier.timeout_s, notify, pin, name)
         if tier.kind == "remote":
+            # Imported here: who owns a host tier needs neither torch nor transports.
+            from .remote import RemoteTier
+
             assert place.network is not None
             return RemoteTier(place.network, block_bytes, clock, tier.timeout_s, notify, name)
         if tier.kind == "disk":

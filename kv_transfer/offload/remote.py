@@ -47,6 +47,11 @@ class RemoteTier:
         self._done: queue.SimpleQueue[OpenJob | Forgetting] = queue.SimpleQueue()
         self._reader = RemoteReader(network, block_bytes, clock, timeout_s, self._put_done, self._stats, name)
 
+    @property
+    def num_forgetting(self) -> int:
+        """Calls of `remove` and `clear` that some node has yet to hear of."""
+        return len(self._forgettings)
+
     def lookup(self, keys: Sequence[TierKey]) -> list[Lookup]:
         """See `Tier`."""
         answers = [Lookup.MISS] * len(keys)
@@ -85,15 +90,7 @@ class RemoteTier:
 
     def poll(self) -> list[JobResult]:
         """See `Tier`."""
-        while True:
-            try:
-                done = self._done.get_nowait()
-            except queue.Empty:
-                break
-            if isinstance(done, Forgetting):
-                self._forgettings.remove(done)
-            elif not done.ended:
-                self._end(done)
+        self._take_done()
         now_s = self._clock.monotonic_s()
         for job in [job for job in self._jobs.values() if job.deadline_s <= now_s]:
             job.error = f"{self.name} took longer than {self._timeout_s:g} s"
@@ -138,7 +135,7 @@ class RemoteTier:
             return
         self._closed = True
         self._reader.close()
-        self.poll()
+        self._take_done()
         for job in list(self._jobs.values()):
             job.error = f"{self.name} is closed"
             self._end(job)
@@ -156,6 +153,14 @@ class RemoteTier:
         if isinstance(job.job, LoadJob):
             self._stats.loaded += sum(job.good)
         self._ended.append(JobResult(job.number, tuple(job.good), job.error))
+
+    def _take_done(self) -> None:
+        while not self._done.empty():
+            done = self._done.get()
+            if isinstance(done, Forgetting):
+                self._forgettings.remove(done)
+            elif not done.ended:
+                self._end(done)
 
     def _forget(self, forgetting: Forgetting) -> None:
         if not self._closed:

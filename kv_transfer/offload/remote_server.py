@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-import subprocess
 import sys
 from collections import deque
 from pathlib import Path
@@ -26,7 +25,7 @@ from ...core.config import KVConfig
 from ...core.errors import ConfigError
 from ...core.log import RateLimited
 from ...core.messages import decode_with
-from ...core.wire import ClusterKeys, SecureContext
+from ...core.wire import SecureContext
 from ..memory import Buffer
 from ..transports import Region, Transport
 from ..transports.pieces import integers, octets
@@ -50,6 +49,7 @@ from .remote_wire import (
     encode,
     questions,
 )
+from .remote_task import Task
 from .replica import Changes, IndexLog
 
 MAX_READERS = 4
@@ -60,50 +60,6 @@ _IDLE_S = 0.2
 _NOTHING = Changes(0, np.zeros(0, np.int64), b"", np.zeros(0, np.uint64))
 
 _log = RateLimited()
-
-
-class Task(msgspec.Struct, frozen=True):
-    """What a server is to do."""
-
-    path: str
-    """Of the keeper's socket."""
-    block_bytes: int
-    address: str
-    """Of this node; it listens there."""
-    port: int
-    """0: any that is free."""
-    keys: ClusterKeys
-    kv: str
-    """The ``kv`` section, as JSON."""
-    timeout_s: float
-    """How long a request may be granted."""
-
-
-def start_server(task: Task) -> tuple[subprocess.Popen[bytes], str]:
-    """Start a server, and return it with its endpoint. Blocks for the seconds that this takes. It ends when the
-    process's standard input is closed, by us or by our death.
-
-    Raises:
-        ConfigError: it could not start; its log says why.
-    """
-    process = subprocess.Popen(
-        [sys.executable, "-m", __spec__.name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
-    )
-    assert process.stdin is not None and process.stdout is not None
-    endpoint = ""
-    with contextlib.suppress(OSError):
-        process.stdin.write(msgspec.json.encode(task) + b"\n")
-        process.stdin.flush()
-        endpoint = process.stdout.readline().decode().strip()
-    process.stdout.close()
-    if not endpoint:
-        process.stdin.close()
-        raise ConfigError(
-            f"a remote tier needs a socket at {task.address}:{task.port or '*'}, and its process ended with status "
-            f"{process.wait()}",
-            fix="see its last lines in the log",
-        )
-    return process, endpoint
 
 
 class HostServer:
