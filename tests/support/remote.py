@@ -35,10 +35,10 @@ def task_of(path: Path, keys: ClusterKeys, port: int = 0, block_bytes: int = BLO
 class ServerThread:
     """A `HostServer` in this process."""
 
-    def __init__(self, path: Path, keys: ClusterKeys) -> None:
+    def __init__(self, path: Path, keys: ClusterKeys, block_bytes: int = BLOCK_BYTES) -> None:
         self.keys = keys
         self.context = SecureContext(keys)
-        server = HostServer(task_of(path, keys), self.context, SystemClock())
+        server = HostServer(task_of(path, keys, 0, block_bytes), self.context, SystemClock())
         self.endpoint = server.endpoint
         reading, self._writing = os.pipe()
         self._reading = reading
