@@ -1,7 +1,8 @@
-"""`python -m tandem.bench.offload lookup | disk FOLDER`: what the tiers of KV offload cost, as JSON lines.
+"""`python -m tandem.bench.offload lookup | disk FOLDER | remote`: what the tiers of KV offload cost, as JSON lines.
 
 lookup: 1,000 keys in the host tier's index, as an engine reads it. disk: blocks stored and loaded in random order,
 beside what fio(1) does with the same file, block size and number of threads, or, where there is none, a bare loop.
+remote: see `offload_remote`.
 """
 
 from __future__ import annotations
@@ -47,9 +48,19 @@ def main() -> None:
     disk.add_argument("--capacity", type=parse_bytes, default="1GiB")
     disk.add_argument("--block", type=parse_bytes, default="2MiB")
     disk.add_argument("--seconds", type=float, default=5.0)
+    remote = kinds.add_parser("remote")
+    remote.add_argument("--capacity", type=parse_bytes, default="512MiB")
+    remote.add_argument("--block", type=parse_bytes, default="2MiB")
+    remote.add_argument("--seconds", type=float, default=5.0)
+    remote.add_argument("--transport", default="zmq")
     options = parser.parse_args()
     if options.kind == "lookup":
         result = measure_lookup(options.slots)
+    elif options.kind == "remote":
+        # Imported here: the others need no transports.
+        from .offload_remote import measure_remote
+
+        result = measure_remote(options.capacity, options.block, options.seconds, options.transport)
     else:
         result = measure_disk(options.folder, options.capacity, options.block, options.seconds)
     print(json.dumps({"bench": options.kind, **result, "machine": describe()}))

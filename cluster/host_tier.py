@@ -1,5 +1,5 @@
-"""A node's host tier: its folder, the processes that keep its memory and let other nodes read it, and new ones when they
-die."""
+"""A node's host tier: its folder, the processes that keep its memory and let other nodes read it, and new ones when
+they die."""
 
 from __future__ import annotations
 
@@ -85,13 +85,12 @@ class HostTierOwner:
     def _start(self, block_bytes: int, folder: Path) -> None:
         offload = self._config.offload
         self._processes.append(_Watched("host tier's memory", lambda: start_host_tier(offload, block_bytes, folder)))
-        for tier in offload.tiers:
-            if tier.kind == "remote":
-                keys = msgspec.msgpack.decode(self._keys, type=ClusterKeys)
-                kv = self._config.kv.model_dump_json()
-                path = str(host_socket(folder))
-                task = Task(path, block_bytes, self._address, 0, keys, kv, tier.timeout_s)
-                self._processes.append(_Watched("host tier's server", lambda: self._serve(task)))
+        remote = next((tier for tier in offload.tiers if tier.kind == "remote"), None)
+        if remote is not None:
+            keys = msgspec.msgpack.decode(self._keys, type=ClusterKeys)
+            kv, path = self._config.kv.model_dump_json(), str(host_socket(folder))
+            task = Task(path, block_bytes, self._address, 0, keys, kv, remote.timeout_s)
+            self._processes.append(_Watched("host tier's server", lambda: self._serve(task)))
 
     def _serve(self, task: Task) -> subprocess.Popen[bytes]:
         # A new life listens where the last one did: everybody knows the place.

@@ -86,6 +86,3 @@ def open_transports(notify: Notify, context: SecureContext, address: str, kv: KV
     one, zero = np.ones(1, np.int64), np.zeros(1, np.int64)
     copy_runs.native(np.zeros(1, np.uint8), np.zeros(1, np.uint8), zero, zero, one)
     return transports
-
-
-

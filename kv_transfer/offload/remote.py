@@ -17,6 +17,7 @@ from .keys import TierKey, tenant_of
 from .network import Network
 from .remote_reader import Forgetting, RemoteReader
 from .remote_wire import MAX_KEYS
+from .replica import look_up
 
 
 class RemoteTier:
@@ -54,19 +55,7 @@ class RemoteTier:
 
     def lookup(self, keys: Sequence[TierKey]) -> list[Lookup]:
         """See `Tier`."""
-        answers = [Lookup.MISS] * len(keys)
-        if self._closed:
-            return answers
-        open_ = list(range(len(keys)))
-        for replica in self._reader.replicas:
-            slots = replica.slots
-            missing = []
-            for place in open_:
-                if keys[place] in slots:
-                    answers[place] = Lookup.HIT
-                else:
-                    missing.append(place)
-            open_ = missing
+        answers = look_up(keys, () if self._closed else self._reader.replicas)
         for forgetting in self._forgettings:
             for place, key in enumerate(keys):
                 if _covers(forgetting, key):

@@ -1,4 +1,4 @@
-"""One other node's host tier, as a reader's thread knows it: its connection, the copy of its index, what is under way."""
+"""Another node's host tier, as a reader's thread knows it: its connection, the copy of its index, what is under way."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The thread that reads other nodes' host tiers for a worker: it follows their indexes, and moves blocks by a transport.
+"""The thread that reads other nodes' host tiers for a worker: it follows their indexes, and has transports move blocks.
 
 A batch waits for memory to land in, and for the other node's leave; then its bytes travel, then the records of their
 slots are compared with what the index had promised, and only then are they copied to where the job wants them.
@@ -23,7 +23,7 @@ from ...core.errors import TandemError
 from ...core.log import RateLimited, logger
 from ..layout import Runs
 from ..memory import Buffer
-from ..transports import Read, Region, Transport, TransferResult
+from ..transports import Read, Region, TransferResult, Transport
 from ..transports.pieces import octets
 from .base import LoadJob, TierStats
 from .indexed import OpenJob
@@ -37,9 +37,9 @@ from .replica import IndexReplica
 _LANDING = "landing"
 _LANE_BYTES = 8 << 20
 _NUM_LANES = 8
-_LANES_PER_HOST = 2
-_TICK_S = 0.1
-_IDLE_S = 1.0
+_LANES_PER_HOST = 4
+_TICK_MS = 100
+_IDLE_MS = 1000
 _WARN_PERIOD_S = 300.0
 _MAX_MESSAGES_AT_ONCE = 256
 
@@ -137,7 +137,7 @@ class RemoteReader:
             transport.register(Region(_LANDING, self._landing))
         self._poller.register(self._bell_end, zmq.POLLIN)
         while True:
-            for ready, _ in self._poller.poll(1000 * (_TICK_S if self._busy() else _IDLE_S)):
+            for ready, _ in self._poller.poll(_TICK_MS if self._busy() else _IDLE_MS):
                 if ready == self._bell_end.fileno():
                     self._bell_end.recv(4096)
                 else:
@@ -268,7 +268,7 @@ class RemoteReader:
         load = job.job
         assert isinstance(load, LoadJob)
         job.remaining = 1
-        open_ = range(len(load.keys))
+        open_ = list(range(len(load.keys)))
         hosts = [(host, host.replica) for host in self._hosts.values() if host.usable and host.replica is not None]
         hosts.sort(key=lambda entry: -sum(key in entry[1].slots for key in load.keys))
         for host, replica in hosts:

@@ -11,6 +11,7 @@ its endpoint, and ends with its standard input.
 from __future__ import annotations
 
 import contextlib
+import os
 import secrets
 import sys
 from collections import deque
@@ -32,6 +33,7 @@ from ..transports.pieces import integers, octets
 from .host import HostTier
 from .network import open_transports
 from .pool import MappedPool
+from .remote_task import Task
 from .remote_wire import (
     HOLD_S,
     MAX_CHANGES,
@@ -49,14 +51,13 @@ from .remote_wire import (
     encode,
     questions,
 )
-from .remote_task import Task
 from .replica import Changes, IndexLog
 
-MAX_READERS = 4
+MAX_READERS = 8
 """Requests that are granted at a time."""
 _MAX_WAITING = 10_000
-_TICK_S = 0.02
-_IDLE_S = 0.2
+_TICK_MS = 20
+_IDLE_MS = 200
 _NOTHING = Changes(0, np.zeros(0, np.int64), b"", np.zeros(0, np.uint64))
 
 _log = RateLimited()
@@ -104,7 +105,7 @@ class HostServer:
         running = True
         while running:
             busy = self._asks or self._granted or self._forgetting
-            for ready, _ in poller.poll(1000 * (_TICK_S if busy else _IDLE_S)):
+            for ready, _ in poller.poll(_TICK_MS if busy else _IDLE_MS):
                 if ready is self._socket:
                     self._receive()
                 else:
@@ -233,7 +234,7 @@ def main() -> None:
     # Nothing is buffered here: what follows the line is the pipe's end.
     line = bytearray()
     while not line.endswith(b"\n"):
-        byte = sys.stdin.buffer.raw.read(1)  # type: ignore[attr-defined]
+        byte = os.read(sys.stdin.fileno(), 1)
         if not byte:
             return
         line += byte

@@ -37,9 +37,13 @@ def start_server(task: Task) -> tuple[subprocess.Popen[bytes], str]:
         ConfigError: it could not start; its log says why.
     """
     process = subprocess.Popen(
-        [sys.executable, "-m", f"{__package__}.remote_server"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+        [sys.executable, "-m", f"{__package__}.remote_server"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
     )
-    assert process.stdin is not None and process.stdout is not None
+    assert process.stdin is not None
+    assert process.stdout is not None
     endpoint = ""
     with contextlib.suppress(OSError):
         process.stdin.write(msgspec.json.encode(task) + b"\n")

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .base import Lookup
 from .keys import KEY_BYTES, TierKey, tenant_of
 from .pool import MappedPool
 
@@ -86,7 +87,7 @@ class IndexReplica:
         """
         slots, generations = changes.slots.tolist(), changes.generations.tolist()
         if len(changes.keys) != len(slots) * KEY_BYTES or len(generations) != len(slots):
-            raise ValueError(f"{len(slots)} slots, {len(generations)} generations and {len(changes.keys)} bytes of keys")
+            raise ValueError(f"{len(slots)} slots, {len(generations)} generations, {len(changes.keys)} bytes of keys")
         if slots and not 0 <= min(slots) <= max(slots) < self.num_slots:
             raise ValueError(f"slots {min(slots)} to {max(slots)} of {self.num_slots}")
         for place, (slot, generation) in enumerate(zip(slots, generations, strict=True)):
@@ -121,3 +122,14 @@ class IndexReplica:
             # It may have moved to another slot, which was told first.
             if self.slots.get(key) == slot:
                 del self.slots[key]
+
+
+def look_up(keys: Sequence[TierKey], replicas: Sequence[IndexReplica]) -> list[Lookup]:
+    """Which keys are in one of several indexes; a thousand in well under a millisecond."""
+    wanted, found = set(keys), set[TierKey]()
+    for replica in replicas:
+        # One call into C, during which no other thread runs.
+        hits = replica.slots.keys() & wanted
+        found |= hits
+        wanted -= hits
+    return [Lookup.HIT if key in found else Lookup.MISS for key in keys]
