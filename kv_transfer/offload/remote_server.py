@@ -56,6 +56,7 @@ from .replica import Changes, IndexLog
 MAX_READERS = 8
 """Requests that are granted at a time."""
 _MAX_WAITING = 10_000
+_MAX_MESSAGES_AT_ONCE = 256
 _TICK_MS = 20
 _IDLE_MS = 200
 _NOTHING = Changes(0, np.zeros(0, np.int64), b"", np.zeros(0, np.uint64))
@@ -123,7 +124,7 @@ class HostServer:
         self._socket.close()
 
     def _receive(self) -> None:
-        while True:
+        for _ in range(_MAX_MESSAGES_AT_ONCE):
             try:
                 sender, frame = self._socket.recv_multipart(flags=zmq.DONTWAIT)
                 question = decode_with(questions, frame)

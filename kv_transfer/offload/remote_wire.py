@@ -68,7 +68,7 @@ class News(Struct, array_like=True, frozen=True, tag="news"):
     """Another one than was asked about: this is another pool. "": there is none."""
     block_bytes: _Number
     slot_bytes: _Number
-    num_slots: Annotated[int, Meta(ge=0, le=1 << 32)]
+    num_slots: Annotated[int, Meta(ge=0, le=1 << 26)]
     transports: Annotated[
         dict[Annotated[str, Meta(max_length=64)], Annotated[bytes, Meta(max_length=1 << 20)]], Meta(max_length=16)
     ]

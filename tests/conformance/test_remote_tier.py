@@ -26,7 +26,7 @@ from tandem.kv_transfer.offload.keeper import start_keeper
 from tandem.kv_transfer.offload.pool import pool_bytes
 from tandem.kv_transfer.offload.remote import RemoteTier
 from tandem.kv_transfer.offload.remote_server import MAX_READERS
-from tandem.kv_transfer.offload.remote_wire import Ask, Grant, News, Release, Request, answers, encode
+from tandem.kv_transfer.offload.remote_wire import Ask, Forget, Grant, News, Release, Request, answers, encode
 
 SLOTS = 64
 KEYS = make_cluster_keys()
@@ -226,9 +226,15 @@ def test_other_blocks_and_nonsense_are_refused(tmp_path: Path, elsewhere: OtherN
     assert engine.tier.stats().away
     context = SecureContext(KEYS)
     socket = context.connect("noise", server.endpoint)
-    for frame in (b"", b"\xff" * 100, encode(Release(1, "", b"123")), encode(Release(1, "x", b"\xff" * 8))):
-        socket.send(frame)
+    rng = np.random.default_rng(1)
+    good = [encode(message) for message in (Ask("x", 3), Request(1, "x", keys_of(1)), Forget(1, keys_of(1), None))]
+    good += [encode(Release(1, "x", slots)) for slots in (b"123", b"\xff" * 8, bytes(16))]
+    for number in range(3000):
+        frame = bytearray(good[number % len(good)])
+        frame[int(rng.integers(len(frame)))] = int(rng.integers(256))
+        socket.send(bytes(frame[: int(rng.integers(len(frame) + 1))] if number % 2 else frame))
     socket.send(encode(Ask("", 0)))
+    socket.setsockopt(zmq.RCVTIMEO, 10_000)
     while not isinstance(answers.decode(socket.recv()), News):
         pass
     socket.close()
