@@ -22,7 +22,7 @@ from .remote_wire import Answer, Ask, News, Question, answers, encode
 from .replica import Changes, IndexReplica
 
 FIRST_AWAY_S = 0.5
-LONGEST_AWAY_S = 10.0
+LONGEST_AWAY_S = 5.0
 
 
 class Batch:
@@ -115,8 +115,8 @@ class RemoteHost:
         self.transport = self.replica = None
         self.epoch, self._since = "", 0
 
-    def works(self) -> bool:
-        """A load has ended well; says whether none had for a while."""
+    def came_back(self) -> bool:
+        """A load has ended well: says whether that is news, and starts with short pauses again."""
         was_away, self._away_for_s = bool(self._away_for_s), 0.0
         return was_away
 

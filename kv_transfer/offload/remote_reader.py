@@ -334,7 +334,7 @@ class RemoteReader:
             self._stats.failures["replaced"] += int((~good).sum())
             if host.replica is not None:
                 host.replica.remove([key for key, still in zip(batch.keys, good, strict=True) if not still])
-        if good.any() and host.works():
+        if good.any() and host.came_back():
             logger.info("%s: %s works again", self._name, host.name)
         self._give_lane(batch)
         self._over(batch)

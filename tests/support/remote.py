@@ -29,7 +29,7 @@ ADDRESS = "127.0.0.1"
 
 def task_of(path: Path, keys: ClusterKeys, port: int = 0, block_bytes: int = BLOCK_BYTES) -> Task:
     """What a server is told."""
-    return Task(str(path), block_bytes, ADDRESS, port, keys, KV.model_dump_json(), 5.0)
+    return Task(str(path), block_bytes, ADDRESS, port, keys, KV.model_dump_json(), 30.0)
 
 
 class ServerThread:
