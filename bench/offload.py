@@ -1,8 +1,10 @@
-"""`python -m tandem.bench.offload lookup | disk FOLDER | copies`: what the tiers of KV offload cost, as JSON lines.
+"""`python -m tandem.bench.offload lookup | disk FOLDER | remote | copies`: what the tiers of KV offload cost, as JSON
+lines.
 
 lookup: 1,000 keys in the host tier's index, as an engine reads it. disk: blocks stored and loaded in random order,
 beside what fio(1) does with the same file, block size and number of threads, or, where there is none, a bare loop.
-copies: scattered ranges between a GPU and the host's memory, either way and both at once, beside memcpy.
+remote: see `offload_remote`. copies: scattered ranges between a GPU and the host's memory, either way and both at once,
+beside memcpy.
 """
 
 from __future__ import annotations
@@ -50,6 +52,11 @@ def main() -> None:
     disk.add_argument("--capacity", type=parse_bytes, default="1GiB")
     disk.add_argument("--block", type=parse_bytes, default="2MiB")
     disk.add_argument("--seconds", type=float, default=5.0)
+    remote = kinds.add_parser("remote")
+    remote.add_argument("--capacity", type=parse_bytes, default="512MiB")
+    remote.add_argument("--block", type=parse_bytes, default="2MiB")
+    remote.add_argument("--seconds", type=float, default=5.0)
+    remote.add_argument("--transport", default="zmq")
     copies = kinds.add_parser("copies")
     copies.add_argument("--run", type=parse_bytes, nargs="+", default=[16 << 10, 32 << 10, 2 << 20])
     copies.add_argument("--programs", type=int, nargs="+", default=[8, 16, 32])
@@ -59,6 +66,11 @@ def main() -> None:
         results: Iterable[dict[str, Any]] = [measure_lookup(options.slots)]
     elif options.kind == "disk":
         results = [measure_disk(options.folder, options.capacity, options.block, options.seconds)]
+    elif options.kind == "remote":
+        # Imported here: the others need no transports.
+        from .offload_remote import measure_remote
+
+        results = [measure_remote(options.capacity, options.block, options.seconds, options.transport)]
     else:
         results = copy_records(options.run, options.programs, options.total)
     for result in results:

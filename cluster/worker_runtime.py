@@ -41,6 +41,7 @@ from ..kv_transfer.connector import Connector
 from ..kv_transfer.ends import End, first_end, open_transports
 from ..kv_transfer.hidden_states import open_writer
 from ..kv_transfer.offload.build import Place
+from ..kv_transfer.offload.network import Network, Servers
 from ..prefill.worker import PrefillWorker
 from .kv_publisher import KVPublisher
 from .mesh import Mesh
@@ -106,6 +107,7 @@ class WorkerRuntime:
         self._subscribers: set[PeerId] = set()
         self._membership: Membership | None = None
         self._linked: set[PeerId] = set()
+        self._host_tiers = Servers()
         self._retry_s: float | None = None
         self._busy = False
         self._ranks: Ranks | None = None
@@ -258,7 +260,8 @@ class WorkerRuntime:
         num_workers = sum(pool.replicas for pool in (pools.prefill, pools.decode, pools.colocated) if pool is not None)
         has_host = any(tier.kind == "host" for tier in self._config.offload.tiers)
         folder = self._host_tier(whole_layout(engine).block_bytes) if has_host else Path()
-        place = Place(folder, worker_of(self.peer), num_workers)
+        network = Network(self._context, self._address, self._config.kv, self._host_tiers, folder.name)
+        place = Place(folder, worker_of(self.peer), num_workers, network)
         others = self._ranks.memory() if self._ranks is not None and self._config.offload.tiers else ()
         return open_tiers(self._config, engine, place, self._clock, self._nudge, others)
 
@@ -380,6 +383,7 @@ class WorkerRuntime:
             self._carry_out(sender, message)
         elif isinstance(message, Membership):
             self._membership = message
+            self._host_tiers.follow({tier.peer: tier.endpoint for tier in message.host_tiers})
             self._link(message)
             self._worker.handle(sender, message)
         else:

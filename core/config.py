@@ -14,6 +14,7 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -217,10 +218,11 @@ class HiddenStatesConfig(_Section):
 
 
 class OffloadTierConfig(_Section):
-    kind: Literal["host", "disk", "s3"]
-    """host: a node's memory, shared by its workers. disk: folders. s3: a bucket of an S3-compatible store."""
-    capacity: ByteSize
-    """Never exceeded: of a node's memory; of its folders together; of its objects."""
+    kind: Literal["host", "disk", "s3", "remote"]
+    """host: a node's memory, shared by its workers. disk: folders. s3: a bucket of an S3-compatible store. remote: the
+    host tiers of the other nodes, which can be read; it has no room of its own."""
+    capacity: ByteSize = Field(default=0, validate_default=True)
+    """Never exceeded: of a node's memory; of its folders together; of its objects. A remote tier has none."""
     policy: Literal["lru", "lfu", "arc", "s3fifo", "tinylfu"] = "s3fifo"
     """Which block goes when the tier is full."""
     write: Literal["write_through", "write_back", "second_use"] = "write_through"
@@ -241,11 +243,14 @@ class OffloadTierConfig(_Section):
     def _one_path(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
 
-    @field_validator("capacity")
+    @field_validator("capacity", "policy", "write")
     @classmethod
-    def _check_capacity(cls, value: int) -> int:
-        if value == 0:
-            raise ValueError("a tier without room is of no use")
+    def _check_room(cls, value: Any, info: ValidationInfo) -> Any:
+        kind = info.data.get("kind", "remote")
+        if info.field_name == "capacity" and kind != "remote" and not value:
+            raise ValueError(f"a {kind} tier needs one; without room it is of no use")
+        if kind == "remote" and "kind" in info.data and value != cls.model_fields[str(info.field_name)].default:
+            raise ValueError("a remote tier has none: the other nodes' host tiers have theirs, and it keeps nothing")
         return value
 
     @model_validator(mode="after")
@@ -267,6 +272,11 @@ class OffloadConfig(_Section):
     def _check_tiers(self) -> Self:
         if sum(tier.kind == "host" for tier in self.tiers) > 1:
             raise ValueError("tiers: a node has one host tier")
+        kinds = [tier.kind for tier in self.tiers]
+        if kinds.count("remote") > 1:
+            raise ValueError("tiers: one remote tier stands for all other nodes")
+        if "remote" in kinds and "host" not in kinds[: kinds.index("remote")]:
+            raise ValueError("tiers: a remote tier reads other nodes' host tiers: put a host tier before it")
         stores = [(tier.endpoint, tier.bucket, tier.prefix) for tier in self.tiers if tier.kind == "s3"]
         if len(set(stores)) != len(stores):
             raise ValueError("tiers: two s3 tiers have the same bucket and prefix")

@@ -421,6 +421,8 @@ class Membership(Struct, tag=True, frozen=True):
 
     version: Count
     members: Annotated[list[Member], Meta(max_length=1 << 16)]
+    host_tiers: Annotated[list[Member], Meta(max_length=1 << 16)] = []
+    """Nodes' host tiers that other nodes may read. No processes: nobody sends them messages."""
 
 
 Message = (

@@ -54,6 +54,13 @@ class Buffer:
             self._map = mmap.mmap(-1, num_bytes)
         self.array = np.frombuffer(self._map, np.uint8)
 
+    @classmethod
+    def over(cls, array: np.ndarray) -> Buffer:
+        """Memory that somebody else has: [num_bytes] uint8. Peers cannot map it."""
+        buffer = cls.__new__(cls)
+        buffer.shared, buffer._descriptor, buffer.array = None, -1, array
+        return buffer
+
     def close(self) -> None:
         """Give the file up; the memory goes with the last array that refers to it. Idempotent."""
         if self._descriptor >= 0:

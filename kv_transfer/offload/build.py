@@ -6,7 +6,7 @@ import subprocess
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import psutil
@@ -23,6 +23,9 @@ from .objects import open_objects
 from .pool import slots_within
 from .stack import Level, OffloadStack, Write
 
+if TYPE_CHECKING:
+    from .network import Network
+
 _SOCKET = "host.socket"
 
 
@@ -35,6 +38,13 @@ class Place(NamedTuple):
     """A name that is the same after a restart: "decode-0"."""
     num_workers: int
     """Of the node, that open stacks."""
+    network: Network | None = None
+    """For a remote tier."""
+
+
+def host_socket(folder: Path) -> Path:
+    """Where a node's keeper listens; see `Place`."""
+    return folder / _SOCKET
 
 
 def start_host_tier(config: OffloadConfig, block_bytes: int, folder: Path) -> subprocess.Popen[bytes] | None:
@@ -58,7 +68,7 @@ def start_host_tier(config: OffloadConfig, block_bytes: int, folder: Path) -> su
                 )
             if not slots_within(tier.capacity, block_bytes):
                 raise ConfigError(f"{key}: {format_bytes(tier.capacity)} holds no block of {format_bytes(block_bytes)}")
-            return start_keeper(folder / _SOCKET, tier.capacity, block_bytes, tier.policy)
+            return start_keeper(host_socket(folder), tier.capacity, block_bytes, tier.policy)
     return None
 
 
@@ -88,7 +98,8 @@ def open_stack(
     levels: list[Level] = []
     try:
         for number, tier in enumerate(config.tiers):
-            levels.append(Level(_open(number, tier, block_bytes, place, clock, notify, pin), Write(tier.write)))
+            write = None if tier.kind == "remote" else Write(tier.write)
+            levels.append(Level(_open(number, tier, block_bytes, place, clock, notify, pin), write))
     except ConfigError:
         for level in levels:
             level.tier.close()
@@ -112,7 +123,13 @@ def _open(
     name, capacity = f"{tier.kind}-{number}", tier.capacity // place.num_workers
     try:
         if tier.kind == "host":
-            return HostTier(place.folder / _SOCKET, block_bytes, clock, tier.timeout_s, notify, pin, name)
+            return HostTier(host_socket(place.folder), block_bytes, clock, tier.timeout_s, notify, pin, name)
+        if tier.kind == "remote":
+            # Imported here: who owns a host tier needs neither torch nor transports.
+            from .remote import RemoteTier
+
+            assert place.network is not None
+            return RemoteTier(place.network, block_bytes, clock, tier.timeout_s, notify, name)
         if tier.kind == "disk":
             paths = [Path(path).expanduser() / place.worker for path in tier.path]
             return open_disk(paths, capacity, block_bytes, tier.policy, clock, tier.timeout_s, notify, name)

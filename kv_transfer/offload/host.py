@@ -124,6 +124,16 @@ class HostTier:
         for thread in self._threads:
             thread.start()
 
+    @property
+    def pool(self) -> MappedPool | None:
+        """The keeper's memory; None: there is no keeper. Another object when there is another keeper."""
+        return self._pool
+
+    @property
+    def num_forgetting(self) -> int:
+        """Calls of `remove` and `clear` that the keeper has yet to hear of."""
+        return len(self._forgets)
+
     # ---- the owner's side -------------------------------------------------------------------------------------------
 
     def lookup(self, keys: Sequence[TierKey]) -> list[Lookup]:

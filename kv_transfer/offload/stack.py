@@ -39,7 +39,8 @@ class Level(NamedTuple):
     """A tier and which blocks it takes."""
 
     tier: Tier
-    write: Write
+    write: Write | None
+    """None: nothing is stored in it, others fill it."""
 
 
 class Found(NamedTuple):
@@ -255,7 +256,7 @@ class OffloadStack:
 
     def reports(self) -> list[KVReport]:
         """Each tier's figures."""
-        block_bytes = self.spill.memory.block_bytes if self._spill.memory is not None else 0
+        block_bytes = self.spill.memory.block_bytes if self.spill.memory is not None else 0
         reports = []
         for number, level in enumerate(self.levels):
             stats = level.tier.stats()
@@ -312,7 +313,9 @@ class OffloadStack:
 
     # ---- stores -----------------------------------------------------------------------------------------------------
 
-    def _wanted(self, number: int, write: Write, keys: Sequence[TierKey], evicted: bool) -> list[int]:
+    def _wanted(self, number: int, write: Write | None, keys: Sequence[TierKey], evicted: bool) -> list[int]:
+        if write is None:
+            return []
         if write is Write.BACK:
             return list(range(len(keys))) if evicted and number == 0 else []
         if write is Write.SECOND_USE:
@@ -337,10 +340,14 @@ class OffloadStack:
         )
         self._add(number, part, job, places, ())
 
+    def _below(self, number: int) -> int | None:
+        """The next tier that anything is stored in."""
+        below = range(number + 1, len(self.levels))
+        return next((level for level in below if self.levels[level].write is not None), None)
+
     def _spill_below(self, number: int) -> Spill | None:
-        if number + 1 == len(self.levels) or self.levels[number + 1].write is Write.THROUGH:
-            return None
-        return self.spill
+        below = self._below(number)
+        return None if below is None or self.levels[below].write is Write.THROUGH else self.spill
 
     def _move_down(self, number: int, order: int, spilled: Iterable[Spilled]) -> None:
         """Give what a tier pushed out to this one."""
@@ -400,8 +407,9 @@ class OffloadStack:
             self._moving[block.key] -= 1
             if not self._moving[block.key]:
                 del self._moving[block.key]
-        if result.spilled:
-            self._move_down(number + 1, part.order, result.spilled)
+        below = self._below(number)
+        if result.spilled and below is not None:
+            self._move_down(below, part.order, result.spilled)
         job = part.job
         if job is None:
             return

@@ -11,9 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.gateway import wait_for
+from support.remote import Elsewhere, OtherNode, ServerThread
 from support.s3 import S3Server, allow
 from support.tiers import BLOCK_BYTES, LAYOUT, Engine, content_of, end, keys_of, ready
 from tandem.core.clock import SystemClock
+from tandem.core.wire import make_cluster_keys
 from tandem.kv_transfer.offload.base import HostBlocks, LoadJob, Lookup, Spill, StoreJob, Tier
 from tandem.kv_transfer.offload.disk import open_disk, slot_bytes
 from tandem.kv_transfer.offload.host import HostTier
@@ -66,6 +68,15 @@ class Kit:
                 keeper = start_keeper(self._socket, pool_bytes(SLOTS, BLOCK_BYTES), BLOCK_BYTES, policy)
                 self._closers.append(lambda: end(keeper))
                 return HostTier(self._socket, BLOCK_BYTES, SystemClock(), TIMEOUT_S, self.news.set)
+            case "remote":
+                keeper = start_keeper(self._socket, pool_bytes(SLOTS, BLOCK_BYTES), BLOCK_BYTES, policy)
+                self._closers.append(lambda: end(keeper))
+                server = ServerThread(self._socket, make_cluster_keys())
+                self._closers.append(server.close)
+                node = OtherNode({"that node": server.endpoint}, server.keys)
+                self._closers.append(node.close)
+                home = HostTier(self._socket, BLOCK_BYTES, SystemClock(), TIMEOUT_S, self.news.set)
+                return Elsewhere(home, node.tier(self.news.set, TIMEOUT_S))
             case "s3":
                 # Each test has a part of the bucket for itself.
                 prefix, capacity = self._folder.name, SLOTS * (HEADER_BYTES + BLOCK_BYTES)
@@ -98,7 +109,7 @@ def last_of_all() -> Iterator[None]:
         s3_server().close()
 
 
-@pytest.fixture(params=["simulated", "disk", "host", "s3"])
+@pytest.fixture(params=["simulated", "disk", "host", "remote", "s3"])
 def kit(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Kit]:
     allow(monkeypatch)
     kit = Kit(request.param, tmp_path)
@@ -197,6 +208,8 @@ def test_every_policy_serves(kit: Kit, policy: str) -> None:
 
 
 def test_what_comes_and_goes_is_told(kit: Kit) -> None:
+    if kit.name == "remote":
+        pytest.skip("what other nodes do with a host tier, that node's processes do not tell")
     engine = kit.engine()
     keys = keys_of(*range(12))
     engine.store(keys[:3])

@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry
 from support.tiers import LAYOUT
 from tandem.core.clock import ManualClock
 from tandem.core.metrics import WorkerMetrics
-from tandem.kv_transfer.offload.base import HostBlocks, LoadJob, Lookup, Spill
+from tandem.kv_transfer.offload.base import HostBlocks, LoadJob, Lookup, Spill, StoreJob
 from tandem.kv_transfer.offload.keys import key_space, tenant_tag
 from tandem.kv_transfer.offload.simulated import Cost, SimulatedTier
 from tandem.kv_transfer.offload.stack import Level, OffloadStack, StackResult, Write
@@ -31,7 +31,7 @@ class World:
     """A stack of simulated tiers, and blocks to copy from and to."""
 
     def __init__(
-        self, sizes: list[int], writes: list[Write], num_spill: int = 100, timeout_s: float = float("inf")
+        self, sizes: list[int], writes: list[Write | None], num_spill: int = 100, timeout_s: float = float("inf")
     ) -> None:
         self.clock = ManualClock()
         self.tiers = [
@@ -266,6 +266,26 @@ def test_what_the_first_tier_gives_up_is_found_in_the_second() -> None:
     world.stack.store(KEYS[:1], world.memory, [300])
     world.drain()
     assert world.stack.lookup(KEYS[:1]) == [(Lookup.HIT, 0)]
+
+
+def test_nothing_is_stored_where_others_store() -> None:
+    """What the first tier gives up goes past it, and what it has is loaded from it."""
+    world = World([4, 4, 8], [Write.THROUGH, None, Write.BACK])
+    for start in range(0, 8, 4):
+        world.store(KEYS[start : start + 4])
+        world.drain()
+    assert world.held(0) == set(KEYS[4:8])
+    assert world.held(1) == set()
+    assert world.held(2) == set(KEYS[:4])
+    others = world.blocks(1)
+    world.memory.array[others[0]] = content(KEYS[9])
+    world.tiers[1].submit_store(StoreJob([KEYS[9]], world.memory, others))
+    while KEYS[9] not in world.held(1):
+        world.clock.advance(0.1)
+        world.tiers[1].poll()
+    number = world.stack.load([KEYS[0], KEYS[9], KEYS[5]], world.memory, world.blocks(3))
+    result = next(result for result in world.drain() if result.number == number)
+    assert result.levels == (2, 1, 0)
 
 
 def test_a_block_that_fails_comes_from_the_next_tier() -> None:
