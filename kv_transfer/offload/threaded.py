@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol
@@ -22,6 +23,7 @@ from .indexed import IndexedTier, Item, Kind, OpenJob
 from .keys import TierKey
 
 _STOP_S = 10.0
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class BadBlock(Exception):
@@ -190,8 +192,9 @@ class ThreadedTier(IndexedTier):
         with self._wake:
             self._stopping = True
             self._wake.notify_all()
+        stop_by_s = time.monotonic() + _STOP_S
         for thread in self._threads:
-            thread.join(_STOP_S)
+            thread.join(max(stop_by_s - time.monotonic(), 0.0))
         if self._threads and not any(thread.is_alive() for thread in self._threads):
             self._io.close()
         self._threads = []
@@ -246,7 +249,7 @@ class ThreadedTier(IndexedTier):
         except Lost as lost:
             item.error, item.detail = "lost", str(lost)
         except OSError as error:
-            item.error = "full" if error.errno == errno.ENOSPC else "io"
+            item.error = "full" if error.errno in _FULL else "io"
             item.detail = str(error)
 
     def _load(self, item: Item, frame: Frame) -> None:
