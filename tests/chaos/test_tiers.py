@@ -11,29 +11,22 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 from support.footprint import Footprint
 from support.gateway import wait_for
 from support.load import Body, Load, Tokens, ask_all, check
-from support.processes import Process, Processes
-from support.s3 import S3Server
+from support.processes import Process
 from support.slow_disk import slow_disk, why_not
-from tandem.cluster.host_tier import HostTierOwner
-from tandem.core.config import Config
+from support.tiered import BLOCK_BYTES, TieredNode
 
 pytestmark = pytest.mark.chaos
 
 Golden = Callable[[list[Body]], list[Tokens]]
 
-BLOCK_BYTES = 6 * 2 * 2 * 16 * 32 * 4
-"""Of the demo model: layers, K and V, heads, tokens, dimensions, bytes."""
 NUM_PROMPTS = 12
-TIMEOUT_S = 1.0
-HOST = {"kind": "host", "capacity": "64MiB", "timeout_s": TIMEOUT_S}
-S3_ENVIRONMENT = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
 
 
 def prompts(seed: int = 0, num_tokens: int = 480) -> list[Body]:
@@ -47,61 +40,26 @@ def prompts(seed: int = 0, num_tokens: int = 480) -> list[Body]:
     ]  # fmt: skip
 
 
-class Node:
-    """Workers with tiers, the node's keeper, and an object store."""
-
-    def __init__(self, folder: Path) -> None:
-        disk = {"kind": "disk", "capacity": "64MiB", "timeout_s": TIMEOUT_S}
-        with pytest.MonkeyPatch.context() as patch:
-            for name, value in S3_ENVIRONMENT.items():
-                patch.setenv(name, value)
-            self.s3 = S3Server()
-        objects = {
-            "kind": "s3", "capacity": "64MiB", "timeout_s": TIMEOUT_S, "bucket": S3Server.BUCKET,
-            "endpoint": self.s3.endpoint,
-        }  # fmt: skip
-        self.disk = folder / "disk"
-        workers = {
-            "colocated-0": {"offload": {"tiers": [HOST]}},
-            "colocated-1": {"offload": {"tiers": [disk | {"path": str(self.disk)}]}},
-            # Blocks that take longer to compute than a request over HTTP does.
-            "colocated-2": {"offload": {"tiers": [objects]}, "kv": {"block_tokens": 128}},
-        } | {
-            f"colocated-{number}": {"offload": {"tiers": [HOST, disk | {"path": str(self.disk)}, objects]}}
-            for number in (3, 4)
-        }  # fmt: skip
-        config = {
-            "model": {"max_model_len": 512}, "pools": {"colocated": {"max_batched_tokens": 128}},
-            "kv": {"poison_freed": True, "capacity": 70 * BLOCK_BYTES},
-        }  # fmt: skip
-        keeper = Config.model_validate({"offload": {"tiers": [HOST]}}).model_dump_json()
-        self._owner = HostTierOwner(keeper, str(folder))
-        try:
-            tier = Path(self._owner.start(BLOCK_BYTES))
-            self.cluster = Processes(folder, config, workers, host_tier=tier, environment=S3_ENVIRONMENT)
-        except BaseException:
-            self._owner.stop()
-            self.s3.close()
-            raise
-
-    def keeper(self) -> psutil.Process | None:
-        """The process that keeps the node's memory, if there is one at present."""
-        for child in psutil.Process().children():
-            if child.status() != "zombie" and any("offload.keeper" in part for part in child.cmdline()):
-                return child
-        return None
-
-    def close(self) -> None:
-        self.cluster.close()
-        self._owner.stop()
-        self.s3.close()
-
-
 @pytest.fixture(scope="module")
-def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
-    node = Node(tmp_path_factory.mktemp("tiers"))
-    yield node
-    node.close()
+def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TieredNode]:
+    node = TieredNode(tmp_path_factory.mktemp("tiers"))
+    config = {
+        "model": {"max_model_len": 512}, "pools": {"colocated": {"max_batched_tokens": 128}},
+        "kv": {"poison_freed": True, "capacity": 70 * BLOCK_BYTES},
+    }  # fmt: skip
+    workers: dict[str, dict[str, Any]] = {
+        "colocated-0": node.tiers("host"),
+        "colocated-1": node.tiers("disk"),
+        # Blocks that take longer to compute than a request over HTTP does.
+        "colocated-2": node.tiers("s3") | {"kv": {"block_tokens": 128}},
+        "colocated-3": node.tiers("host", "disk", "s3"),
+        "colocated-4": node.tiers("host", "disk", "s3"),
+    }
+    try:
+        node.start(config, workers)
+        yield node
+    finally:
+        node.close()
 
 
 class Watched:
@@ -114,7 +72,7 @@ class Watched:
         golden: what its requests must say.
     """
 
-    def __init__(self, node: Node, worker: str, tier: str, golden: Golden) -> None:
+    def __init__(self, node: TieredNode, worker: str, tier: str, golden: Golden) -> None:
         self.cluster = node.cluster
         self.process: Process = node.cluster.all[worker]
         self._labels = {"worker": worker, "tier": tier}
@@ -158,18 +116,18 @@ class Watched:
         return [line for line in self.process.log.read_text().splitlines() if " WARNING " in line]
 
 
-def file_of(node: Node) -> Path:
+def file_of(node: TieredNode) -> Path:
     return node.disk / "colocated-1" / "blocks.tandem"
 
 
 @contextmanager
-def deleted(node: Node) -> Iterator[None]:
+def deleted(node: TieredNode) -> Iterator[None]:
     file_of(node).unlink()
     yield
 
 
 @contextmanager
-def flipped(node: Node) -> Iterator[None]:
+def flipped(node: TieredNode) -> Iterator[None]:
     """A bit of every block."""
     data = np.memmap(file_of(node), np.uint8, "r+")
     data[4096 + 5000 :: 4096] ^= 16
@@ -178,7 +136,7 @@ def flipped(node: Node) -> Iterator[None]:
 
 
 @contextmanager
-def full(node: Node) -> Iterator[None]:
+def full(node: TieredNode) -> Iterator[None]:
     """A quota: no file may be written further than this."""
     pid = node.cluster.all["colocated-1"].system.pid
     before = resource.prlimit(pid, resource.RLIMIT_FSIZE)
@@ -188,20 +146,20 @@ def full(node: Node) -> Iterator[None]:
 
 
 @contextmanager
-def slow(node: Node) -> Iterator[None]:
+def slow(node: TieredNode) -> Iterator[None]:
     if reason := why_not(node.disk):
         pytest.skip(reason)
     with slow_disk(node.cluster.all["colocated-1"].system.pid, node.disk):
         yield
 
 
-HARM: dict[str, Callable[[Node], AbstractContextManager[None]]] = {
+HARM: dict[str, Callable[[TieredNode], AbstractContextManager[None]]] = {
     "lost": deleted, "checksum": flipped, "full": full, "slow": slow,
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("cause", HARM)
-def test_a_disk(node: Node, golden: Golden, cause: str) -> None:
+def test_a_disk(node: TieredNode, golden: Golden, cause: str) -> None:
     node.cluster.serve("colocated-1")
     disk = Watched(node, "colocated-1", "disk-0", golden)
     disk.turn()
@@ -219,7 +177,7 @@ def test_a_disk(node: Node, golden: Golden, cause: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["killed", "stopped"])
-def test_the_keeper_of_the_nodes_memory(node: Node, golden: Golden, how: str) -> None:
+def test_the_keeper_of_the_nodes_memory(node: TieredNode, golden: Golden, how: str) -> None:
     """The next one starts empty; one that goes on has all that it had."""
     node.cluster.serve("colocated-0")
     host = Watched(node, "colocated-0", "host-0", golden)
@@ -242,7 +200,7 @@ def test_the_keeper_of_the_nodes_memory(node: Node, golden: Golden, how: str) ->
     footprint.check()
 
 
-def test_an_object_store_that_is_away(node: Node, golden: Golden) -> None:
+def test_an_object_store_that_is_away(node: TieredNode, golden: Golden) -> None:
     node.cluster.serve("colocated-2")
     objects = Watched(node, "colocated-2", "s3-0", golden)
     objects.turn()
@@ -263,7 +221,7 @@ def test_an_object_store_that_is_away(node: Node, golden: Golden) -> None:
     footprint.check()
 
 
-def test_engines_killed_while_they_store_and_load(node: Node, golden: Golden) -> None:
+def test_engines_killed_while_they_store_and_load(node: TieredNode, golden: Golden) -> None:
     """The node's memory outlives them; the disk has what they wrote on it."""
     node.cluster.serve("colocated-3", "colocated-4")
     rng, cluster = random.Random(0), node.cluster
