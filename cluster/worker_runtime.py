@@ -246,7 +246,7 @@ class WorkerRuntime:
         num_workers = sum(pool.replicas for pool in (pools.prefill, pools.decode, pools.colocated) if pool is not None)
         has_host = any(tier.kind == "host" for tier in self._config.offload.tiers)
         folder = self._host_tier(engine.cache.layout.block_bytes) if has_host else Path()
-        place = Place(folder, worker_of(self.peer), num_workers)
+        place = Place(folder, worker_of(self.peer), num_workers, self._keys.server_public.hex())
         stack = open_tiers(self._config, self._role, engine, place, self._clock, self._nudge)
         return Offloader(engine, stack, self._clock, self._metrics)
 

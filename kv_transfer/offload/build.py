@@ -16,6 +16,7 @@ from ...core.errors import ConfigError
 from ...core.units import format_bytes
 from .base import HostBlocks, Notify, Spill, Tier
 from .disk import open_disk
+from .folders import check_room
 from .host import HostTier
 from .keeper import start_keeper
 from .objects import open_objects
@@ -34,6 +35,8 @@ class Place(NamedTuple):
     """A name that is the same after a restart, "decode-0"; with several ranks, one for each."""
     num_workers: int
     """Of the node, each rank counted, that open stacks."""
+    cluster: str = ""
+    """A name that no other cluster has, and that a worker's next life still has; "": nobody else is there."""
 
 
 def start_host_tier(config: OffloadConfig, block_bytes: int, folder: Path) -> subprocess.Popen[bytes] | None:
@@ -84,6 +87,7 @@ def open_stack(
     """
     if not config.tiers:
         return None
+    check_room(config.tiers)
     levels: list[Level] = []
     try:
         for number, tier in enumerate(config.tiers):
@@ -112,7 +116,9 @@ def _open(
             return HostTier(place.folder / _SOCKET, block_bytes, clock, tier.timeout_s, notify, pin, name)
         if tier.kind == "disk":
             paths = [Path(path).expanduser() / place.worker for path in tier.path]
-            return open_disk(paths, capacity, block_bytes, tier.policy, clock, tier.timeout_s, notify, name)
+            return open_disk(
+                paths, capacity, block_bytes, tier.policy, clock, tier.timeout_s, notify, name, place.cluster
+            )
         return open_objects(
             str(tier.bucket),
             f"{tier.prefix}/{place.worker}",
