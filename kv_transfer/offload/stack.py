@@ -49,6 +49,10 @@ class Found(NamedTuple):
     """The nearest tier that has it; −1 unless it is a hit."""
 
 
+_NOWHERE = Found(Lookup.MISS, -1)
+_COMING = Found(Lookup.PENDING, -1)
+
+
 class StackResult(NamedTuple):
     """How a load or a store ended."""
 
@@ -107,6 +111,7 @@ class OffloadStack:
 
     def __init__(self, levels: Sequence[Level], spill: Spill) -> None:
         self.levels = list(levels)
+        self._found = [Found(Lookup.HIT, number) for number in range(len(levels))]
         self.moved_down = 0
         """Blocks that were given to the tier below."""
         self._spill = spill
@@ -122,21 +127,26 @@ class OffloadStack:
 
     def lookup(self, keys: Sequence[TierKey]) -> list[Found]:
         """Where some keys are. Does no I/O; counts as no use."""
-        found = [Found(Lookup.MISS, -1)] * len(keys)
-        open_ = list(range(len(keys)))
-        for number, level in enumerate(self.levels):
-            if not open_:
-                break
-            for place, state in zip(open_, level.tier.lookup([keys[place] for place in open_]), strict=True):
-                if state is Lookup.HIT:
-                    found[place] = Found(state, number)
-                elif state is Lookup.PENDING:
-                    found[place] = Found(state, -1)
-            open_ = [place for place in open_ if found[place].state is not Lookup.HIT]
+        hit, pending = Lookup.HIT, Lookup.PENDING
+        found = [_NOWHERE] * len(keys)
+        open_: Sequence[int] = range(len(keys))
+        asked = keys
+        for level, here in zip(self.levels, self._found, strict=True):
+            rest = []
+            for place, state in zip(open_, level.tier.lookup(asked), strict=True):
+                if state is hit:
+                    found[place] = here
+                else:
+                    rest.append(place)
+                    if state is pending:
+                        found[place] = _COMING
+            if not rest:
+                return found
+            open_, asked = rest, [keys[place] for place in rest]
         if self._moving:
             for place in open_:
                 if keys[place] in self._moving:
-                    found[place] = Found(Lookup.PENDING, -1)
+                    found[place] = _COMING
         return found
 
     def store(
