@@ -16,9 +16,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import psutil
+
 from ..core.errors import WorkerError
 from .client import Reply, Server
-from .serve import Load, ServedArm, compare, verdict, warm_up_jobs
+from .serve import Load, ServedArm, Step, compare, verdict, warm_up_jobs
 from .summary import Slo, spread
 from .workload import Job
 
@@ -79,6 +81,12 @@ class Served:
                 sums[key] = sums.get(key, 0.0) + float(value)
         return {name: value for name, value in sums.items() if value}
 
+    def cpu_s(self) -> float:
+        """Processor time that all of its processes have taken."""
+        parent = psutil.Process(self._process.pid)
+        times = [process.cpu_times() for process in (parent, *parent.children(recursive=True))]
+        return sum(one.user + one.system for one in times)
+
     def close(self) -> None:
         """End it. Blocks."""
         self._process.terminate()
@@ -87,6 +95,18 @@ class Served:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+
+
+class _Counted(ServedArm):
+    """An arm whose processor time is counted: other load on the machine changes that less than throughput."""
+
+    def __init__(self, name: str, served: Served) -> None:
+        super().__init__(name, served.server)
+        self._served = served
+
+    def run(self, load: Load, step: Step) -> dict[str, Any]:
+        before_s = self._served.cpu_s()
+        return super().run(load, step) | {"cpu_s": round(self._served.cpu_s() - before_s, 3)}
 
 
 def _start(folder: Path, settings: Sequence[str], tiers: str) -> dict[str, Served]:
@@ -183,7 +203,7 @@ def measure_misses(
     with tempfile.TemporaryDirectory(prefix="tandem-bench-") as folder:
         served = _start(Path(folder), settings, tiers.replace("FOLDER", folder))
         try:
-            arms = [ServedArm(name, arm.server) for name, arm in served.items()]
+            arms = [_Counted(name, arm) for name, arm in served.items()]
             compare(arms, [Load(warm_up_jobs(_VOCABULARY, 8, 0), 4, _SLO)], lambda *_: None)
             rng = random.Random(0)
             loads = [
@@ -202,11 +222,17 @@ def measure_misses(
         finally:
             for arm in served.values():
                 arm.close()
-    rates = {name: [record["output_tokens_per_s"] for record in records if record["arm"] == name] for name in served}
+    figures: dict[str, dict[str, list[float]]] = {
+        figure: {name: [record[figure] for record in records if record["arm"] == name] for name in served}
+        for figure in ("output_tokens_per_s", "cpu_s")
+    }
+    rates, cpu_s = figures.values()
     lost = [1 - with_tiers / none for with_tiers, none in zip(rates["tiers"], rates["none"], strict=True)]
+    more = [with_tiers / none - 1 for with_tiers, none in zip(cpu_s["tiers"], cpu_s["none"], strict=True)]
     return {
         "requests": num_requests, "input_tokens": input_tokens, "output_tokens": output_tokens,
-        "settings": list(settings), "tiers": tiers, "metrics": metrics, "output_tokens_per_s": rates,
+        "settings": list(settings), "tiers": tiers, "metrics": metrics, **figures,
         "lost": round(median(lost), 4), "lost_each": [round(share, 4) for share in lost],
+        "more_cpu": round(median(more), 4), "more_cpu_each": [round(share, 4) for share in more],
         "verdict": verdict(records),
     }  # fmt: skip
