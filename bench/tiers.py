@@ -4,7 +4,6 @@ without, loaded in turns."""
 from __future__ import annotations
 
 import asyncio
-import os
 import random
 import socket
 import subprocess
@@ -26,6 +25,7 @@ from .workload import Job
 
 _READY_TIMEOUT_S = 120.0
 _VOCABULARY = 4000
+_SERVE = "from tandem.cluster.cli import main; main()"
 _SLO = Slo(1.0, 0.05)
 
 
@@ -45,10 +45,9 @@ class Served:
         self._output = home / "output"
         with self._output.open("w") as output:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", "from tandem.cluster.cli import main; main()", "serve", *arguments],
+                ["env", f"XDG_CACHE_HOME={home}", sys.executable, "-c", _SERVE, "serve", *arguments],
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=os.environ | {"XDG_CACHE_HOME": str(home)},
                 start_new_session=True,
             )
         self.server = Server(f"http://127.0.0.1:{port}")
