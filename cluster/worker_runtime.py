@@ -261,7 +261,7 @@ class WorkerRuntime:
         has_host = any(tier.kind == "host" for tier in self._config.offload.tiers)
         folder = self._host_tier(whole_layout(engine).block_bytes) if has_host else Path()
         network = Network(self._context, self._address, self._config.kv, self._host_tiers, folder.name)
-        place = Place(folder, worker_of(self.peer), num_workers, network)
+        place = Place(folder, worker_of(self.peer), num_workers, self._keys.server_public.hex(), network)
         others = self._ranks.memory() if self._ranks is not None and self._config.offload.tiers else ()
         return open_tiers(self._config, engine, place, self._clock, self._nudge, others)
 

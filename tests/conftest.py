@@ -48,7 +48,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(skip)
     minutes = config.getoption("--soak")
     for item in items:
-        if minutes and "seeds" in getattr(item, "fixturenames", ()):
+        if minutes and "soak_minutes" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.timeout(60 * minutes + 600))
     if not minutes:
         skip = pytest.mark.skip(reason="a soak; run it with --soak MINUTES")

@@ -17,6 +17,7 @@ from ...core.errors import ConfigError
 from ...core.units import format_bytes
 from .base import HostBlocks, Notify, Spill, Tier
 from .disk import open_disk
+from .folders import check_room
 from .host import HostTier
 from .keeper import start_keeper
 from .objects import open_objects
@@ -38,6 +39,8 @@ class Place(NamedTuple):
     """A name that is the same after a restart: "decode-0"."""
     num_workers: int
     """Of the node, that open stacks."""
+    cluster: str = ""
+    """A name that no other cluster has, and that a worker's next life still has; "": nobody else is there."""
     network: Network | None = None
     """For a remote tier."""
 
@@ -95,6 +98,7 @@ def open_stack(
     """
     if not config.tiers:
         return None
+    check_room(config.tiers)
     levels: list[Level] = []
     try:
         for number, tier in enumerate(config.tiers):
@@ -132,7 +136,9 @@ def _open(
             return RemoteTier(place.network, block_bytes, clock, tier.timeout_s, notify, name)
         if tier.kind == "disk":
             paths = [Path(path).expanduser() / place.worker for path in tier.path]
-            return open_disk(paths, capacity, block_bytes, tier.policy, clock, tier.timeout_s, notify, name)
+            return open_disk(
+                paths, capacity, block_bytes, tier.policy, clock, tier.timeout_s, notify, name, place.cluster
+            )
         return open_objects(
             str(tier.bucket),
             f"{tier.prefix}/{place.worker}",

@@ -81,11 +81,8 @@ class TierIndex:
 
     def lookup(self, keys: Sequence[TierKey]) -> list[Lookup]:
         """What is known of some keys."""
-        answers = []
-        for key in keys:
-            slot = self._by_key.get(key)
-            answers.append(Lookup.MISS if slot is None else Lookup.HIT if slot.stored else Lookup.PENDING)
-        return answers
+        get, miss, pending, hit = self._by_key.get, Lookup.MISS, Lookup.PENDING, Lookup.HIT
+        return [miss if (slot := get(key)) is None else hit if slot.stored else pending for key in keys]
 
     def reserve(self, key: TierKey, priority: int = 0) -> Reservation | None:
         """A slot for a key that is not there; None: all slots are pinned or hold what is more important."""

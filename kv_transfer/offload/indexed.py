@@ -48,6 +48,17 @@ class OpenJob:
         """Held while a thread touches the caller's blocks, and while ``ended`` is set."""
         self.ended = False
         """Its caller has been told: nobody may touch the caller's blocks any more."""
+        self._num_unfinished = num_keys
+
+    def expect(self, num_items: int) -> None:
+        """It is made of so many items."""
+        self.remaining = self._num_unfinished = num_items
+
+    def finish_one(self) -> bool:
+        """An item has been carried out; whether it was the last. Thread-safe."""
+        with self.lock:
+            self._num_unfinished -= 1
+            return self._num_unfinished == 0
 
 
 class Item:
@@ -259,7 +270,7 @@ class IndexedTier(abc.ABC):
         return job.number
 
     def _begin(self, job: OpenJob, items: Sequence[Item]) -> None:
-        job.remaining = len(items)
+        job.expect(len(items))
         if items:
             self._start(items)
         else:

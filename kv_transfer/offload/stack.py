@@ -51,6 +51,10 @@ class Found(NamedTuple):
     """The nearest tier that has it; −1 unless it is a hit."""
 
 
+_NOWHERE = Found(Lookup.MISS, -1)
+_COMING = Found(Lookup.PENDING, -1)
+
+
 class StackResult(NamedTuple):
     """How a load or a store ended."""
 
@@ -109,6 +113,7 @@ class OffloadStack:
 
     def __init__(self, levels: Sequence[Level], spill: Spill) -> None:
         self.levels = list(levels)
+        self._found = [Found(Lookup.HIT, number) for number in range(len(levels))]
         self.moved_down = 0
         """Blocks that were given to the tier below."""
         self.spill = spill
@@ -127,24 +132,28 @@ class OffloadStack:
 
     def lookup(self, keys: Sequence[TierKey]) -> list[Found]:
         """Where some keys are. Does no I/O; counts as no use."""
-        found = [Found(Lookup.MISS, -1)] * len(keys)
-        open_ = list(range(len(keys)))
+        hit, pending = Lookup.HIT, Lookup.PENDING
+        found = [_NOWHERE] * len(keys)
+        open_: Sequence[int] = range(len(keys))
+        asked = keys
         for number, level in enumerate(self.levels):
-            if not open_:
-                break
-            for place, state in zip(open_, level.tier.lookup([keys[place] for place in open_]), strict=True):
-                if state is Lookup.HIT:
-                    found[place] = Found(state, number)
-                elif state is Lookup.PENDING:
-                    found[place] = Found(state, -1)
-            asked = len(open_)
-            open_ = [place for place in open_ if found[place].state is not Lookup.HIT]
-            self._lookups[number] += asked
-            self._hits[number] += asked - len(open_)
+            rest = []
+            for place, state in zip(open_, level.tier.lookup(asked), strict=True):
+                if state is hit:
+                    found[place] = self._found[number]
+                else:
+                    rest.append(place)
+                    if state is pending:
+                        found[place] = _COMING
+            self._lookups[number] += len(asked)
+            self._hits[number] += len(asked) - len(rest)
+            if not rest:
+                return found
+            open_, asked = rest, [keys[place] for place in rest]
         if self._moving:
             for place in open_:
                 if keys[place] in self._moving:
-                    found[place] = Found(Lookup.PENDING, -1)
+                    found[place] = _COMING
         return found
 
     def store(
