@@ -1,5 +1,5 @@
-"""`python -m tandem.bench.offload lookup | disk FOLDER | memory | remote | copies | chat | misses`: what tiers cost, and
-what they give, as JSON lines.
+"""`python -m tandem.bench.offload lookup | disk FOLDER | memory | remote | copies | chat | misses`: what tiers cost,
+and what they give, as JSON lines.
 
 lookup: 1,000 keys in one tier of the node's memory, and over three tiers, as an engine asks. disk: blocks stored and
 loaded in random order, in turns with what fio(1) does with the same file, block size and number of threads, or, where

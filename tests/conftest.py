@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing.util
 import os
 import shutil
 import sys
@@ -61,7 +62,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def temporary_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """What this process's runs leave behind is not what those of another do, beside it. Ray's sockets live in this
     folder, and their paths must be short."""
-    tmp_path_factory.getbasetemp()  # is where it always was
+    # These stay where they always were; the second is removed at the very end.
+    tmp_path_factory.getbasetemp()
+    multiprocessing.util.get_temp_dir()
     folder = tempfile.mkdtemp(prefix="t")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TMPDIR", folder)
