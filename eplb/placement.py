@@ -2,16 +2,33 @@
 
 A *logical* expert is one of the checkpoint. A *physical* expert is a slot that holds a replica of one. Ranks own equal,
 contiguous ranges of slots: of P slots on R ranks, rank r has r · P/R … (r + 1) · P/R − 1.
+
+Replicas of an expert share its load equally. The step of an expert-parallel group takes as long as its fullest rank
+computes; so each layer's fullest rank should be as little above the mean as can be.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..core.errors import PlacementError
+from .alignment import keep_slots, relabel
+from .descent import descend
+from .packing import Floats, Ints, count_replicas, pack
+from .recounting import recount
+
+Policy = Literal["auto", "global", "hierarchical", "incremental"]
+
+_DONE = 1 + 1e-5
+"""A fullest rank that is within this of what it cannot be below is left alone."""
+_GOOD = 1 + 1e-3
+"""Likewise where more than swaps would be needed."""
+_MAX_CHANGES = 1000
+"""Of a layer. A number, not a time: all ranks that plan from the same loads come to the same placement."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +134,201 @@ class Placement:
     def num_logical(self) -> int:
         """Experts of a layer."""
         return self.replica_count.shape[1]
+
+
+def plan(
+    load: NDArray[np.float64],
+    topology: Topology,
+    current: Placement | None = None,
+    policy: Policy = "auto",
+    *,
+    wanted: float = 0.99,
+) -> Placement:
+    """Where experts should be for a load. Pure; milliseconds of one core; the same result everywhere.
+
+    Replicas are counted such that the largest share of load is the least possible, packed heaviest first (as in
+    DeepSeek's EPLB, https://github.com/deepseek-ai/EPLB), and then improved by swaps and by other numbers of replicas
+    until nothing helps. Replicas of an expert lie on different ranks if it has no more of them than there are.
+
+    Args:
+        load: [layers, logical] float64, in tokens or any other unit.
+        topology: slots, ranks, nodes and groups.
+        current: where experts are now; slots that need not change do not.
+        policy: "global" balances over all ranks. "hierarchical" keeps the experts of a group in one node.
+            "incremental" moves as few experts of ``current`` as give the balance wanted; within nodes, if groups are
+            kept in those. "auto" is incremental if there is a ``current``, else hierarchical if nodes divide groups.
+        wanted: for "incremental": no layer's fullest rank becomes more than 1/wanted times as full as by a new plan.
+
+    Raises:
+        PlacementError: ``load`` has a wrong shape or a value that is negative or not finite; there are fewer slots than
+            experts; numbers do not divide; ``current`` does not fit; the policy lacks what it needs. Names which.
+    """
+    load = check_load(load, topology)
+    _check_policy(policy, topology, current, wanted)
+    num_layers, num_logical = load.shape
+    shape = (num_layers, topology.num_ranks, topology.slots_per_rank)
+    if current is not None:
+        check_fits(current, topology, num_layers, num_logical)
+    grouped = topology.num_groups % topology.num_nodes == 0
+    num_nodes = topology.num_nodes if policy != "global" and grouped else 1
+    # In units of the largest, no sum or square is too large for a float.
+    load = load / (load.max() or 1.0)
+    slots = _solve(load, topology, num_nodes)
+    if current is not None:
+        now = np.ascontiguousarray(current.physical_to_logical, dtype=np.int32).reshape(shape)
+        relabel(now, slots, num_logical, num_nodes)
+        if policy in ("auto", "incremental"):
+            slots = _improve(load, topology, current, slots, num_nodes, wanted)
+        keep_slots(now, slots)
+    return Placement.from_physical(slots.reshape(num_layers, -1), num_logical)
+
+
+def _solve(load: Floats, topology: Topology, num_nodes: int) -> Ints:
+    """[layers, ranks, slots of a rank] the expert of each slot; groups stay in one of so many nodes."""
+    num_layers = len(load)
+    per_node = topology.num_ranks // num_nodes
+    weights, experts = load, None
+    if num_nodes > 1:
+        experts = _experts_of_nodes(load, topology)
+        weights = np.take_along_axis(load[:, None], experts, -1).reshape(num_layers * num_nodes, -1)
+    num_problems, num_experts = weights.shape
+    num_slots = topology.num_physical // num_nodes
+    # An expert on every rank of the node gets another replica only if all are.
+    most = per_node * -(-num_slots // (num_experts * per_node))
+    counts = np.empty((num_problems, num_experts), dtype=np.int32)
+    count_replicas(weights, num_slots, most, counts)
+    shares = weights / counts
+    floor = np.maximum(weights.sum(-1) / per_node, shares.max(-1))
+    slots = np.empty((num_problems, per_node, topology.slots_per_rank), dtype=np.int32)
+    pack(shares, counts, _descending(shares), floor * _DONE, _MAX_CHANGES, slots)
+    nobody = np.zeros((num_problems, per_node, num_experts), dtype=np.bool_)
+    descend(weights, counts, slots, nobody, floor * _GOOD, 1, _MAX_CHANGES, False)
+    recount(weights, counts, slots, floor * _GOOD, _MAX_CHANGES)
+    if experts is None:
+        return slots
+    local = slots.reshape(num_layers, num_nodes, -1)
+    return np.take_along_axis(experts, local, -1).reshape(num_layers, topology.num_ranks, -1)
+
+
+def _experts_of_nodes(load: Floats, topology: Topology) -> Ints:
+    """[layers, nodes, experts of a node]: groups packed on nodes as replicas are on ranks."""
+    num_layers, num_logical = load.shape
+    size = num_logical // topology.num_groups
+    weights = load.reshape(num_layers, topology.num_groups, size).sum(-1)
+    once = np.ones(weights.shape, dtype=np.int32)
+    groups = np.empty((num_layers, topology.num_nodes, topology.num_groups // topology.num_nodes), dtype=np.int32)
+    pack(weights, once, _descending(weights), weights.mean(-1) * groups.shape[-1] * _DONE, _MAX_CHANGES, groups)
+    experts = groups[..., None] * size + np.arange(size, dtype=np.int32)
+    return experts.reshape(num_layers, topology.num_nodes, -1)
+
+
+def _improve(load: Floats, topology: Topology, current: Placement, fresh: Ints, num_nodes: int, wanted: float) -> Ints:
+    """``current`` with few changes, and ``fresh`` in those layers where that is not enough."""
+    slots = np.array(current.physical_to_logical, dtype=np.int32).reshape(fresh.shape)
+    had = np.zeros((len(load), topology.num_ranks, load.shape[1]), dtype=np.bool_)
+    np.put_along_axis(had, slots, True, -1)
+    scattered = ~_kept_in_nodes(slots, topology, load.shape[1], num_nodes)
+    slots[scattered] = fresh[scattered]
+    reachable = _fullest(load, fresh)
+    enough = reachable.sum() / wanted * _DONE
+    # Where a layer ends above its target, others make up for it by going below theirs.
+    for margin in (1.0, 0.5, 0.0):
+        counts = _counts(slots, load.shape[1])
+        descend(load, counts, slots, had, reachable * (1 + margin * (1 / wanted - 1)), num_nodes, _MAX_CHANGES, True)
+        fullest = _fullest(load, slots)
+        if fullest.sum() <= enough or wanted == 1:
+            break
+    moved = (~np.take_along_axis(had, fresh, -1)).sum((1, 2))
+    for layer in np.argsort((reachable - fullest) / np.maximum(moved, 1)):
+        if fullest.sum() <= enough:
+            break
+        slots[layer], fullest[layer] = fresh[layer], reachable[layer]
+    return slots
+
+
+def _kept_in_nodes(slots: Ints, topology: Topology, num_logical: int, num_nodes: int) -> NDArray[np.bool_]:
+    """[layers]: whether every group's experts are all in one node."""
+    if num_nodes == 1:
+        return np.ones(len(slots), dtype=np.bool_)
+    groups = slots.reshape(len(slots), num_nodes, -1) // (num_logical // topology.num_groups)
+    here = np.zeros((len(slots), num_nodes, topology.num_groups), dtype=np.bool_)
+    np.put_along_axis(here, groups, True, -1)
+    kept: NDArray[np.bool_] = (here.sum(1) == 1).all(-1)
+    return kept
+
+
+def _fullest(load: Floats, slots: Ints) -> Floats:
+    """[layers] the load of the fullest rank."""
+    shares = load / _counts(slots, load.shape[1])
+    fullest: Floats = np.take_along_axis(shares[:, None], slots, -1).sum(-1).max(-1)
+    return fullest
+
+
+def _counts(slots: Ints, num_logical: int) -> Ints:
+    """[layers, logical] replicas of each expert."""
+    keys = slots.reshape(len(slots), -1) + np.arange(len(slots))[:, None] * num_logical
+    counts = np.bincount(keys.ravel(), minlength=len(slots) * num_logical)
+    return counts.astype(np.int32).reshape(len(slots), num_logical)
+
+
+def _descending(weights: Floats) -> Ints:
+    """[problems, items] the items, heaviest first."""
+    return np.argsort(-weights, axis=-1, kind="stable").astype(np.int32)
+
+
+def check_load(load: NDArray[np.floating], topology: Topology) -> Floats:
+    """A load as contiguous float64, if it is one that can be planned for.
+
+    Args:
+        load: [layers, logical].
+        topology: what it is planned for.
+
+    Raises:
+        PlacementError: see `plan`.
+    """
+    checked = np.ascontiguousarray(load, dtype=np.float64)
+    if checked.ndim != 2 or not checked.size:
+        raise PlacementError(f"load has the shape {checked.shape}, expected [layers, logical experts]")
+    wrong = np.argwhere(~(np.isfinite(checked) & (checked >= 0)))
+    if len(wrong):
+        layer, expert = (int(index) for index in wrong[0])
+        value = checked[layer, expert]
+        what = "negative" if value < 0 else "not finite"
+        raise PlacementError(f"load of layer {layer}, expert {expert} is {value:g}: it is {what}")
+    num_logical = checked.shape[1]
+    if num_logical > topology.num_physical:
+        raise PlacementError(
+            f"{num_logical} experts do not fit in num_physical = {topology.num_physical} slots, and each needs one"
+        )
+    if num_logical % topology.num_groups:
+        raise PlacementError(f"num_groups = {topology.num_groups} does not divide the {num_logical} experts of a layer")
+    return checked
+
+
+def check_fits(placement: Placement, topology: Topology, num_layers: int, num_logical: int) -> None:
+    """Refuse a placement of other numbers.
+
+    Raises:
+        PlacementError: names what differs.
+    """
+    for name, found, expected in (
+        ("layers", placement.num_layers, num_layers),
+        ("slots", placement.num_physical, topology.num_physical),
+        ("experts", placement.num_logical, num_logical),
+    ):
+        if found != expected:
+            raise PlacementError(f"the current placement has {found} {name}, expected {expected}")
+
+
+def _check_policy(policy: Policy, topology: Topology, current: Placement | None, wanted: float) -> None:
+    if policy not in get_args(Policy):
+        raise PlacementError(f"policy is {policy!r}, expected one of {', '.join(get_args(Policy))}")
+    if policy == "incremental" and current is None:
+        raise PlacementError("policy is 'incremental', which starts from a current placement, and there is none")
+    if not 0 < wanted <= 1:
+        raise PlacementError(f"wanted is {wanted}, expected more than 0 and at most 1")
+    if policy == "hierarchical":
+        _check_divides("num_groups", topology.num_groups, "num_nodes", topology.num_nodes)
 
 
 def _check_divides(name: str, number: int, divisor_name: str, divisor: int) -> None:

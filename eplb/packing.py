@@ -1,0 +1,228 @@
+"""How replicas are counted and packed: compiled loops over one layer after the other.
+
+A *problem* is a layer, or the experts of one node in it. A *share* is the load of one replica: its expert's load
+divided by the number of its replicas.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..kernels.compiled import compiled
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int32]
+Held = NDArray[np.uint16]
+"""[ranks, experts]: how many replicas of an expert a rank holds."""
+
+
+@compiled
+def count_replicas(weights: Floats, num_slots: int, most: int, counts: Ints) -> None:
+    """Give each expert a number of slots such that the largest share is the least possible.
+
+    One for each, and then one at a time to the largest share: any other choice leaves a larger one, because shares only
+    shrink. A heap finds it.
+
+    Args:
+        weights: [problems, experts] load.
+        num_slots: slots to give away, experts … experts · most.
+        most: the most that one expert may have.
+        counts: [problems, experts], written.
+    """
+    num_problems, num_experts = weights.shape
+    heap = np.empty(num_experts, dtype=np.int32)
+    shares = np.empty(num_experts)
+    for problem in range(num_problems):
+        count = counts[problem]
+        for expert in range(num_experts):
+            count[expert] = 1
+            heap[expert] = expert
+            shares[expert] = weights[problem, expert]
+        for start in range(num_experts // 2 - 1, -1, -1):
+            _sift_down(heap, shares, start)
+        for _ in range(num_slots - num_experts):
+            expert = heap[0]
+            count[expert] += 1
+            shares[expert] = weights[problem, expert] / count[expert] if count[expert] < most else -1.0
+            _sift_down(heap, shares, 0)
+
+
+@compiled
+def _sift_down(heap: Ints, keys: Floats, start: int) -> None:
+    """Restore a heap whose largest key comes first, after the key of the entry at ``start`` became smaller."""
+    size, place, entry = len(heap), start, heap[start]
+    while True:
+        child = 2 * place + 1
+        if child >= size:
+            break
+        if child + 1 < size and keys[heap[child + 1]] > keys[heap[child]]:
+            child += 1
+        if keys[heap[child]] <= keys[entry]:
+            break
+        heap[place] = heap[child]
+        place = child
+    heap[place] = entry
+
+
+@compiled
+def pack(shares: Floats, counts: Ints, order: Ints, bounds: Floats, max_swaps: int, slots: Ints) -> None:
+    """Put replicas on ranks: heaviest first onto the lightest rank with room, and then swaps while one helps.
+
+    A swap takes from the fullest rank and helps if both ranks are then less full than that was. Replicas of an expert
+    lie on different ranks, as far as there are ranks.
+
+    Args:
+        shares: [problems, experts] load of one replica.
+        counts: [problems, experts] replicas of each.
+        order: [problems, experts] the experts, largest share first.
+        bounds: [problems] a load that is good enough for the fullest rank.
+        max_swaps: after so many swaps in a problem it stays as it is.
+        slots: [problems, ranks, slots of a rank], written: the expert of each slot, largest share of a rank first.
+    """
+    num_problems, num_experts = shares.shape
+    num_ranks = slots.shape[1]
+    loads = np.empty(num_ranks)
+    held = np.empty((num_ranks, num_experts), dtype=np.uint16)
+    for problem in range(num_problems):
+        held[:] = 0
+        pack_greedily(shares[problem], counts[problem], order[problem], slots[problem], loads, held)
+        swap(shares[problem], counts[problem], slots[problem], loads, held, bounds[problem], max_swaps)
+
+
+@compiled
+def pack_greedily(shares: Floats, counts: Ints, order: Ints, slots: Ints, loads: Floats, held: Held) -> None:
+    num_ranks, size = slots.shape
+    filled = np.zeros(num_ranks, dtype=np.int32)
+    loads[:] = 0.0
+    for expert in order:
+        share = shares[expert]
+        allowed = _allowed(counts, expert, num_ranks)
+        for _ in range(counts[expert]):
+            lightest = -1
+            fallback = -1
+            for rank in range(num_ranks):
+                if filled[rank] < size:
+                    if held[rank, expert] < allowed:
+                        if lightest < 0 or loads[rank] < loads[lightest]:
+                            lightest = rank
+                    else:
+                        fallback = rank
+            if lightest < 0:
+                lightest = _make_room(shares, counts, expert, fallback, slots, loads, held, filled)
+            slots[lightest, filled[lightest]] = expert
+            filled[lightest] += 1
+            held[lightest, expert] += 1
+            loads[lightest] += share
+
+
+@compiled
+def _make_room(
+    shares: Floats,
+    counts: Ints,
+    expert: int,
+    full: int,
+    slots: Ints,
+    loads: Floats,
+    held: Held,
+    filled: Ints,
+) -> int:
+    """Free a slot of a rank that lacks the expert: what is there moves to ``full``, which has room but the expert too.
+
+    Another rank lacks it, and holds something that ``full`` lacks, since that has a free slot and one with the expert.
+    """
+    num_ranks = slots.shape[0]
+    allowed = _allowed(counts, expert, num_ranks)
+    for rank in range(num_ranks):
+        if held[rank, expert] >= allowed:
+            continue
+        for place in range(filled[rank]):
+            other = slots[rank, place]
+            if held[full, other] < _allowed(counts, other, num_ranks):
+                slots[full, filled[full]] = other
+                filled[full] += 1
+                held[full, other] += 1
+                loads[full] += shares[other]
+                for later in range(place, filled[rank] - 1):
+                    slots[rank, later] = slots[rank, later + 1]
+                filled[rank] -= 1
+                held[rank, other] -= 1
+                loads[rank] -= shares[other]
+                return rank
+    return full
+
+
+@compiled
+def swap(
+    shares: Floats,
+    counts: Ints,
+    slots: Ints,
+    loads: Floats,
+    held: Held,
+    bound: float,
+    max_swaps: int,
+) -> None:
+    num_ranks, size = slots.shape
+    for rank in range(num_ranks):
+        for place in range(1, size):
+            settle(shares, slots[rank], place)
+    for _ in range(max_swaps):
+        fullest = 0
+        for rank in range(1, num_ranks):
+            if loads[rank] > loads[fullest]:
+                fullest = rank
+        if loads[fullest] <= bound:
+            return
+        best, best_rank, best_from, best_to = 1e-9 * loads[fullest], -1, 0, 0
+        for rank in range(num_ranks):
+            excess = loads[fullest] - loads[rank]
+            if excess <= 2.0 * best:
+                continue
+            # Both lists descend, so that what is nearest to half the excess lies ever further down in the other.
+            other = 0
+            for place in range(size):
+                share = shares[slots[fullest, place]]
+                while other < size and share - shares[slots[rank, other]] < 0.5 * excess:
+                    other += 1
+                for near in range(max(other - 1, 0), min(other + 1, size)):
+                    moved = share - shares[slots[rank, near]]
+                    gain = min(moved, excess - moved)
+                    if (
+                        gain > best
+                        and held[rank, slots[fullest, place]] < _allowed(counts, slots[fullest, place], num_ranks)
+                        and held[fullest, slots[rank, near]] < _allowed(counts, slots[rank, near], num_ranks)
+                    ):
+                        best, best_rank, best_from, best_to = gain, rank, place, near
+        if best_rank < 0:
+            return
+        out, back = slots[fullest, best_from], slots[best_rank, best_to]
+        slots[fullest, best_from], slots[best_rank, best_to] = back, out
+        settle(shares, slots[fullest], best_from)
+        settle(shares, slots[best_rank], best_to)
+        moved = shares[out] - shares[back]
+        loads[fullest] -= moved
+        loads[best_rank] += moved
+        held[fullest, out] -= 1
+        held[fullest, back] += 1
+        held[best_rank, back] -= 1
+        held[best_rank, out] += 1
+
+
+@compiled
+def _allowed(counts: Ints, expert: int, num_ranks: int) -> int:
+    """How many replicas of an expert one rank may hold: one, unless it has more of them than there are ranks."""
+    return (counts[expert] + num_ranks - 1) // num_ranks
+
+
+@compiled
+def settle(shares: Floats, row: Ints, place: int) -> None:
+    """Move one entry of a row that descends otherwise to where it belongs."""
+    entry = row[place]
+    share = shares[entry]
+    while place > 0 and shares[row[place - 1]] < share:
+        row[place] = row[place - 1]
+        place -= 1
+    while place + 1 < len(row) and shares[row[place + 1]] > share:
+        row[place] = row[place + 1]
+        place += 1
+    row[place] = entry
