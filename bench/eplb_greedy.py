@@ -1,4 +1,4 @@
-"""The greedy placement of DeepSeek's EPLB, written from its published description: what `tandem bench eplb` compares with.
+"""The greedy placement of DeepSeek's EPLB, from its published description: what `tandem bench eplb` compares with.
 
 Heaviest first into the lightest pack with room; the expert with the most load a replica gets the next replica. Batched
 over layers, the only difference to the reference, which loops over them.

@@ -30,7 +30,7 @@ def rank_loads(load: _Floats, placement: Placement, topology: Topology) -> _Floa
 
 
 def balancedness(loads: _Floats) -> float:
-    """Σ over layers of the mean over ranks ÷ Σ over layers of the fullest rank: 1 if all are equal, or nothing is loaded.
+    """Σ over layers of the mean over ranks ÷ Σ over layers of the fullest rank; 1 if all are equal, or without load.
 
     Layers follow each other, so that a step takes as long as all fullest ranks together. Measured and predicted alike.
 
@@ -41,10 +41,11 @@ def balancedness(loads: _Floats) -> float:
     return float(loads.mean(-1).sum()) / fullest if fullest else 1.0
 
 
-def num_moved(current: Placement, new: Placement, topology: Topology) -> int:
-    """Experts that a rank will hold and does not hold now: what must travel. Over all layers."""
+def num_moved(current: Placement, new: Placement, topology: Topology) -> tuple[int, int]:
+    """Experts that ranks will hold and do not hold now, in all layers: (of all ranks, of the rank with the most)."""
     before, after = (_held(placement, topology) for placement in (current, new))
-    return int((after & ~before).sum())
+    by_rank = (after & ~before).sum((0, 2))
+    return int(by_rank.sum()), int(by_rank.max())
 
 
 def _held(placement: Placement, topology: Topology) -> NDArray[np.bool_]:
@@ -90,6 +91,8 @@ def least_fullest(load: _Floats, topology: Topology) -> _Floats:
 
 def _with_the_lightest(weights: _Floats, largest: float, num_slots: int, num_ranks: int) -> float:
     """The least, over all largest shares, of that share and the least that fills up its rank."""
+    if largest <= 0:
+        return 0.0
     others = num_slots // num_ranks - 1
     lightest = np.sort(weights)[:others].sum()
     candidates = np.unique(weights[:, None] / np.arange(1, num_ranks + 1))

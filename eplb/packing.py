@@ -85,13 +85,30 @@ def pack(shares: Floats, counts: Ints, order: Ints, bounds: Floats, max_swaps: i
     loads = np.empty(num_ranks)
     held = np.empty((num_ranks, num_experts), dtype=np.uint16)
     for problem in range(num_problems):
-        held[:] = 0
-        pack_greedily(shares[problem], counts[problem], order[problem], slots[problem], loads, held)
-        swap(shares[problem], counts[problem], slots[problem], loads, held, bounds[problem], max_swaps)
+        pack_one(
+            shares[problem], counts[problem], order[problem], slots[problem], loads, held, bounds[problem], max_swaps
+        )
 
 
 @compiled
-def pack_greedily(shares: Floats, counts: Ints, order: Ints, slots: Ints, loads: Floats, held: Held) -> None:
+def pack_one(
+    shares: Floats,
+    counts: Ints,
+    order: Ints,
+    slots: Ints,
+    loads: Floats,
+    held: Held,
+    bound: float,
+    max_swaps: int,
+) -> None:
+    """`pack` of one problem; ``loads`` [ranks] and ``held`` are written."""
+    held[:] = 0
+    _pack_greedily(shares, counts, order, slots, loads, held)
+    _swap(shares, counts, slots, loads, held, bound, max_swaps)
+
+
+@compiled
+def _pack_greedily(shares: Floats, counts: Ints, order: Ints, slots: Ints, loads: Floats, held: Held) -> None:
     num_ranks, size = slots.shape
     filled = np.zeros(num_ranks, dtype=np.int32)
     loads[:] = 0.0
@@ -153,7 +170,7 @@ def _make_room(
 
 
 @compiled
-def swap(
+def _swap(
     shares: Floats,
     counts: Ints,
     slots: Ints,

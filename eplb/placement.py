@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from ..core.errors import PlacementError
 from .alignment import keep_slots, relabel
 from .descent import descend
+from .grouping import regroup
 from .packing import Floats, Ints, count_replicas, pack
 from .recounting import recount
 
@@ -185,41 +186,49 @@ def plan(
 
 def _solve(load: Floats, topology: Topology, num_nodes: int) -> Ints:
     """[layers, ranks, slots of a rank] the expert of each slot; groups stay in one of so many nodes."""
+    if num_nodes == 1:
+        return _pack_ranks(load, topology.num_physical, topology.num_ranks)
     num_layers = len(load)
-    per_node = topology.num_ranks // num_nodes
-    weights, experts = load, None
-    if num_nodes > 1:
-        experts = _experts_of_nodes(load, topology)
-        weights = np.take_along_axis(load[:, None], experts, -1).reshape(num_layers * num_nodes, -1)
-    num_problems, num_experts = weights.shape
-    num_slots = topology.num_physical // num_nodes
-    # An expert on every rank of the node gets another replica only if all are.
-    most = per_node * -(-num_slots // (num_experts * per_node))
-    counts = np.empty((num_problems, num_experts), dtype=np.int32)
-    count_replicas(weights, num_slots, most, counts)
-    shares = weights / counts
-    floor = np.maximum(weights.sum(-1) / per_node, shares.max(-1))
-    slots = np.empty((num_problems, per_node, topology.slots_per_rank), dtype=np.int32)
-    pack(shares, counts, _descending(shares), floor * _DONE, _MAX_CHANGES, slots)
-    nobody = np.zeros((num_problems, per_node, num_experts), dtype=np.bool_)
-    descend(weights, counts, slots, nobody, floor * _GOOD, 1, _MAX_CHANGES, False)
-    recount(weights, counts, slots, floor * _GOOD, _MAX_CHANGES)
-    if experts is None:
-        return slots
+    weights = load.reshape(num_layers, topology.num_groups, -1)
+    totals = weights.sum(-1)
+    once = np.ones(totals.shape, dtype=np.int32)
+    groups = np.empty((num_layers, num_nodes, topology.num_groups // num_nodes), dtype=np.int32)
+    floor = totals.mean(-1) * groups.shape[-1]
+    pack(totals, once, _descending(totals), floor * _DONE, 0, groups)
+    packed = _pack_nodes(load, topology, groups)
+    # What a node's ranks come to is known when they are packed: the better of two, in each layer.
+    regroup(weights, groups, topology.num_physical // num_nodes, topology.ranks_per_node, _MAX_CHANGES)
+    regrouped = _pack_nodes(load, topology, groups)
+    better = _fullest(load, regrouped) < _fullest(load, packed)
+    return np.where(better[:, None, None], regrouped, packed)
+
+
+def _pack_nodes(load: Floats, topology: Topology, groups: Ints) -> Ints:
+    """As `_solve`, with the groups of each node given: [layers, nodes, groups of a node]."""
+    num_layers, num_nodes, _ = groups.shape
+    size = load.shape[1] // topology.num_groups
+    experts = (groups[..., None] * size + np.arange(size, dtype=np.int32)).reshape(num_layers, num_nodes, -1)
+    weights = np.take_along_axis(load[:, None], experts, -1).reshape(num_layers * num_nodes, -1)
+    slots = _pack_ranks(weights, topology.num_physical // num_nodes, topology.ranks_per_node)
     local = slots.reshape(num_layers, num_nodes, -1)
     return np.take_along_axis(experts, local, -1).reshape(num_layers, topology.num_ranks, -1)
 
 
-def _experts_of_nodes(load: Floats, topology: Topology) -> Ints:
-    """[layers, nodes, experts of a node]: groups packed on nodes as replicas are on ranks."""
-    num_layers, num_logical = load.shape
-    size = num_logical // topology.num_groups
-    weights = load.reshape(num_layers, topology.num_groups, size).sum(-1)
-    once = np.ones(weights.shape, dtype=np.int32)
-    groups = np.empty((num_layers, topology.num_nodes, topology.num_groups // topology.num_nodes), dtype=np.int32)
-    pack(weights, once, _descending(weights), weights.mean(-1) * groups.shape[-1] * _DONE, _MAX_CHANGES, groups)
-    experts = groups[..., None] * size + np.arange(size, dtype=np.int32)
-    return experts.reshape(num_layers, topology.num_nodes, -1)
+def _pack_ranks(weights: Floats, num_slots: int, num_ranks: int) -> Ints:
+    """[problems, ranks, slots of a rank] the expert of each slot, for loads [problems, experts]."""
+    num_problems, num_experts = weights.shape
+    # An expert that is on every rank gets another replica only if all are.
+    most = num_ranks * -(-num_slots // (num_experts * num_ranks))
+    counts = np.empty((num_problems, num_experts), dtype=np.int32)
+    count_replicas(weights, num_slots, most, counts)
+    shares = weights / counts
+    floor = np.maximum(weights.sum(-1) / num_ranks, shares.max(-1))
+    slots = np.empty((num_problems, num_ranks, num_slots // num_ranks), dtype=np.int32)
+    pack(shares, counts, _descending(shares), floor * _DONE, _MAX_CHANGES, slots)
+    nobody = np.zeros((num_problems, num_ranks, num_experts), dtype=np.bool_)
+    descend(weights, counts, slots, nobody, floor * _GOOD, 1, _MAX_CHANGES, False)
+    recount(weights, counts, slots, floor * _GOOD, _MAX_CHANGES)
+    return slots
 
 
 def _improve(load: Floats, topology: Topology, current: Placement, fresh: Ints, num_nodes: int, wanted: float) -> Ints:
