@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -9,6 +12,9 @@ from .packing import count_replicas
 from .placement import Placement, Topology, check_fits, check_load
 
 _Floats = NDArray[np.float64]
+
+_MOST_NODES = 100
+"""Different nodes, by their groups, that a bound looks at."""
 
 
 def rank_loads(load: _Floats, placement: Placement, topology: Topology) -> _Floats:
@@ -57,10 +63,11 @@ def _held(placement: Placement, topology: Topology) -> NDArray[np.bool_]:
 
 
 def least_fullest(load: _Floats, topology: Topology) -> _Floats:
-    """[layers] what the fullest rank cannot be below, whatever the placement; nodes are ignored.
+    """[layers] what the fullest rank cannot be below, whatever the placement. For comparing; takes its time.
 
-    The largest of three: the mean; the largest share, as small as it can be, with the lightest that can lie beside it;
-    and what must meet somewhere because there are more experts without a second replica than ranks.
+    If groups are kept in nodes, of the best way to spread those. For the ranks of a node, the largest of three: the
+    mean; the largest share, as small as it can be, with the lightest that can lie beside it; and what must meet
+    somewhere because there are more experts without a second replica than ranks.
 
     Args:
         load: [layers, logical].
@@ -70,6 +77,16 @@ def least_fullest(load: _Floats, topology: Topology) -> _Floats:
         PlacementError: the load is none.
     """
     load = check_load(load, topology)
+    num_nodes, num_groups = topology.num_nodes, topology.num_groups
+    size = num_groups // num_nodes
+    if num_nodes > 1 and num_groups % num_nodes == 0 and math.comb(num_groups, size) <= _MOST_NODES:
+        by_group = load.reshape(len(load), num_groups, -1)
+        node = Topology(topology.num_physical // num_nodes, topology.ranks_per_node)
+        floors = {
+            groups: least_fullest(by_group[:, groups].reshape(len(load), -1), node)
+            for groups in itertools.combinations(range(num_groups), size)
+        }
+        return _best_spread(floors, tuple(range(num_groups)))
     num_logical, num_slots, num_ranks = load.shape[1], topology.num_physical, topology.num_ranks
     size, spare = topology.slots_per_rank, num_slots - num_logical
     counts = np.empty(load.shape, dtype=np.int32)
@@ -86,6 +103,19 @@ def least_fullest(load: _Floats, topology: Topology) -> _Floats:
     if size <= num_logical:
         for layer, weights in enumerate(load):
             least[layer] = max(least[layer], _with_the_lightest(weights, largest[layer], num_slots, num_ranks))
+    return least
+
+
+def _best_spread(floors: dict[tuple[int, ...], _Floats], groups: tuple[int, ...]) -> _Floats:
+    """[layers] the least, over all ways to spread groups over nodes, of the largest floor of a node."""
+    if groups in floors:
+        return floors[groups]
+    size = len(next(iter(floors)))
+    ways = []
+    for others in itertools.combinations(groups[1:], size - 1):
+        rest = tuple(group for group in groups[1:] if group not in others)
+        ways.append(np.maximum(floors[groups[0], *others], _best_spread(floors, rest)))
+    least: _Floats = np.min(ways, axis=0)
     return least
 
 

@@ -112,25 +112,80 @@ def _pack_greedily(shares: Floats, counts: Ints, order: Ints, slots: Ints, loads
     num_ranks, size = slots.shape
     filled = np.zeros(num_ranks, dtype=np.int32)
     loads[:] = 0.0
+    # Ranks with room, the lightest first. An expert's replicas go to ranks that are taken out one after the other, and
+    # so differ.
+    heap = np.arange(num_ranks).astype(np.int32)
+    taken = np.empty(num_ranks, dtype=np.int32)
+    with_room = num_ranks
     for expert in order:
-        share = shares[expert]
+        left = counts[expert]
         allowed = _allowed(counts, expert, num_ranks)
-        for _ in range(counts[expert]):
-            lightest = -1
-            fallback = -1
-            for rank in range(num_ranks):
-                if filled[rank] < size:
-                    if held[rank, expert] < allowed:
-                        if lightest < 0 or loads[rank] < loads[lightest]:
-                            lightest = rank
-                    else:
-                        fallback = rank
-            if lightest < 0:
-                lightest = _make_room(shares, counts, expert, fallback, slots, loads, held, filled)
-            slots[lightest, filled[lightest]] = expert
-            filled[lightest] += 1
-            held[lightest, expert] += 1
-            loads[lightest] += share
+        num_taken = 0
+        while left > 0 and with_room > 0:
+            rank = heap[0]
+            with_room -= 1
+            heap[0] = heap[with_room]
+            _sink(heap, loads, 0, with_room)
+            taken[num_taken] = rank
+            num_taken += 1
+            for _ in range(allowed):
+                if left > 0 and filled[rank] < size:
+                    _put(shares, expert, rank, slots, loads, held, filled)
+                    left -= 1
+        for number in range(num_taken):
+            rank = taken[number]
+            if filled[rank] < size:
+                heap[with_room] = rank
+                _rise(heap, loads, with_room)
+                with_room += 1
+        for _ in range(left):
+            rank = _make_room(shares, counts, expert, heap[0], slots, loads, held, filled)
+            _put(shares, expert, rank, slots, loads, held, filled)
+            # What had to move away changed the load of the one with room, which may be full now.
+            if filled[heap[0]] == size:
+                with_room -= 1
+                heap[0] = heap[with_room]
+            _sink(heap, loads, 0, with_room)
+
+
+@compiled
+def _put(shares: Floats, expert: int, rank: int, slots: Ints, loads: Floats, held: Held, filled: Ints) -> None:
+    slots[rank, filled[rank]] = expert
+    filled[rank] += 1
+    held[rank, expert] += 1
+    loads[rank] += shares[expert]
+
+
+@compiled
+def _sink(heap: Ints, keys: Floats, place: int, size: int) -> None:
+    """Restore a heap whose least key comes first, after the key of the entry at ``place`` became larger."""
+    if place >= size:
+        return
+    entry = heap[place]
+    while True:
+        child = 2 * place + 1
+        if child >= size:
+            break
+        if child + 1 < size and keys[heap[child + 1]] < keys[heap[child]]:
+            child += 1
+        if keys[heap[child]] >= keys[entry]:
+            break
+        heap[place] = heap[child]
+        place = child
+    heap[place] = entry
+
+
+@compiled
+def _rise(heap: Ints, keys: Floats, place: int) -> None:
+    """Likewise, after an entry was put at the end."""
+    entry = heap[place]
+    while place > 0:
+        parent = (place - 1) // 2
+        if keys[heap[parent]] <= keys[entry]:
+            break
+        heap[place] = heap[parent]
+        place = parent
+    heap[place] = entry
 
 
 @compiled

@@ -184,6 +184,21 @@ def plan(
     return Placement.from_physical(slots.reshape(num_layers, -1), num_logical)
 
 
+def initial_placement(num_layers: int, num_logical: int, topology: Topology) -> Placement:
+    """Where experts are before any load is known: slot i holds expert i mod experts, in all layers.
+
+    Args:
+        num_layers: layers.
+        num_logical: experts of a layer.
+        topology: the slots.
+
+    Raises:
+        PlacementError: there are fewer slots than experts.
+    """
+    slots = np.arange(topology.num_physical, dtype=np.int32) % num_logical
+    return Placement.from_physical(np.tile(slots, (num_layers, 1)), num_logical)
+
+
 def _solve(load: Floats, topology: Topology, num_nodes: int) -> Ints:
     """[layers, ranks, slots of a rank] the expert of each slot; groups stay in one of so many nodes."""
     if num_nodes == 1:

@@ -13,6 +13,7 @@ import numpy as np
 from ..kernels.compiled import compiled
 from .packing import Floats, Held, Ints, pack_one, settle
 
+_LEAST_TRIALS = 2
 _WORK = 1 << 15
 """Of a problem: trials times slots times ranks. Large problems pack well, small ones are cheap."""
 
@@ -37,7 +38,7 @@ def recount(weights: Floats, counts: Ints, slots: Ints, bounds: Floats, max_swap
     order = np.empty(num_experts, dtype=np.int32)
     takers = np.empty(num_experts, dtype=np.int32)
     for problem in range(num_problems):
-        left = _WORK // (num_ranks * num_ranks * size)
+        left = max(_WORK // (num_ranks * num_ranks * size), _LEAST_TRIALS)
         count = counts[problem]
         for expert in range(num_experts):
             shares[expert] = weights[problem, expert] / count[expert]
