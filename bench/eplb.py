@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
@@ -81,22 +81,23 @@ def drifted(rng: np.random.Generator, load: _Floats, sigma: float) -> _Floats:
     return load * np.exp(rng.normal(0.0, sigma, load.shape))
 
 
-def records(num_loads: int, repeats: int, seed: int) -> Iterator[dict[str, Any]]:
+def records(num_loads: int, repeats: int, seed: int, cases: Sequence[Case] = CASES) -> Iterator[dict[str, Any]]:
     """The header, a row on time for each case that has a limit, one on evenness for each case, and one on moves.
 
     Args:
         num_loads: random loads over all cases, for evenness.
         repeats: plans of each case, for times.
         seed: of all loads.
+        cases: which.
     """
     yield {
         "bench": "eplb", "seed": seed, "loads": num_loads, "repeats": repeats, "drift_sigma": _DRIFT,
         "baseline": "greedy packing, layers at once in numpy", "machine": describe(),
     }  # fmt: skip
-    for case in CASES:
+    for case in cases:
         if case.solve_ms is not None:
             yield _times(case, repeats, np.random.default_rng(seed))
-    gaps = [_evenness(case, -(-num_loads // len(CASES)), np.random.default_rng(seed + 1)) for case in CASES]
+    gaps = [_evenness(case, -(-num_loads // len(cases)), np.random.default_rng(seed + 1)) for case in cases]
     yield from gaps
     ours, greedy = (float(np.mean([row[side]["gap"] for row in gaps])) for side in ("ours", "greedy"))
     yield {
@@ -105,7 +106,7 @@ def records(num_loads: int, repeats: int, seed: int) -> Iterator[dict[str, Any]]
         "gap_share_of_greedy": round(ours / greedy, 4), "must": 0.5, "aim": 0.25,
         "enough": ours <= 0.5 * greedy and not any(row["below_greedy"] for row in gaps),
     }  # fmt: skip
-    for case in CASES:
+    for case in cases:
         yield _moves(case, np.random.default_rng(seed + 2))
 
 

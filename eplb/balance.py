@@ -103,7 +103,7 @@ def least_fullest(load: _Floats, topology: Topology) -> _Floats:
     if size <= num_logical:
         for layer, weights in enumerate(load):
             least[layer] = max(least[layer], _with_the_lightest(weights, largest[layer], num_slots, num_ranks))
-    return least
+    return np.asarray(least, dtype=np.float64)
 
 
 def _best_spread(floors: dict[tuple[int, ...], _Floats], groups: tuple[int, ...]) -> _Floats:

@@ -24,7 +24,7 @@ class DispatchMap(NamedTuple):
 
     choices: NDArray[np.int32]
     """[layers, logical, max_replicas] int32: slots in ascending order, and then −1."""
-    count: NDArray[np.int32]
+    num_choices: NDArray[np.int32]
     """[layers, logical] int32: how many those are, at least one."""
 
     def pick(self, layer: int, experts: NDArray[np.integer], tokens: NDArray[np.integer]) -> NDArray[np.int32]:
@@ -38,15 +38,15 @@ class DispatchMap(NamedTuple):
         Returns:
             [tokens, k] int32.
         """
-        turn = tokens[:, None] % self.count[layer, experts]
+        turn = tokens[:, None] % self.num_choices[layer, experts]
         slots: NDArray[np.int32] = self.choices[layer, experts, turn]
         return slots
 
     def shares(self, num_physical: int) -> Floats:
         """[layers, physical]: the part of its expert's tokens that each slot gets of this rank's."""
-        shares = np.zeros((len(self.count), num_physical))
+        shares = np.zeros((len(self.num_choices), num_physical))
         layer, expert, nth = np.nonzero(self.choices >= 0)
-        np.add.at(shares, (layer, self.choices[layer, expert, nth]), 1.0 / self.count[layer, expert])
+        np.add.at(shares, (layer, self.choices[layer, expert, nth]), 1.0 / self.num_choices[layer, expert])
         return shares
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..core.errors import ConfigError
+from .placement import Placement, Topology, plan
 
 _MAX_LAYERS = 1024
 _MAX_EXPERTS = 1 << 14
@@ -54,7 +55,8 @@ class RecordedLoad(NamedTuple):
 
     def load(self, windows: slice = slice(None)) -> NDArray[np.float64]:
         """[layers, logical] float64: the sum of some windows, or all, as `placement.plan` takes it."""
-        return self.tokens[windows].sum(0, dtype=np.float64)
+        load: NDArray[np.float64] = self.tokens[windows].sum(0, dtype=np.float64)
+        return load
 
 
 def write_load(path: Path, recorded: RecordedLoad) -> None:
@@ -104,6 +106,29 @@ def read_load(path: Path) -> RecordedLoad:
     if not windows:
         raise ConfigError(f"{path}: there is no load in it, only its first line")
     return RecordedLoad(header.model, np.array(steps, dtype=np.int64), np.stack(windows))
+
+
+def warm_up_placement(path: Path, num_layers: int, num_logical: int, topology: Topology) -> Placement:
+    """The placement to start with, for a load that was recorded before. Blocks.
+
+    Args:
+        path: of the file.
+        num_layers: layers of the model that will serve.
+        num_logical: experts of a layer.
+        topology: of the ranks that will serve.
+
+    Raises:
+        ConfigError: as of `read_load`, or the load is of another model.
+        PlacementError: as of `plan`.
+    """
+    load = read_load(path).load()
+    if load.shape != (num_layers, num_logical):
+        raise ConfigError(
+            f"{path}: the load is of {load.shape[0]} layers with {load.shape[1]} experts each, expected {num_layers} "
+            f"with {num_logical}",
+            fix="record it with the model that serves",
+        )
+    return plan(load, topology)
 
 
 def _decode(path: Path, number: int, line: bytes, decoder: msgspec.json.Decoder[_Line]) -> _Line:

@@ -283,7 +283,7 @@ def _swap(
 @compiled
 def _allowed(counts: Ints, expert: int, num_ranks: int) -> int:
     """How many replicas of an expert one rank may hold: one, unless it has more of them than there are ranks."""
-    return (counts[expert] + num_ranks - 1) // num_ranks
+    return int((counts[expert] + num_ranks - 1) // num_ranks)
 
 
 @compiled

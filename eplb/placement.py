@@ -124,17 +124,17 @@ class Placement:
     @property
     def num_layers(self) -> int:
         """Layers."""
-        return self.physical_to_logical.shape[0]
+        return int(self.physical_to_logical.shape[0])
 
     @property
     def num_physical(self) -> int:
         """Slots of a layer."""
-        return self.physical_to_logical.shape[1]
+        return int(self.physical_to_logical.shape[1])
 
     @property
     def num_logical(self) -> int:
         """Experts of a layer."""
-        return self.replica_count.shape[1]
+        return int(self.replica_count.shape[1])
 
 
 def plan(

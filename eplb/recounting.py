@@ -59,8 +59,7 @@ def recount(weights: Floats, counts: Ints, slots: Ints, bounds: Floats, max_swap
             most = _fullest(slots[problem], shares)
             if most <= bounds[problem]:
                 break
-            for place in range(num_experts):
-                takers[place] = order[place]
+            takers[:] = order
             for taker in takers:
                 for giver in range(num_experts):
                     if better or left <= 0 or giver == taker or count[giver] == 1 or count[taker] >= num_ranks:
@@ -136,7 +135,9 @@ def _fullest(slots: Ints, shares: Floats) -> float:
 
 
 @compiled
-def _change_count(weights: Floats, counts: Ints, shares: Floats, order: Ints, expert: int, change: int) -> None:
+def _change_count(
+    weights: Floats, counts: Ints, shares: Floats, order: Ints, expert: np.integer | int, change: int
+) -> None:
     """Give an expert more or fewer replicas, and keep the order of shares."""
     counts[expert] += change
     shares[expert] = weights[expert] / counts[expert]

@@ -12,7 +12,7 @@ from ...bench.eplb import made_up
 from ...bench.plot_experts import plot_experts
 from ...bench.plot_tuning import require_matplotlib
 from ...core.errors import ConfigError, PlacementError
-from ...eplb.balance import balancedness, num_moved, rank_loads
+from ...eplb.balance import balancedness, rank_loads
 from ...eplb.load_file import RecordedLoad, read_load, write_load
 from ...eplb.placement import Topology, initial_placement, plan
 
@@ -51,10 +51,9 @@ def plot(path: Path, layout: Layout, output: Path) -> None:
         plot_experts(before, after, f"{name} ranks, {int(recorded.steps.sum())} steps", output)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{output}: cannot be written: {error}") from None
-    moved, _ = num_moved(current, new, topology)
     sys.stdout.write(
         f"{output}: balancedness {balancedness(before):.4f} before, {balancedness(after):.4f} after, fullest ranks "
-        f"{1 - after.max(-1).sum() / max(before.max(-1).sum(), 1e-300):.1%} less full, {moved} experts moved\n"
+        f"{1 - after.max(-1).sum() / max(before.max(-1).sum(), 1e-300):.1%} less full\n"
     )
 
 
