@@ -114,7 +114,7 @@ def _change(
                         if gain > best:
                             best, best_rank, best_place, best_other, best_expert = gain, rank, place, other, -1
                 # Or another replica of it in the place of `given`.
-                if counts[given] > 1:
+                if 1 < counts[given] <= per_node:
                     gain = _gain(weights, counts, shares, loads, held, target, most, rank, given, wanted, first, after)
                     if experts_stay:
                         gain /= max(0.0 + had[rank, given] - had[rank, wanted], _FREE)
@@ -122,7 +122,7 @@ def _change(
                         best, best_rank, best_place, best_other, best_expert = gain, rank, place, -1, wanted
     for place in range(size):
         given = slots[fullest, place]
-        if counts[given] == 1:
+        if counts[given] == 1 or counts[given] > per_node:
             continue
         # What the fullest rank has a replica of gives its slot to something lighter.
         for wanted in range(len(weights)):

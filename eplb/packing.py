@@ -104,7 +104,7 @@ def pack_one(
     """`pack` of one problem; ``loads`` [ranks] and ``held`` are written."""
     held[:] = 0
     _pack_greedily(shares, counts, order, slots, loads, held)
-    _swap(shares, counts, slots, loads, held, bound, max_swaps)
+    _swap(shares, slots, loads, held, bound, max_swaps)
 
 
 @compiled
@@ -119,33 +119,32 @@ def _pack_greedily(shares: Floats, counts: Ints, order: Ints, slots: Ints, loads
     with_room = num_ranks
     for expert in order:
         left = counts[expert]
-        allowed = _allowed(counts, expert, num_ranks)
-        num_taken = 0
-        while left > 0 and with_room > 0:
-            rank = heap[0]
-            with_room -= 1
-            heap[0] = heap[with_room]
-            _sink(heap, loads, 0, with_room)
-            taken[num_taken] = rank
-            num_taken += 1
-            for _ in range(allowed):
-                if left > 0 and filled[rank] < size:
-                    _put(shares, expert, rank, slots, loads, held, filled)
-                    left -= 1
-        for number in range(num_taken):
-            rank = taken[number]
-            if filled[rank] < size:
-                heap[with_room] = rank
-                _rise(heap, loads, with_room)
-                with_room += 1
-        for _ in range(left):
-            rank = _make_room(shares, counts, expert, heap[0], slots, loads, held, filled)
-            _put(shares, expert, rank, slots, loads, held, filled)
-            # What had to move away changed the load of the one with room, which may be full now.
-            if filled[heap[0]] == size:
+        # One round, unless there are more replicas than ranks.
+        while left > 0:
+            wanted = min(left, num_ranks)
+            num_taken = min(wanted, with_room)
+            for number in range(num_taken):
+                rank = heap[0]
                 with_room -= 1
                 heap[0] = heap[with_room]
-            _sink(heap, loads, 0, with_room)
+                _sink(heap, loads, with_room)
+                taken[number] = rank
+                _put(shares, expert, rank, slots, loads, held, filled)
+            for number in range(num_taken):
+                rank = taken[number]
+                if filled[rank] < size:
+                    heap[with_room] = rank
+                    _rise(heap, loads, with_room)
+                    with_room += 1
+            for _ in range(wanted - num_taken):
+                rank = _make_room(shares, expert, heap[0], slots, loads, held, filled)
+                _put(shares, expert, rank, slots, loads, held, filled)
+                # What had to go to the one with room made that heavier, or full.
+                if filled[heap[0]] == size:
+                    with_room -= 1
+                    heap[0] = heap[with_room]
+                _sink(heap, loads, with_room)
+            left -= wanted
 
 
 @compiled
@@ -157,11 +156,11 @@ def _put(shares: Floats, expert: int, rank: int, slots: Ints, loads: Floats, hel
 
 
 @compiled
-def _sink(heap: Ints, keys: Floats, place: int, size: int) -> None:
-    """Restore a heap whose least key comes first, after the key of the entry at ``place`` became larger."""
-    if place >= size:
+def _sink(heap: Ints, keys: Floats, size: int) -> None:
+    """Restore a heap whose least key comes first, after the key of the first entry became larger."""
+    if size == 0:
         return
-    entry = heap[place]
+    place, entry = 0, heap[0]
     while True:
         child = 2 * place + 1
         if child >= size:
@@ -189,45 +188,31 @@ def _rise(heap: Ints, keys: Floats, place: int) -> None:
 
 
 @compiled
-def _make_room(
-    shares: Floats,
-    counts: Ints,
-    expert: int,
-    full: int,
-    slots: Ints,
-    loads: Floats,
-    held: Held,
-    filled: Ints,
-) -> int:
-    """Free a slot of a rank that lacks the expert: what is there moves to ``full``, which has room but the expert too.
+def _make_room(shares: Floats, expert: int, roomy: int, slots: Ints, loads: Floats, held: Held, filled: Ints) -> int:
+    """Free a slot of the rank with the fewest replicas of the expert: what is there moves to ``roomy``.
 
-    Another rank lacks it, and holds something that ``full`` lacks, since that has a free slot and one with the expert.
+    That has a free slot, and more of the expert; so the other holds more of something else.
     """
-    num_ranks = slots.shape[0]
-    allowed = _allowed(counts, expert, num_ranks)
-    for rank in range(num_ranks):
-        if held[rank, expert] >= allowed:
-            continue
-        for place in range(filled[rank]):
-            other = slots[rank, place]
-            if held[full, other] < _allowed(counts, other, num_ranks):
-                slots[full, filled[full]] = other
-                filled[full] += 1
-                held[full, other] += 1
-                loads[full] += shares[other]
-                for later in range(place, filled[rank] - 1):
-                    slots[rank, later] = slots[rank, later + 1]
-                filled[rank] -= 1
-                held[rank, other] -= 1
-                loads[rank] -= shares[other]
-                return rank
-    return full
+    needy = 0
+    for rank in range(1, slots.shape[0]):
+        if held[rank, expert] < held[needy, expert]:
+            needy = rank
+    place = 0
+    while held[roomy, slots[needy, place]] >= held[needy, slots[needy, place]]:
+        place += 1
+    other = slots[needy, place]
+    _put(shares, other, roomy, slots, loads, held, filled)
+    filled[needy] -= 1
+    held[needy, other] -= 1
+    loads[needy] -= shares[other]
+    for later in range(place, filled[needy]):
+        slots[needy, later] = slots[needy, later + 1]
+    return needy
 
 
 @compiled
 def _swap(
     shares: Floats,
-    counts: Ints,
     slots: Ints,
     loads: Floats,
     held: Held,
@@ -261,8 +246,8 @@ def _swap(
                     gain = min(moved, excess - moved)
                     if (
                         gain > best
-                        and held[rank, slots[fullest, place]] < _allowed(counts, slots[fullest, place], num_ranks)
-                        and held[fullest, slots[rank, near]] < _allowed(counts, slots[rank, near], num_ranks)
+                        and held[rank, slots[fullest, place]] < held[fullest, slots[fullest, place]]
+                        and held[fullest, slots[rank, near]] < held[rank, slots[rank, near]]
                     ):
                         best, best_rank, best_from, best_to = gain, rank, place, near
         if best_rank < 0:
@@ -278,12 +263,6 @@ def _swap(
         held[fullest, back] += 1
         held[best_rank, back] -= 1
         held[best_rank, out] += 1
-
-
-@compiled
-def _allowed(counts: Ints, expert: int, num_ranks: int) -> int:
-    """How many replicas of an expert one rank may hold: one, unless it has more of them than there are ranks."""
-    return int((counts[expert] + num_ranks - 1) // num_ranks)
 
 
 @compiled
