@@ -63,7 +63,7 @@ class CpuGpuEvent:
         event: DeviceEvent | None = None,
     ) -> None:
         on_gpu = device.type == "cuda"
-        self._event: DeviceEvent = event or (torch.cuda.Event() if on_gpu else _OnHost())  # type: ignore[no-untyped-call]
+        self._event: DeviceEvent = event or (torch.cuda.Event() if on_gpu else _OnHost())
         self._changed = condition()
         self._raised = False
         self._waited = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -78,7 +79,10 @@ def hand_over(scheduler: Scheduler, kind: type[CpuGpuEvent], timeouts: bool, clo
     scheduler.state = lambda: (
         *(device.marked for device in devices),
         *((s.queued, s.after) for s in streams),
-        *(tuple(v.held if k == "_changed" else v for k, v in vars(e).items() if k != "_event") for e in (staged, consumed)),
+        *(
+            tuple(v.held if k == "_changed" else v for k, v in vars(e).items() if k != "_event")
+            for e in (staged, consumed)
+        ),
     )
     timeout_s = 1.0 if timeouts else None
 
@@ -137,10 +141,41 @@ def test_every_interleaving_hands_over_in_order(timeouts: bool, closes: bool, ro
     assert len(explorer.known) >= 50, f"only {len(explorer.known)} states were reached"
 
 
-@pytest.mark.parametrize("wrong", [FlagFirst, LoweredFirst])
-def test_the_exploration_finds_a_wrong_order(wrong: type[CpuGpuEvent]) -> None:
-    with pytest.raises(AssertionError, match="before it was|not waited for"):
-        Explorer(lambda scheduler: hand_over(scheduler, wrong, False, False, 2)).explore()
+def impatient(scheduler: Scheduler, kind: type[CpuGpuEvent]) -> None:
+    """A recorder that tries again and again, and is refused as long as the last hand-over was not waited for."""
+    device = ModelEvent(scheduler)
+    event = kind(CPU, lambda: ModelCondition(scheduler), device)  # type: ignore[arg-type,return-value]
+    streams: list[Any] = [Stream(), Stream()]
+    scheduler.state = lambda: (
+        device.marked, streams[0].queued, streams[1].after, event._raised, event._generation, event._changed.held  # type: ignore[attr-defined]
+    )  # fmt: skip
+
+    def record() -> None:
+        for _ in range(4):
+            with contextlib.suppress(IllegalTransition):
+                streams[0].queued = event._generation + 1
+                event.record(streams[0])
+
+    def wait() -> None:
+        with contextlib.suppress(EventTimeout):
+            for _ in range(3):
+                number = event.wait(streams[1], 1.0)
+                assert streams[1].after == number, "the stream waits for another hand-over"
+
+    scheduler.run({"record": record, "wait": wait})
+
+
+def test_an_impatient_recorder_disturbs_no_hand_over() -> None:
+    explorer = Explorer(lambda scheduler: impatient(scheduler, CpuGpuEvent))
+    explorer.explore()
+    assert len(explorer.known) >= 50
+
+
+def test_the_exploration_finds_a_wrong_order() -> None:
+    with pytest.raises(AssertionError, match="before it was"):
+        Explorer(lambda scheduler: hand_over(scheduler, FlagFirst, False, False, 2)).explore()
+    with pytest.raises(AssertionError, match="another hand-over"):
+        Explorer(lambda scheduler: impatient(scheduler, LoweredFirst)).explore()
 
 
 def test_recording_twice_is_an_error_and_changes_nothing() -> None:
