@@ -206,13 +206,14 @@ class Rebalance:
     # ---- the thread that stages -------------------------------------------------------------------------------------
 
     def ready(self, attempt: int, position: int, num_layers: int) -> None:
-        """What was instructed is done. Without effect when it is not wanted any more.
+        """What was instructed is done; too late, it counts as failed. Without effect when it is not wanted any more.
 
         Args:
             attempt: of the instruction.
             position: of the instruction; 0 for the plan.
             num_layers: that the plan changes.
         """
+        self._look_at_clock()
         if self.phase is Phase.BUSY and (attempt, position) == (self.attempt, self.position):
             self.phase, self._num_layers = Phase.READY, num_layers
 
@@ -231,15 +232,13 @@ class Rebalance:
     def say(self) -> Word:
         """This rank's word for the next exchange."""
         assert self._said is None, "the last exchange was not decided"
-        now_s = self._clock.monotonic_s()
-        if self.phase is Phase.BUSY and now_s - self._since_s > self._timeout_s:
-            self.failed(self.attempt, Reason.TIMEOUT)
+        self._look_at_clock()
         self._said = Word(self.attempt, self.position, self.phase, self._reason, self._num_layers, self._digest)
         return self._said
 
     def withdraw(self) -> Instruction | None:
         """Give up an offer that the others did not take in time. To be called after `decide`, before `say`."""
-        if self.phase is Phase.OFFERS and self._clock.monotonic_s() - self._since_s > self._timeout_s:
+        if self.phase is Phase.OFFERS and self._late():
             self.phase = Phase.IDLE
             return End(self.attempt, Reason.NOT_BEGUN, self.rank, 0)
         return None
@@ -300,6 +299,14 @@ class Rebalance:
         if self.phase is not Phase.IDLE:
             raise IllegalTransition(f"rank {self.rank} is to begin anew while it is {self.phase.name}")
         self.attempt, self._said = attempt, None
+
+    def _late(self) -> bool:
+        return self._clock.monotonic_s() - self._since_s > self._timeout_s
+
+    def _look_at_clock(self) -> None:
+        # Who is ready waits for the others, whose time is measured where they are.
+        if self.phase is Phase.BUSY and self._late():
+            self.failed(self.attempt, Reason.TIMEOUT)
 
     def _begin(self, attempt: int, digest: int) -> None:
         self.attempt, self._digest, self._num_layers, self._reason = attempt, digest, 0, Reason.DONE

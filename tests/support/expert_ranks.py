@@ -34,11 +34,11 @@ from torch import Tensor
 
 CPU = torch.device("cpu")
 HIDDEN = 8
-NUM_LAYERS = 3
+NUM_LAYERS = 2
 NUM_LOGICAL = 6
 SLOTS = 4
 """Of a rank."""
-TOKENS = 6
+TOKENS = 4
 """Of a rank and step."""
 TENSORS = (
     ExpertTensor("weight", (HIDDEN, HIDDEN), "float32"),
@@ -86,12 +86,14 @@ class ServingRank:
         self.maps: ExpertMaps | None = None
         self.migrator: Migrator | None = None
         self.outcomes: list[Outcome] = []
-        self.step = 0
+        self.step = self.rank = self.size = 0
         self._experts = [[expert(layer, number) for number in range(NUM_LOGICAL)] for layer in range(NUM_LAYERS)]
 
-    def meet(self, rank: int, size: int, rendezvous: str, timeout_s: float, stage_timeout_s: float) -> None:
+    def meet(self, rank: int, size: int, rendezvous: str, timeout_s: float, stage_timeout_s: float, every: int) -> None:
         """Form a group with those that are there, bring the placement up to date, and fill a new rank's slots."""
-        self.rank, self.size = rank, size
+        if size != self.size:  # another cluster
+            self.maps = self.migrator = None
+        self.rank, self.size, self.step = rank, size, 0
         deadline = timedelta(seconds=timeout_s)
         dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=size, timeout=deadline)
         group = dist.new_group(backend="gloo", timeout=deadline)
@@ -117,7 +119,7 @@ class ServingRank:
             Topology(SLOTS * size, size),
             agreed,
             timeout_s=stage_timeout_s,
-            every=2,
+            every=every,
             checksums=True,
             tell=self.outcomes.append,
         )
@@ -260,6 +262,7 @@ def arm(rank: ServingRank, fault: tuple[str, str]) -> Callable[[], None]:
                 if where == "committing":  # in the middle of it
                     original(arguments[0], arguments[1][:1])
                 os.kill(os.getpid(), signal.SIGKILL if what == "kill" else signal.SIGSTOP)
+                time.sleep(0.2)  # it strikes another thread first
         return original(*arguments)
 
     setattr(owner, name, struck)
@@ -309,17 +312,18 @@ class Cluster:
         theirs.close()
         self.processes[rank], self._connections[rank] = process, ours
 
-    def meet(self, timeout_s: float = 30, stage_timeout_s: float = 5) -> None:
-        """Let all form a group."""
+    def meet(self, timeout_s: float = 30, stage_timeout_s: float = 5, every: int = 1, size: int = 0) -> None:
+        """Let all, or the first ``size``, form a group. Of another size it begins anew."""
         self._meetings += 1
+        self.size = size or len(self.processes)
         place = f"file://{self._folder / f'rendezvous-{self._meetings}'}"
-        self.tell("meet", lambda rank: (rank, self.size, place, timeout_s, stage_timeout_s))
+        self.tell("meet", lambda rank: (rank, self.size, place, timeout_s, stage_timeout_s, every))
         for rank in range(self.size):
             assert self.answer(rank) == ("", None)
 
     def tell(self, name: str, arguments: Callable[[int], tuple[Any, ...]] = lambda rank: ()) -> None:
         """Order all to do something."""
-        for rank, connection in enumerate(self._connections):
+        for rank, connection in enumerate(self._connections[: self.size]):
             with contextlib.suppress(BrokenPipeError):
                 connection.send((name, arguments(rank)))
 
