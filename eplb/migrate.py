@@ -171,7 +171,7 @@ class Migrator:
 
     @property
     def active(self) -> bool:
-        """Whether an attempt is under way here."""
+        """Whether an attempt is under way; between two boundaries the same on all ranks."""
         with self._changed:
             return self._machine.active
 

@@ -121,8 +121,10 @@ class ExpertStore:
         """Copy slots from the staging memory to the layer's. On a GPU it is queued on the current stream."""
         if not slots:
             return
-        to = [tensor[slot] for tensor in self.live[layer].values() for slot in slots]
-        torch._foreach_copy_(to, [tensor[slot] for tensor in self.staged.values() for slot in slots])
+        for name, tensor in self.live[layer].items():
+            staged = self.staged[name]
+            # On a GPU one launch for many slots.
+            torch._foreach_copy_([tensor[slot] for slot in slots], [staged[slot] for slot in slots])
 
     def close(self) -> None:
         """Give the memory up; it goes with the last tensor of it. Idempotent."""
