@@ -8,8 +8,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import multiprocessing
-import multiprocessing.connection
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -62,24 +62,23 @@ def migration_records(shape: Shape, num_rebalances: int, num_steps: int) -> Iter
     Raises:
         RuntimeError: a rank failed.
     """
-    context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
-        reader, writer = context.Pipe(duplex=False)
-        arguments = (f"file://{Path(folder) / 'rendezvous'}", shape, num_rebalances, num_steps, writer)
+        rendezvous = f"file://{Path(folder) / 'rendezvous'}"
+        task = json.dumps([rendezvous, shape, num_rebalances, num_steps])
+        command = [sys.executable, "-m", f"{__package__}.expert_moves", "--rank"]
         processes = [
-            context.Process(target=_serve, args=(rank, *arguments), daemon=True) for rank in range(shape.num_ranks)
+            subprocess.Popen([*command, str(rank), "--task", task], stdout=subprocess.PIPE, text=True)
+            for rank in range(shape.num_ranks)
         ]
-        for process in processes:
-            process.start()
-        writer.close()
         try:
-            yield reader.recv()
-        except EOFError:
-            raise RuntimeError("a rank failed: see above") from None
+            printed, _ = processes[0].communicate()
+            if processes[0].returncode:
+                raise RuntimeError("rank 0 failed: see above")
+            yield json.loads(printed)
         finally:
             for process in processes:
-                process.join(10)
                 process.kill()
+                process.wait()
 
 
 def _placement(seed: int, shape: Shape) -> Placement:
@@ -92,14 +91,8 @@ def _placement(seed: int, shape: Shape) -> Placement:
     return Placement.from_physical(np.array(rows, np.int32), shape.num_logical)
 
 
-def _serve(
-    rank: int,
-    rendezvous: str,
-    shape: Shape,
-    num_rebalances: int,
-    num_steps: int,
-    writer: multiprocessing.connection.Connection,
-) -> None:
+def _serve(rank: int, rendezvous: str, shape: Shape, num_rebalances: int, num_steps: int) -> dict[str, Any] | None:
+    """One rank; the first returns the record."""
     torch.set_num_threads(1)
     deadline = timedelta(seconds=_TIMEOUT_S)
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=shape.num_ranks, timeout=deadline)
@@ -157,31 +150,30 @@ def _serve(
                 proposed += 1
         moving.append(step(rank == 0 and len(outcomes) == num_rebalances))
         last = moving[-1][2]
-    if rank == 0:
-        done = [outcome for outcome in outcomes if outcome.reason is Reason.DONE]
-        seconds = sum(outcome.duration_s for outcome in done)
-        writer.send(
-            {
-                "name": "expert_migration",
-                **shape._asdict(),
-                "transport": "shm",
-                "expert_bytes": store.layout.expert_bytes,
-                "rebalances": len(outcomes),
-                "done": len(done),
-                "experts_moved": sum(outcome.num_experts for outcome in done),
-                "bytes_read": sum(outcome.num_bytes for outcome in done),
-                "rebalance_s": seconds / max(1, len(done)),
-                "layer_s": seconds / max(1, sum(outcome.num_layers for outcome in done)),
-                "steady_step_ms": _percentiles([one[0] for one in steady]),
-                "moving_step_ms": _percentiles([one[0] for one in moving]),
-                "steady_boundary_ms": _percentiles([one[1] for one in steady]),
-                "moving_boundary_ms": _percentiles([one[1] for one in moving]),
-                "machine": machine.describe(),
-            }
-        )
     dist.barrier()
     migrator.close()
     dist.destroy_process_group()
+    if rank:
+        return None
+    done = [outcome for outcome in outcomes if outcome.reason is Reason.DONE]
+    seconds = sum(outcome.duration_s for outcome in done)
+    return {
+        "name": "expert_migration",
+        **shape._asdict(),
+        "transport": "shm",
+        "expert_bytes": store.layout.expert_bytes,
+        "rebalances": len(outcomes),
+        "done": len(done),
+        "experts_moved": sum(outcome.num_experts for outcome in done),
+        "bytes_read": sum(outcome.num_bytes for outcome in done),
+        "rebalance_s": round(seconds / max(1, len(done)), 4),
+        "layer_s": round(seconds / max(1, sum(outcome.num_layers for outcome in done)), 4),
+        "steady_step_ms": _percentiles([one[0] for one in steady]),
+        "moving_step_ms": _percentiles([one[0] for one in moving]),
+        "steady_boundary_ms": _percentiles([one[1] for one in steady]),
+        "moving_boundary_ms": _percentiles([one[1] for one in moving]),
+        "machine": machine.describe(),
+    }
 
 
 def _percentiles(seconds: list[float]) -> dict[str, float]:
@@ -195,7 +187,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--ranks", type=int, default=Shape().num_ranks)
     parser.add_argument("--rebalances", type=int, default=10)
     parser.add_argument("--steps", type=int, default=200, help="without rebalancing, to compare with")
+    parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--task", help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
+    if chosen.task is not None:
+        rendezvous, shape, num_rebalances, num_steps = json.loads(chosen.task)
+        record = _serve(chosen.rank, rendezvous, Shape(*shape), num_rebalances, num_steps)
+        if record is not None:
+            print(json.dumps(record))
+        return
     for record in migration_records(Shape(num_ranks=chosen.ranks), chosen.rebalances, chosen.steps):
         print(json.dumps(record), flush=True)
 

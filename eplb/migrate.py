@@ -55,7 +55,7 @@ class Outcome(NamedTuple):
     rank: int
     """Whose word ended it."""
     layer: int | None
-    """That was not committed, and stayed as it was on all ranks."""
+    """That was not committed, and stayed as it was on all ranks; of a rank that left, see `Migrator.settle`."""
     num_layers: int
     """That were committed."""
     num_experts: int
@@ -326,8 +326,9 @@ class Migrator:
             logger.info("experts: rebalance %d: %d layers in %.2f s", end.attempt, outcome.num_layers, duration_s)
         else:
             logger.warning(
-                "experts: rebalance %d ended at layer %s, which stays as it was: %s on rank %d%s",
-                end.attempt, layer, end.reason.name.lower(), end.rank, f": {self._detail}" if self._detail else "",
+                "experts: rebalance %d ended at layer %s, which %s: %s on rank %d%s",
+                end.attempt, layer, "others may have" if self._undecided is not None else "stays as it was",
+                end.reason.name.lower(), end.rank, f": {self._detail}" if self._detail else "",
             )  # fmt: skip
         self._tell(outcome)
 

@@ -14,6 +14,7 @@ from tandem.core.errors import CapacityError, ConfigError, IllegalTransition, Pl
 from tandem.core.metrics import render
 from tandem.eplb.placement import Placement
 from tandem.eplb.rebalance import Reason
+from tandem.eplb.standing import agree
 from tandem.eplb.store import ExpertLayout, ExpertTensor
 
 
@@ -145,6 +146,28 @@ def test_a_thread_that_hangs_holds_nobody_up(make: Callable[..., Ranks]) -> None
     while ranks.migrators[1]._machine.phase:
         ranks.step()
     assert ranks.rebalance(2)[0].reason is Reason.DONE
+
+
+def test_a_commit_that_one_rank_missed_is_made_up_for(make: Callable[..., Ranks]) -> None:
+    ranks = make()
+    zero, one = ranks.migrators
+    zero.propose(ranks.placement(1))
+    while not zero._machine.promised or not one._machine.promised:
+        ranks.step()
+    zero.step_boundary()  # decides to commit
+    assert ranks.maps[0].placement is not ranks.maps[1].placement
+    with pytest.raises(AssertionError):
+        ranks.check()
+    zero.close()
+    one.close()
+    agreed = agree([zero.standing(), one.standing(), None])
+    assert agreed is not None
+    assert agreed.attempt == 1
+    assert sum(agreed.generations) == 1
+    zero.settle(agreed)
+    one.settle(agreed)
+    ranks.check()
+    assert ranks.maps[1].placement.physical_to_logical.tolist() == agreed.rows
 
 
 def test_closing_while_a_layer_is_staged(make: Callable[..., Ranks]) -> None:

@@ -41,6 +41,8 @@ class Rank:
         self.staged: list[int | None] = [None] * SLOTS
         self.job: Any = None
         self.todo: list[tuple[int, int]] = []
+        self.late: list[tuple[int, int]] = []
+        """Reads that were given up, and that may write all the same until they are drained."""
         self.plan: np.ndarray = placement(0)
         self.layers: list[int] = []
         self.said: list[Word] = []
@@ -88,6 +90,8 @@ class World:
 
     def follow(self, rank: Rank, instructions: list[Any]) -> None:
         for instruction in instructions:
+            if not isinstance(instruction, Commit):
+                rank.late, rank.todo = rank.late + rank.todo, []
             match instruction:
                 case Commit():
                     self.seen["committed"] += 1
@@ -95,13 +99,14 @@ class World:
                 case End():
                     self.seen[instruction.reason.name] += 1
                     rank.job = instruction
-                case Stage():
-                    rank.job, rank.todo = instruction, []
-                case ReadPlan():
+                case Stage() | ReadPlan():
                     rank.job = instruction
 
     def work(self, rank: Rank, late: bool) -> None:
         """The rank's other thread does a little."""
+        if late and rank.late:
+            self.read(rank, rank.late)
+            return
         match rank.job:
             case ReadPlan(attempt=attempt):
                 rank.plan = self.plan.copy()
@@ -113,26 +118,23 @@ class World:
                 if not rank.todo:
                     rank.staged = [None] * SLOTS
                     rank.todo = [(layer, slot) for slot in range(SLOTS)]
-                if self.read(rank):
+                if self.read(rank, rank.todo):
                     rank.machine.ready(attempt, position, len(rank.layers))
                     rank.job = None
             case End(attempt=attempt):
-                if rank.todo and late:  # a read that was given up still writes
-                    self.read(rank)
-                else:
-                    rank.todo = []
-                    rank.machine.freed(attempt)
-                    rank.job = None
+                rank.late = []
+                rank.machine.freed(attempt)
+                rank.job = None
 
-    def read(self, rank: Rank) -> bool:
+    def read(self, rank: Rank, todo: list[tuple[int, int]]) -> bool:
         """One slot, from whoever holds its expert by the placement that this rank knows; whether it was the last."""
-        layer, slot = rank.todo.pop()
+        layer, slot = todo.pop()
         expert = int(rank.plan[layer, rank.number * SLOTS + slot])
         holder = rank.rows[layer].index(expert)
         peer = self.ranks[holder // SLOTS]
         assert peer.generations[layer] == rank.generations[layer], "a layer is read that was overwritten"
         rank.staged[slot] = peer.live[layer][holder % SLOTS]
-        return not rank.todo
+        return not todo
 
     def crash(self, dead: Rank, sees: int) -> None:
         """A rank dies; of its last words, some of the others may have had all and decided. Another takes its place."""
