@@ -38,8 +38,8 @@ def test_a_hundred_rebalances_in_a_row(four: Cluster, soak_minutes: float) -> No
     assert [outcome[0] for outcome in results[0]["outcomes"]] == ["DONE"] * count
 
 
-def test_two_ranks_that_agree_every_third_step(four: Cluster) -> None:
-    regroup(four, every=3, size=2)
+def test_two_ranks_over_the_network_that_agree_every_third_step(four: Cluster) -> None:
+    regroup(four, every=3, size=2, over_zmq=True)
     four.serve(1000, 10)
     assert [outcome[0] for outcome in four.served()[0]["outcomes"]] == ["DONE"] * 10
     regroup(four)

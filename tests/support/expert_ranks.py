@@ -23,13 +23,16 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from tandem.core.errors import CapacityError, WorkerError
+from tandem.core.wire import ClusterKeys, SecureContext, make_cluster_keys
 from tandem.eplb.exchange import TorchExchange
 from tandem.eplb.maps import ExpertMaps
 from tandem.eplb.migrate import Migrator, Outcome
+from tandem.eplb.peers import MakeTransports
 from tandem.eplb.placement import Placement, Topology
 from tandem.eplb.standing import Standing, reconcile
 from tandem.eplb.store import ExpertLayout, ExpertStore, ExpertTensor
 from tandem.kv_transfer.transports.shm import ShmTransport
+from tandem.kv_transfer.transports.zmq import ZmqTransport
 from torch import Tensor
 
 CPU = torch.device("cpu")
@@ -89,7 +92,9 @@ class ServingRank:
         self.step = self.rank = self.size = 0
         self._experts = [[expert(layer, number) for number in range(NUM_LOGICAL)] for layer in range(NUM_LAYERS)]
 
-    def meet(self, rank: int, size: int, rendezvous: str, timeout_s: float, stage_timeout_s: float, every: int) -> None:
+    def meet(
+        self, rank: int, size: int, rendezvous: str, timeout_s: float, stage_timeout_s: float, every: int, keys: Any
+    ) -> None:
         """Form a group with those that are there, bring the placement up to date, and fill a new rank's slots."""
         if size != self.size:  # another cluster
             self.maps = self.migrator = None
@@ -113,7 +118,7 @@ class ServingRank:
         assert self.maps.placement.physical_to_logical.tolist() == agreed.rows
         self.migrator = Migrator(
             exchange,
-            lambda notify: {"shm": ShmTransport(notify)},
+            self._make(keys),
             self.store,
             self.maps,
             Topology(SLOTS * size, size),
@@ -125,6 +130,12 @@ class ServingRank:
         )
         self.outcomes.clear()
         self.check_weights()
+
+    def _make(self, keys: ClusterKeys | None) -> MakeTransports:
+        if keys is None:
+            return lambda notify: {"shm": ShmTransport(notify)}
+        context = SecureContext(keys)
+        return lambda notify: {"zmq": ZmqTransport(notify, context, "127.0.0.1")}
 
     def serve(self, seed: int, num_rebalances: int, delays: bool, fault: tuple[str, str] | None) -> dict[str, Any]:
         """Serve until so many rebalances have ended, well or badly, and two steps beyond."""
@@ -312,12 +323,15 @@ class Cluster:
         theirs.close()
         self.processes[rank], self._connections[rank] = process, ours
 
-    def meet(self, timeout_s: float = 30, stage_timeout_s: float = 5, every: int = 1, size: int = 0) -> None:
+    def meet(
+        self, timeout_s: float = 30, stage_timeout_s: float = 5, every: int = 1, size: int = 0, over_zmq: bool = False
+    ) -> None:
         """Let all, or the first ``size``, form a group. Of another size it begins anew."""
+        keys = make_cluster_keys() if over_zmq else None
         self._meetings += 1
         self.size = size or len(self.processes)
         place = f"file://{self._folder / f'rendezvous-{self._meetings}'}"
-        self.tell("meet", lambda rank: (rank, self.size, place, timeout_s, stage_timeout_s, every))
+        self.tell("meet", lambda rank: (rank, self.size, place, timeout_s, stage_timeout_s, every, keys))
         for rank in range(self.size):
             assert self.answer(rank) == ("", None)
 

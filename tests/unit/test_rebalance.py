@@ -251,6 +251,32 @@ def test_a_commit_that_only_some_have_heard_of_is_everybodys(sees: int) -> None:
     assert all(rank.rows == placement(99).tolist() for rank in world.ranks)
 
 
+def test_no_attempt_begins_before_every_read_of_the_last_has_drained() -> None:
+    world = World()
+    world.offer(7)
+    slow = world.ranks[1]
+    while slow.machine.position == 0:
+        for rank in world.ranks:
+            world.boundary(rank)
+            if rank.machine.position == 0:
+                world.work(rank, late=False)
+    world.work(slow, late=False)  # some of its reads, not all
+    world.ranks[2].machine.failed(1, Reason.EXCEPTION)
+    for _ in range(6):
+        for rank in world.ranks:
+            world.boundary(rank)
+            if rank is not slow:
+                world.work(rank, late=False)
+    assert world.seen["EXCEPTION"] == SIZE
+    world.offer(8)
+    for _ in range(6):
+        for rank in world.ranks:
+            world.boundary(rank)
+    assert [rank.machine.phase for rank in world.ranks] == [Phase.OFFERS, Phase.DRAINING, Phase.IDLE]
+    world.settle()
+    assert all(rank.rows == placement(8).tolist() for rank in world.ranks)
+
+
 def test_a_promise_holds_though_the_rank_fails_meanwhile() -> None:
     clock = ManualClock()
     a, b = (Rebalance(rank, 2, clock, TIMEOUT_S) for rank in range(2))
