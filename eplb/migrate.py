@@ -5,7 +5,8 @@ What an engine does, on each of its ranks:
 1. Its weights lie in an `ExpertStore`, whose ``live[layer]`` tensors, [slots of this rank, …], it fills and computes
    with; its kernels read the placement in an `ExpertMaps`, by layer and physical expert (rank r owns the slots
    r · P/R … (r + 1) · P/R − 1). Neither's memory ever moves, so that CUDA graphs may read both.
-2. All ranks make a `Migrator` together, over an exchange of its own: ``Migrator(TorchExchange(group), …)``.
+2. All ranks make a `Migrator` together, over an exchange of its own: ``Migrator(TorchExchange(group), …)``; after their
+   CUDA graphs are recorded, which other threads' work with the device would spoil.
 3. Its thread calls `Migrator.step_boundary` between two steps, once for each step of any kind, dummy steps too, on the
    stream that computes. There, and nowhere else, weights and maps change; on all ranks before the same step.
 4. Rank 0, whenever it likes, calls `Migrator.propose` with a placement. How that went is told to ``tell``.
@@ -195,8 +196,8 @@ class Migrator:
                 raise CapacityError("the ranks are not together")
             if self._exchange.rank == Rebalance.LEADER and self._machine.phase:
                 raise CapacityError(f"experts are being moved already: {self._machine.phase.name.lower()}")
+            self._machine.offer(_digest(plan))
             self._ledger.plan[:] = plan
-            self._machine.offer(_digest(self._ledger.plan))
             self._began_s = self._clock.monotonic_s()
 
     def step_boundary(self) -> None:

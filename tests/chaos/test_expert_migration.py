@@ -63,10 +63,10 @@ def test_what_goes_wrong_while_staging_ends_the_attempt_everywhere(
 
 
 def test_a_rank_that_stands_still_ends_the_attempt_and_not_the_service(four: Cluster) -> None:
-    regroup(four, stage_timeout_s=0.5)
+    regroup(four, stage_timeout_s=2)
     four.serve(400, 2, fault=("stop", "staging"), at=1)
     wait_until_stopped(four.processes[1].pid)
-    time.sleep(1)  # longer than it has for staging
+    time.sleep(3)  # longer than it has for staging
     os.kill(four.processes[1].pid, signal.SIGCONT)
     results = four.served()
     assert results[0]["outcomes"][0][:2] == ("TIMEOUT", 1)
@@ -86,12 +86,12 @@ def test_a_rank_that_is_killed_leaves_the_others_equal(four: Cluster, where: str
 
 
 def test_a_rank_that_stands_still_for_longer_than_the_group_waits(four: Cluster) -> None:
-    regroup(four, timeout_s=2)
+    regroup(four, timeout_s=4)
     four.serve(700, 3, fault=("stop", "committed"), at=2)
     wait_until_stopped(four.processes[2].pid)
     begin_s = time.monotonic()
     assert [four.answer(rank)[0] for rank in (0, 1, 3)] == ["lost"] * 3
-    assert time.monotonic() - begin_s < 10
+    assert time.monotonic() - begin_s < 30
     os.kill(four.processes[2].pid, signal.SIGCONT)
     assert four.answer(2)[0] == "lost"
     regroup(four)

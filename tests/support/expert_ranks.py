@@ -284,6 +284,7 @@ def run(connection: multiprocessing.connection.Connection) -> None:
     """A rank's process: orders in, answers out."""
     torch.set_num_threads(1)
     rank = ServingRank()
+    connection.send(("", None))
     while True:
         try:
             name, arguments = connection.recv()
@@ -309,6 +310,7 @@ class Cluster:
         self._context = multiprocessing.get_context("spawn")
         self._folder = folder
         self._meetings = 0
+        self._starting: set[int] = set()
         self.size = size
         self.processes: list[Any] = [None] * size
         self._connections: list[Any] = [None] * size
@@ -322,11 +324,14 @@ class Cluster:
         process.start()
         theirs.close()
         self.processes[rank], self._connections[rank] = process, ours
+        self._starting.add(rank)
 
     def meet(
-        self, timeout_s: float = 30, stage_timeout_s: float = 5, every: int = 1, size: int = 0, over_zmq: bool = False
+        self, timeout_s: float = 30, stage_timeout_s: float = 20, every: int = 1, size: int = 0, over_zmq: bool = False
     ) -> None:
         """Let all, or the first ``size``, form a group. Of another size it begins anew."""
+        while self._starting:
+            assert self.answer(self._starting.pop(), 120) == ("", None)
         keys = make_cluster_keys() if over_zmq else None
         self._meetings += 1
         self.size = size or len(self.processes)
