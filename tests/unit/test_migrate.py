@@ -13,7 +13,7 @@ from tandem.core.clock import ManualClock
 from tandem.core.errors import CapacityError, ConfigError, IllegalTransition, PlacementError, WorkerError
 from tandem.core.metrics import render
 from tandem.eplb.placement import Placement
-from tandem.eplb.rebalance import Reason
+from tandem.eplb.rebalance import Phase, Reason
 from tandem.eplb.standing import agree
 from tandem.eplb.store import ExpertLayout, ExpertTensor
 
@@ -126,7 +126,8 @@ def test_a_thread_that_hangs_holds_nobody_up(make: Callable[..., Ranks]) -> None
 
     ranks.migrators[1]._stager.stage = hang  # type: ignore[method-assign]
     ranks.migrators[0].propose(ranks.placement(1))
-    while not stuck.is_set():
+    # The other rank is ready in time: its clock is the same.
+    while not stuck.is_set() or ranks.migrators[0]._machine.phase is not Phase.READY:
         ranks.step()
     clock.advance(5.1)
     assert [outcome[1:4] for outcome in ranks.until_ended(1)] == [(Reason.TIMEOUT, 1, 0)] * 2
