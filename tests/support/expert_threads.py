@@ -146,12 +146,16 @@ class Ranks:
 
     def rebalance(self, seed: int) -> list[Outcome]:
         """Propose a placement, as soon as one may, and see it end."""
+        self.propose(seed)
+        return self.until_ended(len(self.outcomes[0]) + 1)
+
+    def propose(self, seed: int) -> None:
+        """Propose a placement, as soon as the last attempt is put away."""
         deadline_s = time.monotonic() + 30
         while self.migrators[0]._machine.phase:
             assert time.monotonic() < deadline_s
             self.step()
         self.migrators[0].propose(self.placement(seed))
-        return self.until_ended(len(self.outcomes[0]) + 1)
 
     def check(self) -> None:
         """Every slot holds what the maps say, to the bit."""

@@ -94,7 +94,7 @@ def test_what_is_wrong_on_one_rank_ends_the_attempt_on_all(make: Callable[..., R
             raise MemoryError("as told")
         return original(*arguments)
 
-    ranks.migrators[0].propose(ranks.placement(2))
+    ranks.propose(2)
     if what == "plan":
         zero._ledger.plan[0, 0] += 1  # after its digest was taken
     else:
@@ -125,7 +125,7 @@ def test_a_thread_that_hangs_holds_nobody_up(make: Callable[..., Ranks]) -> None
         return original(*arguments)
 
     ranks.migrators[1]._stager.stage = hang  # type: ignore[method-assign]
-    ranks.migrators[0].propose(ranks.placement(1))
+    ranks.propose(1)
     # The other rank is ready in time: its clock is the same.
     while not stuck.is_set() or ranks.migrators[0]._machine.phase is not Phase.READY:
         ranks.step()
@@ -135,7 +135,7 @@ def test_a_thread_that_hangs_holds_nobody_up(make: Callable[..., Ranks]) -> None
     ranks.migrators[1]._stager.stage = original  # type: ignore[method-assign]
     while ranks.migrators[0]._machine.phase:
         ranks.step()
-    ranks.migrators[0].propose(ranks.placement(1))
+    ranks.propose(1)
     for _ in range(10):
         ranks.step()
     clock.advance(5.1)
@@ -185,7 +185,7 @@ def test_closing_while_a_layer_is_staged(make: Callable[..., Ranks]) -> None:
         raise AssertionError
 
     one._stager.stage = hang  # type: ignore[method-assign]
-    ranks.migrators[0].propose(ranks.placement(1))
+    ranks.propose(1)
     while not stuck.is_set():
         ranks.step()
     one.close()
