@@ -18,6 +18,7 @@ from . import (
     linear,
     moe,
     moe_few,
+    packed_linear,
     penalties,
     prefill_attention,
     rms_norm,
@@ -26,12 +27,15 @@ from . import (
     small_linear,
 )
 from .device import Device, describe
+from .schemes.packed import Packed, Weight
 
 
 class Ops(NamedTuple):
     """One implementation of every operation that a model's forward pass needs; see each module's `reference`."""
 
     linear: Callable[..., Tensor]
+    packed_linear: Callable[..., Tensor]
+    """Of quantised weights."""
     gated_linear: Callable[..., Tensor]
     rms_norm: Callable[..., tuple[Tensor, Tensor]]
     rotary: Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]
@@ -39,6 +43,8 @@ class Ops(NamedTuple):
     prefill_attention: Callable[..., Tensor]
     silu_mul: Callable[..., Tensor]
     moe: Callable[..., Tensor]
+    packed_moe: Callable[..., Tensor]
+    """Of quantised experts."""
     sample: Callable[[Tensor, sampling.SamplingRows], Tensor]
     complete: Callable[..., None]
     """See `decode_inputs.reference`."""
@@ -47,9 +53,20 @@ class Ops(NamedTuple):
     decode_layers: Callable[..., tuple[Tensor, Tensor]] | None
     """All operations of a decode step at once; None where separate operations are as fast."""
 
+    def multiply(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+        """`linear`, or `packed_linear` of a quantised weight."""
+        return (self.packed_linear if isinstance(weight, Packed) else self.linear)(x, weight, bias)
+
+    def gated_unit(self, x: Tensor, gate_up: Weight, bias: Tensor | None = None) -> Tensor:
+        """`gated_linear`, or `packed_linear` of a quantised weight and `silu_mul`."""
+        if isinstance(gate_up, Packed):
+            return self.silu_mul(self.packed_linear(x, gate_up, bias))
+        return self.gated_linear(x, gate_up, bias)
+
 
 REFERENCE = Ops(
     linear=linear.reference,
+    packed_linear=packed_linear.reference,
     gated_linear=gated_linear.reference,
     rms_norm=rms_norm.reference,
     rotary=rotary.reference,
@@ -57,6 +74,7 @@ REFERENCE = Ops(
     prefill_attention=prefill_attention.reference,
     silu_mul=activation.reference,
     moe=moe.reference,
+    packed_moe=moe.packed_reference,
     sample=sampling.reference,
     complete=decode_inputs.reference,
     penalize=penalties.reference,
@@ -66,6 +84,7 @@ REFERENCE = Ops(
 
 NATIVE = Ops(
     linear=linear.native,
+    packed_linear=packed_linear.reference,
     gated_linear=gated_linear.native,
     rms_norm=rms_norm.native,
     rotary=rotary.native,
@@ -73,6 +92,7 @@ NATIVE = Ops(
     prefill_attention=prefill_attention.native,
     silu_mul=activation.native,
     moe=moe.native,
+    packed_moe=moe.packed_reference,
     sample=sampling.native,
     complete=decode_inputs.reference,
     penalize=penalties.reference,
@@ -82,6 +102,7 @@ NATIVE = Ops(
 
 FUSED = Ops(
     linear=linear.fused,
+    packed_linear=packed_linear.reference,
     gated_linear=gated_linear.fused,
     rms_norm=rms_norm.fused,
     rotary=rotary.fused,
@@ -89,6 +110,7 @@ FUSED = Ops(
     prefill_attention=prefill_attention.fused,
     silu_mul=activation.fused,
     moe=moe.fused,
+    packed_moe=moe.packed_reference,
     sample=sampling.fused,
     complete=decode_inputs.fused,
     penalize=penalties.fused,
