@@ -83,7 +83,8 @@ def build_engine(
             "the first is 0"
         )
     dtype, kv_dtype = plan_dtypes(config, spec, device.type)
-    ops = select(device, TORCH_DTYPES[dtype], KV_DTYPES[kv_dtype], config.model.kernels)
+    scheme = spec.quantization.scheme if spec.quantization else None
+    ops = select(device, TORCH_DTYPES[dtype], KV_DTYPES[kv_dtype], config.model.kernels, scheme)
     # Half the bytes, the same numbers: compiled kernels widen bfloat16 as they read it.
     halved = config.model.dtype == "auto" and spec.dtype == "bfloat16" and ops is NATIVE and _all_compiled(spec)
     matrix_dtype = torch.bfloat16 if halved else None

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import activation, linear, moe_few, moe_sorted, packed_linear
+from . import activation, linear, moe_few, moe_packed, moe_sorted, packed_linear
 from .activation import silu_mul
 from .compiled import compiled, compiled_parallel, num_threads, prange
 from .linear import dot_rows, wide
@@ -109,6 +109,13 @@ def fused(x: Tensor, router: Tensor, gate_up: Tensor, down: Tensor, top_k: int, 
     if moe_few.serves(len(x), len(router), top_k):
         return moe_few.fused(x, router, gate_up, down, top_k, renormalize)
     return moe_sorted.fused(x, router, gate_up, down, top_k, renormalize)
+
+
+def packed_fused(x: Tensor, router: Tensor, gate_up: Packed, down: Packed, top_k: int, renormalize: bool) -> Tensor:
+    """`packed_reference` on a GPU. The host never waits for the routing."""
+    if not len(x):
+        return torch.empty_like(x)
+    return moe_packed.fused(x, router, gate_up, down, top_k, renormalize)
 
 
 @compiled

@@ -27,7 +27,8 @@ from . import (
     small_linear,
 )
 from .device import Device, describe
-from .schemes.packed import Packed, Weight
+from .schemes.fp8 import Fp8
+from .schemes.packed import Packed, Scheme, Weight
 
 
 class Ops(NamedTuple):
@@ -102,7 +103,7 @@ NATIVE = Ops(
 
 FUSED = Ops(
     linear=linear.fused,
-    packed_linear=packed_linear.reference,
+    packed_linear=packed_linear.fused,
     gated_linear=gated_linear.fused,
     rms_norm=rms_norm.fused,
     rotary=rotary.fused,
@@ -110,7 +111,7 @@ FUSED = Ops(
     prefill_attention=prefill_attention.fused,
     silu_mul=activation.fused,
     moe=moe.fused,
-    packed_moe=moe.packed_reference,
+    packed_moe=moe.packed_fused,
     sample=sampling.fused,
     complete=decode_inputs.fused,
     penalize=penalties.fused,
@@ -128,6 +129,8 @@ class Needs(NamedTuple):
     """Of the cache."""
     num_experts: int = 0
     top_k: int = 0
+    scheme: Scheme | None = None
+    """Of its quantised weights, if it has any."""
 
 
 class Choice(NamedTuple):
@@ -166,6 +169,11 @@ def _triton_refuses(op: str, needs: Needs, device: Device) -> str | None:
     if device.capability is not None and device.capability < _TRITON_CAPABILITY:
         least = _version(_TRITON_CAPABILITY)
         return f"Triton needs compute capability {least}, {device.name} has {_version(device.capability)}"
+    if op in _ON_PACKED and isinstance(needs.scheme, Fp8):
+        # Torch has its own conversion for GPUs that have none.
+        refused = _dtype_refused(torch.float8_e4m3fn, device)
+        if refused is not None:
+            return refused
     return _torch_refuses(op, needs, device)
 
 
@@ -183,10 +191,18 @@ def _numba_refuses(op: str, needs: Needs, device: Device) -> str | None:
 
 _TRITON_CAPABILITY = (8, 0)
 _ON_KV = {"rotary", "decode_attention", "prefill_attention", "decode_layers"}
+_ON_PACKED = {"packed_linear", "packed_moe"}
 _OUTSIDE_LAYERS = {"sample", "complete", "penalize", "count_output", "prefill_attention", "decode_layers"}
 """What `decode_layers` does not replace."""
 
-_RECORDABLE = {"linear", "gated_linear", "rms_norm", "silu_mul", *(_OUTSIDE_LAYERS - {"sample", "complete"})}
+_RECORDABLE = {
+    "linear",
+    "packed_linear",
+    "gated_linear",
+    "rms_norm",
+    "silu_mul",
+    *(_OUTSIDE_LAYERS - {"sample", "complete"}),
+}
 """Operations of which every version can be recorded, or which a recording does without."""
 
 BACKENDS = (
@@ -270,10 +286,18 @@ def _serves(op: str, backend: str, needs: Needs, device: Device) -> str:
         ("linear", "torch"): library,
         ("gated_linear", "torch"): f"{library}, then torch",
         ("moe", "torch"): f"{library}, an expert at a time",
+        ("packed_linear", "triton"): f"{_scheme(needs)}: Triton, dequantised in registers",
+        ("packed_moe", "triton"): f"{_scheme(needs)}: Triton, sorted by expert, dequantised in registers",
+        ("packed_linear", "torch"): f"{_scheme(needs)}: dequantised at every use, then {library}",
+        ("packed_moe", "torch"): f"{_scheme(needs)}: an expert at a time is dequantised, then {library}",
         ("prefill_attention", "torch"): "torch: cuDNN, or its own kernels" if cuda else "torch",
         ("decode_layers", "torch"): "each operation by itself",
     }
     return known.get((op, backend), {"triton": "Triton", "numba": "Numba", "torch": "torch"}[backend])
+
+
+def _scheme(needs: Needs) -> str:
+    return "no quantised weights" if needs.scheme is None else needs.scheme.name
 
 
 def _up_to(count: int, noun: str) -> str:
@@ -292,13 +316,14 @@ def select(
     dtype: torch.dtype,
     kv_dtype: torch.dtype | None = None,
     wanted: Mapping[str, str] | None = None,
+    scheme: Scheme | None = None,
 ) -> Ops:
     """The fastest implementation of each operation for ``dtype``, on a device of this machine.
 
     Raises:
         ConfigError: as `choose`, or the device is not here.
     """
-    return assemble(choose(Needs(dtype, kv_dtype or dtype), describe(device), wanted))
+    return assemble(choose(Needs(dtype, kv_dtype or dtype, scheme=scheme), describe(device), wanted))
 
 
 def recordable(ops: Ops) -> bool:

@@ -57,22 +57,22 @@ class Awq:
         by_columns = 0, cut.first_column, cut.num_columns
         by_groups = 0, *groups_of(weight, cut, self.group_size)
         by_words = 1, cut.first_row // PER_WORD, cut.num_rows // PER_WORD
-        words = {"dtypes": (torch.int32,), "dummy": random_bits(torch.int32)}
+        words, dummy = (torch.int32,), random_bits(torch.int32)
         return {
             "qweight": Destination(
                 weight.codes[rows], (cut.columns, cut.rows // PER_WORD),
                 *(by_columns if cut.along_columns else by_words),
-                convert=lambda part: pack_nibbles(unpack_words(part, 1, ORDER).t()), **words,
+                convert=lambda tensor: pack_nibbles(unpack_words(tensor, 1, ORDER).t()), dtypes=words, dummy=dummy,
             ),
             "qzeros": Destination(
                 weight.zeros[rows], (num_groups, cut.rows // PER_WORD),
                 *(by_groups if cut.along_columns else by_words),
-                convert=lambda part: unpack_words(part, 1, ORDER).t(), **words,
+                convert=lambda tensor: unpack_words(tensor, 1, ORDER).t(), dtypes=words, dummy=dummy,
             ),
             "scales": Destination(
                 weight.scales[rows], (num_groups, cut.rows),
                 *(by_groups if cut.along_columns else (1, cut.first_row, cut.num_rows)),
                 dtypes=FLOATS, dummy=constant(0.005, torch.float16),
-                convert=lambda part: to_scale_dtype(part, self.scale_dtype).t(),
+                convert=lambda tensor: to_scale_dtype(tensor, self.scale_dtype).t(),
             ),
         }  # fmt: skip

@@ -32,8 +32,6 @@ class Fp8Weight(Packed):
     Where matrices with a scale each lie below each other, every row has one: ``row_block`` divides each one's rows.
     """
 
-    codes: Tensor
-    scales: Tensor
     input_scales: Tensor | None
     """[matrices] float32, of static activations: the largest holds for all, as all have the same input."""
     row_block: int

@@ -96,6 +96,8 @@ class Gptq:
                 ),
             ),
             "g_idx": self._groups(weight, cut, size),
+            # Some writers give zeros to modules without a bias.
+            "bias": Destination(weight.codes[0, :0], (cut.rows,), 0, 0, cut.rows, convert=_check_bias, optional=True),
         }  # fmt: skip
 
     def _dummy_zeros(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -140,6 +142,12 @@ class Gptq:
         if int(before[0]) >= 0 and not torch.equal(before, index.to(before)):
             raise ValueError("expected the order of the matrix that is computed together with it, found another")
         return index
+
+
+def _check_bias(bias: Tensor) -> Tensor:
+    if bool(bias.any()):
+        raise ValueError("expected none, or zeros; found others")
+    return bias[:0]
 
 
 def _word(number: int) -> int:

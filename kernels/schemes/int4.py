@@ -26,8 +26,6 @@ class Int4Weight(Packed):
         group_size: columns of a group.
     """
 
-    codes: Tensor
-    scales: Tensor
     zeros: Tensor | None
     groups: Tensor | None
     group_size: int

@@ -32,9 +32,6 @@ class Mxfp4Weight(Packed):
     """codes [rows, columns / 2] uint8, an even column in the low bits; scales [rows, columns / 32] uint8, of 2^(s-127)
     the s."""
 
-    codes: Tensor
-    scales: Tensor
-
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Exact, but for what ``dtype`` does not reach."""
         wide = torch.float64 if dtype == torch.float64 else torch.float32

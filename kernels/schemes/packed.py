@@ -27,6 +27,9 @@ class Packed(ABC):
     parts: tuple[int, ...]
     """Rows of each published matrix; they lie one below the other."""
     columns: int
+    codes: Tensor
+    """[rows, columns], or fewer where a byte holds several."""
+    scales: Tensor
 
     @property
     def rows(self) -> int:

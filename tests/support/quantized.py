@@ -191,7 +191,7 @@ def make_quantized(family: str, layout: str, folder: Path, **overrides: Any) -> 
     for name, weight in tensors.items():
         module = name.removesuffix(".weight")
         expert = ".experts." in module
-        if not module.endswith("_proj") and not expert or module in skipped or not name.endswith(".weight"):
+        if (not module.endswith("_proj") and not expert) or module in skipped or not name.endswith(".weight"):
             continue
         if layout == "mxfp4":
             if not expert:
