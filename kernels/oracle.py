@@ -14,6 +14,7 @@ from . import (
     decode_attention,
     decode_inputs,
     decode_layers,
+    fp8_linear,
     gated_linear,
     linear,
     moe,
@@ -286,7 +287,7 @@ def _serves(op: str, backend: str, needs: Needs, device: Device) -> str:
         ("linear", "torch"): library,
         ("gated_linear", "torch"): f"{library}, then torch",
         ("moe", "torch"): f"{library}, an expert at a time",
-        ("packed_linear", "triton"): f"{_scheme(needs)}: Triton, dequantised in registers",
+        ("packed_linear", "triton"): f"{_scheme(needs)}: {_packed_linear(needs, device)}",
         ("packed_moe", "triton"): f"{_scheme(needs)}: Triton, sorted by expert, dequantised in registers",
         ("packed_linear", "torch"): f"{_scheme(needs)}: dequantised at every use, then {library}",
         ("packed_moe", "torch"): f"{_scheme(needs)}: an expert at a time is dequantised, then {library}",
@@ -298,6 +299,17 @@ def _serves(op: str, backend: str, needs: Needs, device: Device) -> str:
 
 def _scheme(needs: Needs) -> str:
     return "no quantised weights" if needs.scheme is None else needs.scheme.name
+
+
+def _packed_linear(needs: Needs, device: Device) -> str:
+    registers = "Triton, dequantised in registers"
+    scheme = needs.scheme
+    rounds = isinstance(scheme, Fp8) and scheme.granularity != "block" and scheme.activation != "none"
+    capable = device.capability is not None and device.capability >= fp8_linear.CAPABILITY
+    if not (rounds and capable and needs.dtype == torch.bfloat16):
+        return registers
+    few = _up_to(fp8_linear.LEAST_TOKENS - 1, "row")
+    return f"{few}: {registers}; more: torch, inputs rounded to FP8"
 
 
 def _up_to(count: int, noun: str) -> str:

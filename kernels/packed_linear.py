@@ -1,9 +1,9 @@
 """``x @ weight.T + bias`` with a quantised weight, which stays packed in memory.
 
 On a GPU a decode step waits for weights to arrive, and packed they are a half or a quarter: kernels dequantise in
-registers, whatever the number of rows. `Gemv` multiplies elementwise, `Tile` by tensor cores; as in `small_linear`,
-sums are float32 and in the same order every time. Where tensor cores multiply, weights are rounded to the type of the
-inputs first, as `reference` does.
+registers, whatever the number of rows; but for many rows `fp8_linear` serves some FP8 weights. `Gemv` multiplies
+elementwise, `Tile` by tensor cores; as in `small_linear`, sums are float32 and in the same order every time. Where
+tensor cores multiply, weights are rounded to the type of the inputs first, as `reference` does.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import fp8_linear
 from .on_gpu import kernel_varying, next_power_of_2, tl
 from .packed_tile import kind, packed_tile, source
+from .schemes.fp8 import Fp8Weight
 from .schemes.packed import Packed
 
 
@@ -88,9 +90,11 @@ def reference(x: Tensor, weight: Packed, bias: Tensor | None = None) -> Tensor:
 
 
 def fused(x: Tensor, weight: Packed, bias: Tensor | None = None) -> Tensor:
-    """`reference` on a GPU."""
+    """`reference` on a GPU; where `fp8_linear` serves, of rounded inputs."""
     if not len(x):
         return x.new_empty(0, weight.rows)
+    if isinstance(weight, Fp8Weight) and fp8_linear.serves(x, weight):
+        return fp8_linear.multiply(x, weight, bias)
     return multiply(x, weight, bias, plan_for(len(x), weight.rows, x.dtype))
 
 

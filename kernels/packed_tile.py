@@ -50,13 +50,13 @@ class Kind(NamedTuple):
     Args:
         kind: `FP8`, `INT4` or `MXFP4`.
         spread: how scales go with columns.
-        count: scales of a row in a step, of `SEVERAL`; else 1.
+        num_scales: of a row in a step, of `SEVERAL`; else 1.
         zeros: whether each group has a zero point.
     """
 
     kind: int
     spread: int
-    count: int
+    num_scales: int
     zeros: bool
 
 

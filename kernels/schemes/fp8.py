@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .destination import Destination
-from .packed import Cut, Make, Packed, check_multiple, constant, finite
+from .packed import Cut, Make, Packed, check_multiple, constant, finite, scale_groups
 
 E4M3 = torch.float8_e4m3fn
 MAX_E4M3 = 448.0
@@ -42,8 +42,7 @@ class Fp8Weight(Packed):
         """Exact products, rounded once to float32 and once to ``dtype``."""
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         scales = self.scales.to(wide).repeat_interleave(self.row_block, -2)[..., : self.rows, :]
-        scales = scales.repeat_interleave(self.column_block, -1)[..., : self.columns]
-        return (self.codes.to(wide) * scales).to(dtype)
+        return scale_groups(self.codes.to(wide), scales, self.column_block).to(dtype)
 
 
 @dataclass(frozen=True)
@@ -130,29 +129,31 @@ class Fp8:
         )  # fmt: skip
 
 
-def quantize_activations(x: Tensor, kind: Activation, block: int = 128, scale: Tensor | None = None) -> Tensor:
-    """What a product in FP8 makes of its inputs, in float32: rounded to e4m3 and scaled back.
+def to_fp8(x: Tensor, kind: Activation, block: int = 128, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Inputs as a product in FP8 takes them.
 
     Args:
         x: [tokens, columns].
-        kind: what shares a scale.
+        kind: what shares a scale; not "none".
         block: columns of a group.
-        scale: the checkpoint's, if static; what is beyond 448 times it is cut off.
+        scale: the checkpoint's, if static, of which the largest counts; what is beyond 448 times it is cut off.
+
+    Returns:
+        (codes [tokens, columns] e4m3, scales [tokens, groups] float32; one group but for "group").
     """
+    tokens, columns = x.shape
     x = x.float()
-    if kind == "none":
-        return x
     if kind == "static":
         assert scale is not None
-        spread = scale.float().max()
-    elif kind == "token":
-        spread = x.abs().amax(1, keepdim=True) / MAX_E4M3
-    else:
-        tokens, columns = x.shape
+        scales = scale.float().max().expand(tokens, 1).contiguous()
+    elif kind == "group":
         padded = torch.nn.functional.pad(x, (0, -columns % block)).view(tokens, -1, block)
-        spread = (padded.abs().amax(2) / MAX_E4M3).repeat_interleave(block, 1)[:, :columns]
-    spread = spread.clamp(min=torch.finfo(torch.float32).tiny)
-    return (x / spread).clamp(-MAX_E4M3, MAX_E4M3).to(E4M3).float() * spread
+        scales = padded.abs().amax(2) / MAX_E4M3
+    else:
+        scales = x.abs().amax(1, keepdim=True) / MAX_E4M3
+    scales = scales.clamp(min=torch.finfo(torch.float32).tiny)
+    spread = scales.repeat_interleave(block, 1)[:, :columns] if kind == "group" else scales
+    return (x / spread).clamp(-MAX_E4M3, MAX_E4M3).to(E4M3), scales
 
 
 def _scalar(scale: Tensor) -> Tensor:

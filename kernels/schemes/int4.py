@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .packed import Cut, Make, Packed, check_multiple, finite
+from .packed import Cut, Make, Packed, check_multiple, finite, scale_groups
 
 PER_WORD = 8
 """Numbers of four bits in an int32."""
@@ -33,14 +33,13 @@ class Int4Weight(Packed):
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Exact in float32, as scales have half its bits or `finite` ones of its own; then rounded to ``dtype``."""
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        codes = unpack_nibbles(self.codes)
-        if self.zeros is None:
-            levels = codes.to(wide) - SYMMETRIC_ZERO
-        else:
-            levels = codes.to(wide) - self._spread(self.zeros).to(wide)
-        return (levels * self._spread(self.scales).to(wide)).to(dtype)
+        levels = unpack_nibbles(self.codes).to(wide)
+        levels -= SYMMETRIC_ZERO if self.zeros is None else self._by_column(self.zeros)
+        if self.groups is None:
+            return scale_groups(levels, self.scales.to(wide), self.group_size).to(dtype)
+        return levels.mul_(self._by_column(self.scales)).to(dtype)
 
-    def _spread(self, values: Tensor) -> Tensor:
+    def _by_column(self, values: Tensor) -> Tensor:
         """From one a group to one a column."""
         if self.groups is None:
             return values.repeat_interleave(self.group_size, -1)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .destination import Destination
 from .int4 import unpack_nibbles
-from .packed import Cut, Make, Packed, check_multiple, constant, random_bits
+from .packed import Cut, Make, Packed, check_multiple, constant, random_bits, scale_groups
 
 BLOCK = 32
 """Columns of a scale."""
@@ -37,7 +37,8 @@ class Mxfp4Weight(Packed):
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         table = torch.tensor((*E2M1, *(-number for number in E2M1)), dtype=wide, device=self.codes.device)
         numbers = table[unpack_nibbles(self.codes).int()]
-        return torch.ldexp(numbers, (self.scales.int() - _BIAS).repeat_interleave(BLOCK, -1)).to(dtype)
+        powers = torch.ldexp(torch.ones_like(self.scales, dtype=wide), self.scales.int() - _BIAS)
+        return scale_groups(numbers, powers, BLOCK).to(dtype)
 
 
 @dataclass(frozen=True)

@@ -117,6 +117,14 @@ class Scheme(Protocol):
         """
 
 
+def scale_groups(numbers: Tensor, scales: Tensor, size: int) -> Tensor:
+    """Each ``size`` columns of [rows, columns] times their scale of [rows, groups]; the last group may be smaller."""
+    columns = numbers.shape[-1]
+    if columns % size:
+        return numbers * scales.repeat_interleave(size, -1)[..., :columns]
+    return (numbers.unflatten(-1, (-1, size)) * scales.unsqueeze(-1)).flatten(-2)
+
+
 def check_multiple(what: str, found: int, unit: int) -> None:
     """Refuse a size that a group or block does not divide.
 

@@ -21,8 +21,9 @@ from tandem.engine.models.quantization import parse_quantization
 from tandem.engine.models.spec import read_spec
 from tandem.engine.tensor_parallel import Alone
 from tandem.engine.weights import check_weights, fill_dummy, load_weights, num_bytes
+from tandem.kernels import fp8_linear
 from tandem.kernels.oracle import REFERENCE
-from tandem.kernels.schemes.fp8 import quantize_activations
+from tandem.kernels.schemes.fp8 import Fp8Weight, to_fp8
 from tandem.kernels.schemes.packed import Cut, Packed
 
 CPU = torch.device("cpu")
@@ -94,16 +95,33 @@ def test_every_number_of_mxfp4() -> None:
 def test_rounded_inputs() -> None:
     """Each way's largest error, in float64: half a step of e4m3, 2⁻⁴ of a number or of what the scale's steps are."""
     x = torch.randn(7, 300) * torch.logspace(-3, 3, 7).unsqueeze(1)
+
+    def round_trip(x: torch.Tensor, kind: Any, scale: torch.Tensor | None = None) -> torch.Tensor:
+        codes, scales = to_fp8(x, kind, 128, scale)
+        return codes.double() * scales.repeat_interleave(128 if kind == "group" else 300, 1)[:, : x.shape[1]]
+
     for kind, block in (("token", 300), ("group", 128)):
-        got = quantize_activations(x, kind, 128).double()  # type: ignore[arg-type]
+        got = round_trip(x, kind)
         for start in range(0, 300, block):
             part = slice(start, start + block)
             step = x[:, part].abs().amax(1, keepdim=True).double() / 448 * 2**-10
             assert ((got - x)[:, part].abs() <= x[:, part].abs() * 2**-4 * 1.0001 + step).all(), kind
-    static = quantize_activations(x, "static", scale=torch.tensor([0.5, 1.0]))
-    assert static.abs().max() == 448
-    assert quantize_activations(x, "none").equal(x)
-    assert not quantize_activations(torch.zeros(2, 4), "token").isnan().any()
+    assert round_trip(x, "static", torch.tensor([0.5, 1.0])).abs().max() == 448
+    assert not round_trip(torch.zeros(2, 4), "token").isnan().any()
+
+
+@pytest.mark.parametrize("layout", ["fp8_static", "compressed_rows"])
+def test_a_product_in_fp8(layout: str) -> None:
+    """Against float64 over the same rounded inputs: a bfloat16's half step, and what float32 sums lose."""
+    weight, _ = packed(layout, {f"a.{i}": torch.randn(n, 64) for i, n in enumerate((32, 16))})
+    assert isinstance(weight, Fp8Weight)
+    x, bias = torch.randn(70, 64).bfloat16(), torch.randn(48).bfloat16()
+    codes, scales = to_fp8(x, weight.activation, scale=weight.input_scales)
+    want = (codes.double() * scales) @ weight.dequantize(torch.float64).T
+    got = fp8_linear.multiply(x, weight)
+    assert ((got - want).abs() <= want.abs() * 2**-8 + 1e-4).all()
+    assert fp8_linear.multiply(x, weight, bias).equal(got + bias)
+    assert not fp8_linear.serves(x, weight), "a CPU has no such units"
 
 
 class Rank(Alone):
