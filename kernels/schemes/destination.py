@@ -58,4 +58,4 @@ class Destination(NamedTuple):
         Raises:
             ValueError: it is not what it must be.
         """
-        self.tensor.copy_(part if self.convert is None else self.convert(part))
+        self.tensor.copy_(part if self.convert is None else self.convert(part.to(self.tensor.device)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol, Self
+from typing import NamedTuple, Protocol, Self, cast
 
 import torch
 from torch import Tensor
@@ -122,7 +122,8 @@ def scale_groups(numbers: Tensor, scales: Tensor, size: int) -> Tensor:
     columns = numbers.shape[-1]
     if columns % size:
         return numbers * scales.repeat_interleave(size, -1)[..., :columns]
-    return (numbers.unflatten(-1, (-1, size)) * scales.unsqueeze(-1)).flatten(-2)
+    grouped = numbers.unflatten(-1, (-1, size)) * scales.unsqueeze(-1)
+    return cast(Tensor, grouped.flatten(-2))
 
 
 def check_multiple(what: str, found: int, unit: int) -> None:
