@@ -97,8 +97,7 @@ def build_engine(
         dtype=kv_dtype,
     )
     meta = Decoder(spec, 16, TORCH_DTYPES[dtype], torch.device("meta"), REFERENCE, matrix_dtype, group)
-    if config.model.load != "dummy":
-        check_weights(meta, folder)
+    check_weights(meta, None if config.model.load == "dummy" else folder)
     memory: DeviceMemory | None = None
     try:
         model = Decoder(spec, max_model_len, TORCH_DTYPES[dtype], device, ops, matrix_dtype, group)

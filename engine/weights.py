@@ -35,13 +35,20 @@ Progress = Callable[[int, int], None]
 """Called with bytes done and bytes in all."""
 
 
-def check_weights(model: Decoder, folder: Path) -> None:
-    """Compare a checkpoint's headers with a model, which may be on the meta device: before memory is taken.
+def check_weights(model: Decoder, folder: Path | None) -> None:
+    """Find out before memory is taken whether a checkpoint can be loaded.
+
+    Args:
+        model: may be on the meta device.
+        folder: whose headers are compared with it; None: weights will be made up.
 
     Raises:
         ConfigError: as `load_weights`, but for what tensors hold.
     """
-    _plan(model, folder)
+    if folder is None:
+        destinations(model)
+    else:
+        _plan(model, folder)
 
 
 def load_weights(model: Decoder, folder: Path, progress: Progress | None = None) -> None:
