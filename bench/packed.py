@@ -10,7 +10,6 @@ import argparse
 import functools
 import json
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,8 +55,8 @@ def plans(tokens: int) -> list[Gemv | Tile]:
         sizes = ((2, 1024, 4), (4, 512, 4), (4, 1024, 4), (8, 512, 4), (16, 256, 4), (8, 1024, 8))
         found += [Gemv(together, *size) for size in sizes]
     rows = max(16, on_gpu.next_power_of_2(tokens))
-    sizes = ((16, 128, 4), (32, 128, 4), (64, 64, 4), (64, 128, 4), (128, 64, 8))
-    return [*found, *(Tile(rows, n, depth, splits, warps, 3) for n, depth, warps in sizes for splits in (1, 4))]
+    shapes = ((16, 128, 4), (32, 128, 4), (64, 64, 4), (64, 128, 4), (128, 64, 8))
+    return [*found, *(Tile(rows, n, depth, splits, warps, 3) for n, depth, warps in shapes for splits in (1, 4))]
 
 
 def random_weight(scheme: Scheme, parts: Sequence[int], columns: int, device: torch.device, *leading: int) -> Packed:
@@ -117,19 +116,20 @@ def moe_figures(
     experts, top_k, inner, hidden = spec.moe.num_experts, spec.moe.top_k, spec.moe.inner, spec.hidden
     gate_up = random_weight(scheme, [inner] * 2, hidden, device, experts)
     down = random_weight(scheme, [hidden], inner, device, experts)
+    fixed = gate_up, down, top_k, spec.moe.renormalize
     for count in tokens:
         basis = torch.linalg.qr(torch.randn(hidden, count, dtype=torch.float64, device=device)).Q.T.contiguous()
         order = torch.stack([torch.randperm(experts, device=device) for _ in range(count)]).double() - experts / 2
         router = (order.T / 4 @ basis / hidden**0.5).bfloat16().contiguous()
         x = (basis * hidden**0.5).bfloat16()
         touched = len(order.topk(top_k).indices.unique())
-        given = x, router, gate_up, down, top_k, spec.moe.renormalize
 
-        def run(entry: Any, i: int, given: Any = given) -> Tensor:
-            return moe_packed.fused(*given, entry)
+        def run(entry: moe_packed.Entry | None, i: int, x: Tensor = x, router: Tensor = router) -> Tensor:
+            return moe_packed.fused(x, router, *fixed, entry)
 
-        runs = {"table": functools.partial(run, None)} | {repr(e): functools.partial(run, e) for e in _GROUPED}
-        want = moe.packed_reference(*given).double()
+        runs: dict[str, Callable[[int], Tensor]] = {"table": functools.partial(run, None)}
+        runs |= {repr(e): functools.partial(run, e) for e in _GROUPED}
+        want = moe.packed_reference(x, router, *fixed).double()
         shape = Product("moe", 3 * inner * touched, hidden)
         nbytes = (gate_up.nbytes + down.nbytes) * touched // experts
         yield shape, count, nbytes, "table", timer.compare(runs, 4, want, _MAX_ERROR)

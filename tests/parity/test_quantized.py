@@ -8,24 +8,8 @@ from typing import Any
 import pytest
 import torch
 from support.pair import Pair
-from support.quantized import make_quantized
+from support.quantized import CASES, make_quantized
 from tandem.core.config import Config
-
-SIZES: dict[str, Any] = {"intermediate_size": 88, "num_hidden_layers": 3}
-MIXTURE = SIZES | {"moe_intermediate_size": 24}
-MIXTRAL = SIZES | {"head_dim": 8, "intermediate_size": 40}
-
-CASES: list[tuple[str, str, dict[str, Any]]] = [
-    ("llama", "fp8_blocks", {"intermediate_size": 76}),
-    ("qwen3_moe", "fp8_blocks", {}),
-    ("llama", "fp8_static", {"intermediate_size": 75}),
-    ("qwen3_moe", "compressed_rows", {}),
-    ("llama", "gptq", SIZES),
-    ("qwen3_moe", "gptq_zeros", MIXTURE),
-    ("qwen3_moe", "gptq_order", MIXTURE),
-    ("mixtral", "awq", MIXTRAL),
-    ("qwen3_moe", "mxfp4", {"hidden_size": 64, "moe_intermediate_size": 32}),
-]
 
 
 @pytest.mark.parametrize(("family", "layout", "sizes"), CASES, ids=[f"{f}-{layout}" for f, layout, _ in CASES])

@@ -179,6 +179,24 @@ LAYOUTS: dict[str, Layout] = {
 }  # fmt: skip
 
 
+_SIZES: dict[str, Any] = {"intermediate_size": 88, "num_hidden_layers": 3}
+_MIXTURE = _SIZES | {"moe_intermediate_size": 24}
+_MIXTRAL = _SIZES | {"head_dim": 8, "intermediate_size": 40}
+
+CASES: list[tuple[str, str, dict[str, Any]]] = [
+    ("llama", "fp8_blocks", {"intermediate_size": 76}),
+    ("qwen3_moe", "fp8_blocks", {}),
+    ("llama", "fp8_static", {"intermediate_size": 75}),
+    ("qwen3_moe", "compressed_rows", {}),
+    ("llama", "gptq", _SIZES),
+    ("qwen3_moe", "gptq_zeros", _MIXTURE),
+    ("qwen3_moe", "gptq_order", _MIXTURE),
+    ("mixtral", "awq", _MIXTRAL),
+    ("qwen3_moe", "mxfp4", {"hidden_size": 64, "moe_intermediate_size": 32}),
+]
+"""Family, layout, sizes that its groups and words divide."""
+
+
 def make_quantized(family: str, layout: str, folder: Path, **overrides: Any) -> transformers.PreTrainedModel:
     """Write a quantised checkpoint of a family; returns, in float32, the model that it says."""
     plain = folder / "dequantised"
