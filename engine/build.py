@@ -17,7 +17,7 @@ from ..kernels import copy_runs
 from ..kernels.compiled import set_num_threads
 from ..kernels.linear import MAX_COMPILED_WEIGHTS
 from ..kernels.moe import MAX_COMPILED_EXPERT
-from ..kernels.oracle import FUSED, NATIVE, recordable, select
+from ..kernels.oracle import FUSED, NATIVE, REFERENCE, recordable, select
 from ..kernels.prefill_attention import prepare
 from ..kv_transfer.layout import KVLayout, group_layers, layer_groups
 from .allocator import num_blocks_needed
@@ -33,7 +33,7 @@ from .row_state import RowState, RowTable
 from .runner import Runner
 from .sequence import Sequence
 from .tensor_parallel import Alone, Group
-from .weights import fill_dummy, fingerprint, load_weights, num_bytes
+from .weights import check_weights, fill_dummy, fingerprint, load_weights, num_bytes
 
 Progress = Callable[[str, float], None]
 """Called with what is being done, and which share of it is."""
@@ -83,7 +83,8 @@ def build_engine(
             "the first is 0"
         )
     dtype, kv_dtype = plan_dtypes(config, spec, device.type)
-    ops = select(device, TORCH_DTYPES[dtype], KV_DTYPES[kv_dtype], config.model.kernels)
+    scheme = spec.quantization.scheme if spec.quantization else None
+    ops = select(device, TORCH_DTYPES[dtype], KV_DTYPES[kv_dtype], config.model.kernels, scheme)
     # Half the bytes, the same numbers: compiled kernels widen bfloat16 as they read it.
     halved = config.model.dtype == "auto" and spec.dtype == "bfloat16" and ops is NATIVE and _all_compiled(spec)
     matrix_dtype = torch.bfloat16 if halved else None
@@ -95,6 +96,8 @@ def build_engine(
         block_tokens=config.kv.block_tokens,
         dtype=kv_dtype,
     )
+    meta = Decoder(spec, 16, TORCH_DTYPES[dtype], torch.device("meta"), REFERENCE, matrix_dtype, group)
+    check_weights(meta, None if config.model.load == "dummy" else folder)
     memory: DeviceMemory | None = None
     try:
         model = Decoder(spec, max_model_len, TORCH_DTYPES[dtype], device, ops, matrix_dtype, group)
@@ -113,7 +116,6 @@ def build_engine(
         num_blocks = plan_num_blocks(layout, per_sequence, config.kv.capacity, max_running, max_model_len, available)
         cache = KVCache(layout, agree(num_blocks), device)
     except torch.OutOfMemoryError:
-        meta = Decoder(spec, 16, TORCH_DTYPES[dtype], torch.device("meta"), ops, matrix_dtype, group)
         total = torch.cuda.get_device_properties(device).total_memory
         raise lacking(spec, layout, num_bytes(meta), memory, total) from None
     table, runner = None, Runner(model, cache.tensor, layer_groups(spec.num_layers, config.kv.layer_groups))
@@ -160,7 +162,9 @@ def use_threads(engine: Engine, count: int) -> None:
 
 
 def _all_compiled(spec: ModelSpec) -> bool:
-    """Whether every product of a model is small enough for a compiled kernel."""
+    """Whether every product of a model is small enough for a compiled kernel, and one serves its weights."""
+    if spec.quantization is not None:
+        return False
     heads = spec.num_heads + 2 * spec.num_kv_heads
     sizes = [spec.vocab_size * spec.hidden, heads * spec.head_dim * spec.hidden, 2 * spec.inner * spec.hidden]
     expert = 2 * spec.moe.inner * spec.hidden if spec.moe else 0

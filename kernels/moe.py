@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import activation, linear, moe_few, moe_sorted
+from . import activation, linear, moe_few, moe_packed, moe_sorted, packed_linear
 from .activation import silu_mul
 from .compiled import compiled, compiled_parallel, num_threads, prange
 from .linear import dot_rows, wide
+from .schemes.packed import Packed, Weight
 from .widen import bits_of
 
 MAX_COMPILED_EXPERT = 1 << 20
@@ -56,14 +57,19 @@ def reference(x: Tensor, router: Tensor, gate_up: Tensor, down: Tensor, top_k: i
     return _grouped(x, router, gate_up, down, top_k, renormalize, linear.reference)
 
 
+def packed_reference(x: Tensor, router: Tensor, gate_up: Packed, down: Packed, top_k: int, renormalize: bool) -> Tensor:
+    """`reference` with quantised experts: one is dequantised at a time."""
+    return _grouped(x, router, gate_up, down, top_k, renormalize, packed_linear.reference)
+
+
 def _grouped(
     x: Tensor,
     router: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
+    gate_up: Weight,
+    down: Weight,
     top_k: int,
     renormalize: bool,
-    product: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+    product: Callable[..., Tensor],
 ) -> Tensor:
     """Sort the tokens by expert, and run each expert over its slice."""
     weights, experts = route(x, router, top_k, renormalize)
@@ -103,6 +109,13 @@ def fused(x: Tensor, router: Tensor, gate_up: Tensor, down: Tensor, top_k: int, 
     if moe_few.serves(len(x), len(router), top_k):
         return moe_few.fused(x, router, gate_up, down, top_k, renormalize)
     return moe_sorted.fused(x, router, gate_up, down, top_k, renormalize)
+
+
+def packed_fused(x: Tensor, router: Tensor, gate_up: Packed, down: Packed, top_k: int, renormalize: bool) -> Tensor:
+    """`packed_reference` on a GPU. The host never waits for the routing."""
+    if not len(x):
+        return torch.empty_like(x)
+    return moe_packed.fused(x, router, gate_up, down, top_k, renormalize)
 
 
 @compiled

@@ -14,10 +14,12 @@ from . import (
     decode_attention,
     decode_inputs,
     decode_layers,
+    fp8_linear,
     gated_linear,
     linear,
     moe,
     moe_few,
+    packed_linear,
     penalties,
     prefill_attention,
     rms_norm,
@@ -26,12 +28,16 @@ from . import (
     small_linear,
 )
 from .device import Device, describe
+from .schemes.fp8 import Fp8
+from .schemes.packed import Packed, Scheme, Weight
 
 
 class Ops(NamedTuple):
     """One implementation of every operation that a model's forward pass needs; see each module's `reference`."""
 
     linear: Callable[..., Tensor]
+    packed_linear: Callable[..., Tensor]
+    """Of quantised weights."""
     gated_linear: Callable[..., Tensor]
     rms_norm: Callable[..., tuple[Tensor, Tensor]]
     rotary: Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]
@@ -39,6 +45,8 @@ class Ops(NamedTuple):
     prefill_attention: Callable[..., Tensor]
     silu_mul: Callable[..., Tensor]
     moe: Callable[..., Tensor]
+    packed_moe: Callable[..., Tensor]
+    """Of quantised experts."""
     sample: Callable[[Tensor, sampling.SamplingRows], Tensor]
     complete: Callable[..., None]
     """See `decode_inputs.reference`."""
@@ -47,9 +55,20 @@ class Ops(NamedTuple):
     decode_layers: Callable[..., tuple[Tensor, Tensor]] | None
     """All operations of a decode step at once; None where separate operations are as fast."""
 
+    def multiply(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+        """`linear`, or `packed_linear` of a quantised weight."""
+        return (self.packed_linear if isinstance(weight, Packed) else self.linear)(x, weight, bias)
+
+    def gated_unit(self, x: Tensor, gate_up: Weight, bias: Tensor | None = None) -> Tensor:
+        """`gated_linear`, or `packed_linear` of a quantised weight and `silu_mul`."""
+        if isinstance(gate_up, Packed):
+            return self.silu_mul(self.packed_linear(x, gate_up, bias))
+        return self.gated_linear(x, gate_up, bias)
+
 
 REFERENCE = Ops(
     linear=linear.reference,
+    packed_linear=packed_linear.reference,
     gated_linear=gated_linear.reference,
     rms_norm=rms_norm.reference,
     rotary=rotary.reference,
@@ -57,6 +76,7 @@ REFERENCE = Ops(
     prefill_attention=prefill_attention.reference,
     silu_mul=activation.reference,
     moe=moe.reference,
+    packed_moe=moe.packed_reference,
     sample=sampling.reference,
     complete=decode_inputs.reference,
     penalize=penalties.reference,
@@ -66,6 +86,7 @@ REFERENCE = Ops(
 
 NATIVE = Ops(
     linear=linear.native,
+    packed_linear=packed_linear.reference,
     gated_linear=gated_linear.native,
     rms_norm=rms_norm.native,
     rotary=rotary.native,
@@ -73,6 +94,7 @@ NATIVE = Ops(
     prefill_attention=prefill_attention.native,
     silu_mul=activation.native,
     moe=moe.native,
+    packed_moe=moe.packed_reference,
     sample=sampling.native,
     complete=decode_inputs.reference,
     penalize=penalties.reference,
@@ -82,6 +104,7 @@ NATIVE = Ops(
 
 FUSED = Ops(
     linear=linear.fused,
+    packed_linear=packed_linear.fused,
     gated_linear=gated_linear.fused,
     rms_norm=rms_norm.fused,
     rotary=rotary.fused,
@@ -89,6 +112,7 @@ FUSED = Ops(
     prefill_attention=prefill_attention.fused,
     silu_mul=activation.fused,
     moe=moe.fused,
+    packed_moe=moe.packed_fused,
     sample=sampling.fused,
     complete=decode_inputs.fused,
     penalize=penalties.fused,
@@ -106,6 +130,8 @@ class Needs(NamedTuple):
     """Of the cache."""
     num_experts: int = 0
     top_k: int = 0
+    scheme: Scheme | None = None
+    """Of its quantised weights, if it has any."""
 
 
 class Choice(NamedTuple):
@@ -144,6 +170,11 @@ def _triton_refuses(op: str, needs: Needs, device: Device) -> str | None:
     if device.capability is not None and device.capability < _TRITON_CAPABILITY:
         least = _version(_TRITON_CAPABILITY)
         return f"Triton needs compute capability {least}, {device.name} has {_version(device.capability)}"
+    if op in _ON_PACKED and isinstance(needs.scheme, Fp8):
+        # Torch has its own conversion for GPUs that have none.
+        refused = _dtype_refused(torch.float8_e4m3fn, device)
+        if refused is not None:
+            return refused
     return _torch_refuses(op, needs, device)
 
 
@@ -161,10 +192,18 @@ def _numba_refuses(op: str, needs: Needs, device: Device) -> str | None:
 
 _TRITON_CAPABILITY = (8, 0)
 _ON_KV = {"rotary", "decode_attention", "prefill_attention", "decode_layers"}
+_ON_PACKED = {"packed_linear", "packed_moe"}
 _OUTSIDE_LAYERS = {"sample", "complete", "penalize", "count_output", "prefill_attention", "decode_layers"}
 """What `decode_layers` does not replace."""
 
-_RECORDABLE = {"linear", "gated_linear", "rms_norm", "silu_mul", *(_OUTSIDE_LAYERS - {"sample", "complete"})}
+_RECORDABLE = {
+    "linear",
+    "packed_linear",
+    "gated_linear",
+    "rms_norm",
+    "silu_mul",
+    *(_OUTSIDE_LAYERS - {"sample", "complete"}),
+}
 """Operations of which every version can be recorded, or which a recording does without."""
 
 BACKENDS = (
@@ -248,10 +287,29 @@ def _serves(op: str, backend: str, needs: Needs, device: Device) -> str:
         ("linear", "torch"): library,
         ("gated_linear", "torch"): f"{library}, then torch",
         ("moe", "torch"): f"{library}, an expert at a time",
+        ("packed_linear", "triton"): f"{_scheme(needs)}: {_packed_linear(needs, device)}",
+        ("packed_moe", "triton"): f"{_scheme(needs)}: Triton, sorted by expert, dequantised in registers",
+        ("packed_linear", "torch"): f"{_scheme(needs)}: dequantised at every use, then {library}",
+        ("packed_moe", "torch"): f"{_scheme(needs)}: an expert at a time is dequantised, then {library}",
         ("prefill_attention", "torch"): "torch: cuDNN, or its own kernels" if cuda else "torch",
         ("decode_layers", "torch"): "each operation by itself",
     }
     return known.get((op, backend), {"triton": "Triton", "numba": "Numba", "torch": "torch"}[backend])
+
+
+def _scheme(needs: Needs) -> str:
+    return "no quantised weights" if needs.scheme is None else needs.scheme.name
+
+
+def _packed_linear(needs: Needs, device: Device) -> str:
+    registers = "Triton, dequantised in registers"
+    scheme = needs.scheme
+    rounds = isinstance(scheme, Fp8) and scheme.granularity != "block" and scheme.activation != "none"
+    capable = device.capability is not None and device.capability >= fp8_linear.CAPABILITY
+    if not (rounds and capable and needs.dtype == torch.bfloat16):
+        return registers
+    few = _up_to(fp8_linear.LEAST_TOKENS - 1, "row")
+    return f"{few}: {registers}; more: torch, inputs rounded to FP8"
 
 
 def _up_to(count: int, noun: str) -> str:
@@ -270,13 +328,14 @@ def select(
     dtype: torch.dtype,
     kv_dtype: torch.dtype | None = None,
     wanted: Mapping[str, str] | None = None,
+    scheme: Scheme | None = None,
 ) -> Ops:
     """The fastest implementation of each operation for ``dtype``, on a device of this machine.
 
     Raises:
         ConfigError: as `choose`, or the device is not here.
     """
-    return assemble(choose(Needs(dtype, kv_dtype or dtype), describe(device), wanted))
+    return assemble(choose(Needs(dtype, kv_dtype or dtype, scheme=scheme), describe(device), wanted))
 
 
 def recordable(ops: Ops) -> bool:

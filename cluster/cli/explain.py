@@ -63,13 +63,21 @@ def choices_for(config: Config, spec: ModelSpec, device: Device) -> dict[str, Ch
     """
     dtype, kv_dtype = (TORCH_DTYPES[name] for name in plan_dtypes(config, spec, device.type))
     moe = spec.moe
-    needs = Needs(dtype, kv_dtype, moe.num_experts, moe.top_k) if moe else Needs(dtype, kv_dtype)
+    scheme = spec.quantization.scheme if spec.quantization else None
+    needs = Needs(dtype, kv_dtype, moe.num_experts if moe else 0, moe.top_k if moe else 0, scheme)
     choices = choose(needs, device, config.model.kernels)
+    absent = set()
     if moe is None:
-        del choices["moe"]
+        absent |= {"moe", "packed_moe"}
     elif len(spec.moe_layers) == spec.num_layers:
-        del choices["gated_linear"], choices["silu_mul"]
-    return choices
+        absent |= {"gated_linear", "silu_mul"}
+    if spec.quantization is None:
+        absent |= {"packed_linear", "packed_moe"}
+    elif spec.quantization.scheme.only_experts:
+        absent |= {"packed_linear", "moe"}
+    else:
+        absent |= {"gated_linear", "moe"}
+    return {op: choice for op, choice in choices.items() if op not in absent}
 
 
 def _device(name: str) -> Device:

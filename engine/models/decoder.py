@@ -10,9 +10,11 @@ from torch import Tensor
 from ...kernels.decode_layers import MAX_WEIGHTS, LayerWeights, Prepared, Rows, num_weights
 from ...kernels.oracle import Ops
 from ...kernels.rotary import HeadNorm
+from ...kernels.schemes.packed import Packed
 from ...kv_transfer.layout import group_layers
 from ..batch import Batch, GroupBlocks
 from ..tensor_parallel import Alone, Group
+from .parameters import Parameters
 from .rope import cos_sin_table
 from .shard import padded_rows, shard, vocabulary_rows
 from .spec import ModelSpec
@@ -25,15 +27,15 @@ class Mlp:
     the last bias.
     """
 
-    def __init__(self, spec: ModelSpec, make: Callable[..., Tensor], rank: int) -> None:
-        self.gate_up = make(2 * spec.inner, spec.hidden)
-        self.down = make(spec.hidden, spec.inner)
+    def __init__(self, spec: ModelSpec, make: Parameters, rank: int, prefix: str) -> None:
+        self.gate_up = make.matrix(prefix, ("gate_proj", "up_proj"), [spec.inner] * 2, spec.hidden)
+        self.down = make.matrix(prefix, ("down_proj",), [spec.hidden], spec.inner, cut_columns=True)
         self.gate_up_bias = make(2 * spec.inner) if spec.mlp_bias else None
         self.down_bias = make(spec.hidden) if spec.mlp_bias else None
         self._added_bias = self.down_bias if rank == 0 else None
 
     def __call__(self, x: Tensor, ops: Ops) -> Tensor:
-        return ops.linear(ops.gated_linear(x, self.gate_up, self.gate_up_bias), self.down, self._added_bias)
+        return ops.multiply(ops.gated_unit(x, self.gate_up, self.gate_up_bias), self.down, self._added_bias)
 
 
 class Experts:
@@ -42,15 +44,18 @@ class Experts:
     Each rank of several routes alike, and has a part of every expert's inner size.
     """
 
-    def __init__(self, spec: ModelSpec, make: Callable[..., Tensor]) -> None:
+    def __init__(self, spec: ModelSpec, make: Parameters, prefix: str) -> None:
         assert spec.moe is not None
         moe = self.spec = spec.moe
-        self.router = make(moe.num_experts, spec.hidden)
-        self.gate_up = make(moe.num_experts, 2 * moe.inner, spec.hidden)
-        self.down = make(moe.num_experts, spec.hidden, moe.inner)
+        count, names = moe.num_experts, ("gate_proj", "up_proj")
+        experts = f"{prefix}experts.0."
+        self.router = make(count, spec.hidden)
+        self.gate_up = make.matrix(experts, names, [moe.inner] * 2, spec.hidden, num_experts=count)
+        self.down = make.matrix(experts, ("down_proj",), [spec.hidden], moe.inner, cut_columns=True, num_experts=count)
 
     def __call__(self, x: Tensor, ops: Ops) -> Tensor:
-        return ops.moe(x, self.router, self.gate_up, self.down, self.spec.top_k, self.spec.renormalize)
+        moe = ops.packed_moe if isinstance(self.gate_up, Packed) else ops.moe
+        return moe(x, self.router, self.gate_up, self.down, self.spec.top_k, self.spec.renormalize)
 
 
 class Layer:
@@ -59,17 +64,17 @@ class Layer:
     Args:
         spec: this rank's part of the model's.
         index: which layer.
-        make: an uninitialised tensor of a shape.
+        make: makes uninitialised parameters.
         group: the ranks that share the layer.
         kv_group: which blocks hold its KV.
         place: where in a block.
     """
 
-    def __init__(
-        self, spec: ModelSpec, index: int, make: Callable[..., Tensor], group: Group, kv_group: int, place: int
-    ) -> None:
+    def __init__(self, spec: ModelSpec, index: int, make: Parameters, group: Group, kv_group: int, place: int) -> None:
         heads, kv_heads, head_dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
-        rows = (heads + 2 * kv_heads) * head_dim
+        rows = [heads * head_dim, *[kv_heads * head_dim] * 2]
+        prefix = f"model.layers.{index}."
+        attention, mlp = prefix + "self_attn.", prefix + "mlp."
         self.index = index
         self.kv_group = kv_group
         self.place = place
@@ -77,14 +82,15 @@ class Layer:
         self.eps = spec.norm_eps
         self.scale = head_dim**-0.5
         self.input_norm = make(spec.hidden)
-        self.qkv = make(rows, spec.hidden)
-        self.qkv_bias = make(rows) if spec.qkv_bias else None
+        self.qkv = make.matrix(attention, ("q_proj", "k_proj", "v_proj"), rows, spec.hidden)
+        self.qkv_bias = make(sum(rows)) if spec.qkv_bias else None
         self.head_norm = HeadNorm(make(head_dim), make(head_dim), spec.norm_eps) if spec.qk_norm else None
-        self.o = make(spec.hidden, heads * head_dim)
+        self.o = make.matrix(attention, ("o_proj",), [spec.hidden], heads * head_dim, cut_columns=True)
         self.o_bias = make(spec.hidden) if spec.o_bias else None
         self._added_bias = self.o_bias if group.rank == 0 else None
         self.post_norm = make(spec.hidden)
-        self.mlp: Mlp | Experts = Experts(spec, make) if index in spec.moe_layers else Mlp(spec, make, group.rank)
+        mixture = index in spec.moe_layers
+        self.mlp: Mlp | Experts = Experts(spec, make, mlp) if mixture else Mlp(spec, make, group.rank, mlp)
         self._group = group
 
     def weights(self) -> LayerWeights | None:
@@ -92,18 +98,21 @@ class Layer:
         mlp = self.mlp
         if isinstance(mlp, Mlp) and mlp.gate_up_bias is not None:
             return None
+        qkv, o, gate_up, down = self.qkv, self.o, mlp.gate_up, mlp.down
+        if isinstance(qkv, Packed) or isinstance(o, Packed) or isinstance(gate_up, Packed) or isinstance(down, Packed):
+            return None
         moe = mlp.spec if isinstance(mlp, Experts) else None
         return LayerWeights(
             input_norm=self.input_norm,
-            qkv=self.qkv,
+            qkv=qkv,
             qkv_bias=self.qkv_bias,
             head_norm=self.head_norm,
-            o=self.o,
+            o=o,
             o_bias=self.o_bias,
             post_norm=self.post_norm,
             router=mlp.router if isinstance(mlp, Experts) else None,
-            gate_up=mlp.gate_up if isinstance(mlp, Experts) else mlp.gate_up.unsqueeze(0),
-            down=mlp.down if isinstance(mlp, Experts) else mlp.down.unsqueeze(0),
+            gate_up=gate_up if moe else gate_up.unsqueeze(0),
+            down=down if moe else down.unsqueeze(0),
             top_k=moe.top_k if moe else 0,
             renormalize=moe.renormalize if moe else False,
             eps=self.eps,
@@ -117,10 +126,10 @@ class Layer:
         self, x: Tensor, residual: Tensor | None, batch: Batch, cache: Tensor, cos_sin: Tensor, ops: Ops
     ) -> tuple[Tensor, Tensor]:
         x, residual = ops.rms_norm(x, residual, self.input_norm, self.eps)
-        qkv = ops.linear(x, self.qkv, self.qkv_bias)
+        qkv = ops.multiply(x, self.qkv, self.qkv_bias)
         own = batch.groups[self.kv_group]
         rotated = ops.rotary(qkv, self.head_norm, cos_sin, batch.positions, cache, self.place, own.slots)
-        x = ops.linear(self._attend(*rotated, batch, own, cache, ops).flatten(1), self.o, self._added_bias)
+        x = ops.multiply(self._attend(*rotated, batch, own, cache, ops).flatten(1), self.o, self._added_bias)
         x, residual = ops.rms_norm(self._group.all_reduce(x), residual, self.post_norm, self.eps)
         return self._group.all_reduce(self.mlp(x, ops)), residual
 
@@ -155,7 +164,7 @@ class Decoder:
         group: the ranks that share the model.
 
     Raises:
-        ConfigError: the model cannot be divided among so many.
+        ConfigError: the model, or its quantised weights, cannot be divided among so many.
     """
 
     def __init__(
@@ -168,9 +177,7 @@ class Decoder:
         matrix_dtype: torch.dtype | None = None,
         group: Group = Alone(),
     ) -> None:
-        def make(*shape: int) -> Tensor:
-            return torch.empty(shape, dtype=dtype if len(shape) == 1 else matrix_dtype or dtype, device=device)
-
+        make = Parameters(dtype, matrix_dtype or dtype, device, spec.quantization, group.size)
         self.spec = spec
         self.dtype = dtype
         self.device = device

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...core.errors import ConfigError
+from .quantization import Quantization, parse_quantization
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class ModelSpec:
     eos_ids: tuple[int, ...]
     dtype: str
     """Of the checkpoint: float32, bfloat16 or float16."""
+    quantization: Quantization | None = None
 
 
 _Reader = Callable[[Mapping[str, Any]], dict[str, Any]]
@@ -164,9 +166,6 @@ def parse_spec(config: Mapping[str, Any], generation: Mapping[str, Any], where: 
         raise ConfigError(
             f"{where}: architecture {names[0]} is not supported", fix=f"supported: {', '.join(ARCHITECTURES)}"
         )
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method")
-        raise ConfigError(f"{where}: quantization {method} is not supported", fix="use the unquantised checkpoint")
     activation = config.get("hidden_act", "silu")
     if activation != "silu":
         raise ConfigError(f"{where}: hidden_act {activation!r} is not supported", fix="supported: silu")
@@ -200,6 +199,8 @@ def _build(config: Mapping[str, Any], generation: Mapping[str, Any], name: str, 
     if moe is not None and not 0 < moe.top_k <= moe.num_experts:
         raise ValueError(f"num_experts_per_tok {moe.top_k} is not within 1 … {moe.num_experts} experts")
     eos = generation.get("eos_token_id", config.get("eos_token_id"))
+    dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
+    quantization = config.get("quantization_config")
     return ModelSpec(
         architecture=name,
         vocab_size=config["vocab_size"],
@@ -214,7 +215,8 @@ def _build(config: Mapping[str, Any], generation: Mapping[str, Any], name: str, 
         max_positions=config["max_position_embeddings"],
         tied_embeddings=bool(config.get("tie_word_embeddings", False)),
         eos_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
-        dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch."),
+        dtype=dtype,
+        quantization=parse_quantization(quantization, dtype) if quantization else None,
         **own,
     )
 

@@ -183,6 +183,33 @@ def test_a_dense_model_has_no_experts() -> None:
     assert choices_for(Config(), mixture, H100)["moe"].backend == "triton"
 
 
+def test_quantised_models() -> None:
+    """Each scheme's operations, with what serves them and why others do not."""
+    from tandem.bench.kernels import MODELS
+    from tandem.cluster.cli.explain import choices_for
+
+    fp8 = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+    mixture = parse_spec(MODELS["qwen3-30b-a3b"] | {"quantization_config": fp8 | {"weight_block_size": [128, 128]}}, {})
+    choices = choices_for(Config(), mixture, H100)
+    assert choices["packed_linear"].serves == "FP8, blocks of 128 × 128: Triton, dequantised in registers"
+    assert choices["packed_moe"].backend == "triton"
+    assert "linear" in choices, "of the router and the head"
+    assert not {"moe", "gated_linear"} & choices.keys()
+    old = choices_for(Config(), mixture, A100)["packed_moe"]
+    assert old.backend == "torch"
+    assert old.rejected[0] == ("triton", "float8_e4m3fn needs compute capability 8.9, NVIDIA A100 has 8.0")
+    dense = parse_spec(MODELS["qwen3-8b"] | {"quantization_config": fp8}, {})
+    assert choices_for(Config(), dense, H100)["packed_linear"].serves.startswith(
+        "FP8, a scale a tensor: up to 64 rows: Triton, dequantised in registers; more: torch"
+    )
+    assert "packed_moe" not in choices_for(Config(), dense, H100)
+    mxfp4 = parse_spec(MODELS["qwen3-30b-a3b"] | {"quantization_config": {"quant_method": "mxfp4"}}, {})
+    on_cpu = choices_for(Config(), mxfp4, CPU)
+    assert on_cpu["packed_moe"].backend == "torch"
+    assert on_cpu["linear"].backend == "numba"
+    assert not {"moe", "packed_linear"} & on_cpu.keys()
+
+
 def test_presets_are_described_in_full() -> None:
     for preset in device.PRESETS.values():
         assert (preset.capability is None) is (preset.type == "cpu")
