@@ -13,6 +13,7 @@ from ...kernels.rotary import HeadNorm
 from ...kv_transfer.layout import group_layers
 from ..batch import Batch, GroupBlocks
 from ..tensor_parallel import Alone, Group
+from .experts import Experts
 from .rope import cos_sin_table
 from .shard import padded_rows, shard, vocabulary_rows
 from .spec import ModelSpec
@@ -34,23 +35,6 @@ class Mlp:
 
     def __call__(self, x: Tensor, ops: Ops) -> Tensor:
         return ops.linear(ops.gated_linear(x, self.gate_up, self.gate_up_bias), self.down, self._added_bias)
-
-
-class Experts:
-    """Router [experts, hidden], gate and up [experts, 2 · inner, hidden], down [experts, hidden, inner].
-
-    Each rank of several routes alike, and has a part of every expert's inner size.
-    """
-
-    def __init__(self, spec: ModelSpec, make: Callable[..., Tensor]) -> None:
-        assert spec.moe is not None
-        moe = self.spec = spec.moe
-        self.router = make(moe.num_experts, spec.hidden)
-        self.gate_up = make(moe.num_experts, 2 * moe.inner, spec.hidden)
-        self.down = make(moe.num_experts, spec.hidden, moe.inner)
-
-    def __call__(self, x: Tensor, ops: Ops) -> Tensor:
-        return ops.moe(x, self.router, self.gate_up, self.down, self.spec.top_k, self.spec.renormalize)
 
 
 class Layer:

@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from .decoder import Decoder, Experts, Layer
+from .decoder import Decoder, Layer
+from .experts import Experts
 from .shard import first_kv_head, vocabulary_rows
 
 
