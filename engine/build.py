@@ -17,7 +17,7 @@ from ..kernels import copy_runs
 from ..kernels.compiled import set_num_threads
 from ..kernels.linear import MAX_COMPILED_WEIGHTS
 from ..kernels.moe import MAX_COMPILED_EXPERT
-from ..kernels.oracle import FUSED, NATIVE, recordable, select
+from ..kernels.oracle import FUSED, compiled, recordable, select
 from ..kernels.prefill_attention import prepare
 from ..kv_transfer.layout import KVLayout, group_layers, layer_groups
 from .allocator import num_blocks_needed
@@ -27,6 +27,7 @@ from .graphs import DecodeGraphs
 from .kv_cache import KV_DTYPES, TORCH_DTYPES, KVCache, plan_num_blocks
 from .memory import DeviceMemory, lacking, profile_steps
 from .models.decoder import Decoder
+from .models.experts import experts_spec
 from .models.shard import local_kv_heads
 from .models.spec import ModelSpec, context_length, read_spec
 from .row_state import RowState, RowTable
@@ -83,9 +84,10 @@ def build_engine(
             "the first is 0"
         )
     dtype, kv_dtype = plan_dtypes(config, spec, device.type)
-    ops = select(device, TORCH_DTYPES[dtype], KV_DTYPES[kv_dtype], config.model.kernels)
+    experts = experts_spec(spec, TORCH_DTYPES[dtype], group.size)
+    ops = select(device, TORCH_DTYPES[dtype], KV_DTYPES[kv_dtype], config.model.kernels, experts)
     # Half the bytes, the same numbers: compiled kernels widen bfloat16 as they read it.
-    halved = config.model.dtype == "auto" and spec.dtype == "bfloat16" and ops is NATIVE and _all_compiled(spec)
+    halved = config.model.dtype == "auto" and spec.dtype == "bfloat16" and compiled(ops) and _all_compiled(spec)
     matrix_dtype = torch.bfloat16 if halved else None
     groups = group_layers(spec.windows)
     layout = KVLayout(
@@ -156,7 +158,7 @@ def use_threads(engine: Engine, count: int) -> None:
     """
     model = engine.model
     set_num_threads(count)
-    torch.set_num_threads(1 if model.ops is NATIVE and _all_compiled(model.spec) else count)
+    torch.set_num_threads(1 if compiled(model.ops) and _all_compiled(model.spec) else count)
 
 
 def _all_compiled(spec: ModelSpec) -> bool:

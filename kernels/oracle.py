@@ -16,8 +16,7 @@ from . import (
     decode_layers,
     gated_linear,
     linear,
-    moe,
-    moe_few,
+    moe_oracle,
     penalties,
     prefill_attention,
     rms_norm,
@@ -26,6 +25,7 @@ from . import (
     small_linear,
 )
 from .device import Device, describe
+from .moe_oracle import Choice, ExpertsSpec
 
 
 class Ops(NamedTuple):
@@ -38,7 +38,8 @@ class Ops(NamedTuple):
     decode_attention: Callable[..., Tensor]
     prefill_attention: Callable[..., Tensor]
     silu_mul: Callable[..., Tensor]
-    moe: Callable[..., Tensor]
+    moe: moe_oracle.Kernel
+    """Of a layer's experts; `moe_oracle` chooses it."""
     sample: Callable[[Tensor, sampling.SamplingRows], Tensor]
     complete: Callable[..., None]
     """See `decode_inputs.reference`."""
@@ -56,7 +57,7 @@ REFERENCE = Ops(
     decode_attention=decode_attention.reference,
     prefill_attention=prefill_attention.reference,
     silu_mul=activation.reference,
-    moe=moe.reference,
+    moe=moe_oracle.TORCH,
     sample=sampling.reference,
     complete=decode_inputs.reference,
     penalize=penalties.reference,
@@ -72,7 +73,7 @@ NATIVE = Ops(
     decode_attention=decode_attention.native,
     prefill_attention=prefill_attention.native,
     silu_mul=activation.native,
-    moe=moe.native,
+    moe=moe_oracle.NUMBA,
     sample=sampling.native,
     complete=decode_inputs.reference,
     penalize=penalties.reference,
@@ -88,7 +89,7 @@ FUSED = Ops(
     decode_attention=decode_attention.fused,
     prefill_attention=prefill_attention.fused,
     silu_mul=activation.fused,
-    moe=moe.fused,
+    moe=moe_oracle.TRITON,
     sample=sampling.fused,
     complete=decode_inputs.fused,
     penalize=penalties.fused,
@@ -104,18 +105,8 @@ class Needs(NamedTuple):
     """Of weights and activations."""
     kv_dtype: torch.dtype
     """Of the cache."""
-    num_experts: int = 0
-    top_k: int = 0
-
-
-class Choice(NamedTuple):
-    """Which backend serves an operation."""
-
-    backend: str
-    serves: str
-    """By what, and where in parts: "up to 64 rows: Triton; more: cuBLAS"."""
-    rejected: tuple[tuple[str, str], ...]
-    """Backends that come before, each with the reason why it does not."""
+    experts: ExpertsSpec | None = None
+    """None: plain ones, of a number that is not known."""
 
 
 class _Backend(NamedTuple):
@@ -201,6 +192,8 @@ def choose(needs: Needs, device: Device, wanted: Mapping[str, str] | None = None
 
 def _choose(op: str, needs: Needs, device: Device, wanted: Mapping[str, str]) -> Choice:
     asked = wanted.get(op)
+    if op == "moe":
+        return moe_oracle.select(needs.experts or ExpertsSpec(needs.dtype), device, asked)
     names = [backend.name for backend in backends(op)]
     if asked is not None and asked not in names:
         raise ConfigError(f"model.kernels: {op} has no backend {asked}", fix=f"it has {', '.join(names)}")
@@ -231,7 +224,6 @@ def _serves(op: str, backend: str, needs: Needs, device: Device) -> str:
     cuda = device.type == "cuda"
     library = "cuBLAS" if cuda else "torch's BLAS"
     rows = _up_to(small_linear.most_tokens(needs.dtype), "row")
-    few = _up_to(moe_few.most_tokens(needs.num_experts, needs.top_k), "token")
     known = {
         ("linear", "triton"): f"{rows}: Triton; more: cuBLAS",
         ("gated_linear", "triton"): f"{rows}: Triton, one kernel; more: cuBLAS, then silu_mul",
@@ -241,13 +233,10 @@ def _serves(op: str, backend: str, needs: Needs, device: Device) -> str:
             if needs.dtype == needs.kv_dtype != torch.float32
             else "Triton"
         ),
-        ("moe", "triton"): f"{few}: Triton, pair by pair; more: Triton, sorted by expert",
         ("linear", "numba"): f"weights of up to {linear.MAX_COMPILED_WEIGHTS:,} elements: Numba; larger: oneDNN",
-        ("moe", "numba"): f"experts of up to {moe.MAX_COMPILED_EXPERT:,} weights: Numba; larger: oneDNN",
         ("decode_layers", "numba"): "Numba, a layer at a time",
         ("linear", "torch"): library,
         ("gated_linear", "torch"): f"{library}, then torch",
-        ("moe", "torch"): f"{library}, an expert at a time",
         ("prefill_attention", "torch"): "torch: cuDNN, or its own kernels" if cuda else "torch",
         ("decode_layers", "torch"): "each operation by itself",
     }
@@ -261,7 +250,8 @@ def _up_to(count: int, noun: str) -> str:
 def assemble(choices: Mapping[str, Choice]) -> Ops:
     """The chosen functions; `REFERENCE`, `NATIVE` or `FUSED` itself where they are just these."""
     tables = {backend.name: backend.ops for backend in BACKENDS}
-    ops = Ops(**{op: getattr(tables[choice.backend], op) for op, choice in choices.items()})
+    kernel = moe_oracle.KERNELS[choices["moe"].backend]
+    ops = Ops(moe=kernel, **{op: getattr(tables[c.backend], op) for op, c in choices.items() if op != "moe"})
     return next((table for table in tables.values() if table == ops), ops)
 
 
@@ -270,19 +260,26 @@ def select(
     dtype: torch.dtype,
     kv_dtype: torch.dtype | None = None,
     wanted: Mapping[str, str] | None = None,
+    experts: ExpertsSpec | None = None,
 ) -> Ops:
     """The fastest implementation of each operation for ``dtype``, on a device of this machine.
 
     Raises:
         ConfigError: as `choose`, or the device is not here.
     """
-    return assemble(choose(Needs(dtype, kv_dtype or dtype), describe(device), wanted))
+    return assemble(choose(Needs(dtype, kv_dtype or dtype, experts), describe(device), wanted))
+
+
+def compiled(ops: Ops) -> bool:
+    """Whether all operations of a layer are `NATIVE`, the experts' in any form."""
+    return ops.moe.family == NATIVE.moe.family and ops._replace(moe=NATIVE.moe) == NATIVE
 
 
 def recordable(ops: Ops) -> bool:
     """Whether a decode step can be a CUDA graph: what torch does instead of Triton waits for nothing on the device, and
     leaves rows without a slot alone."""
-    return all(getattr(ops, op) is getattr(FUSED, op) for op in Ops._fields if op not in _RECORDABLE)
+    fixed = [op for op in Ops._fields if op not in _RECORDABLE and op != "moe"]
+    return ops.moe.recordable and all(getattr(ops, op) is getattr(FUSED, op) for op in fixed)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -15,6 +15,7 @@ from ...core.config import Config, load_config, model_folder, model_name
 from ...core.errors import ConfigError
 from ...engine.build import plan_dtypes
 from ...engine.kv_cache import TORCH_DTYPES
+from ...engine.models.experts import experts_spec
 from ...engine.models.spec import ModelSpec, read_spec
 from ...kernels.device import PRESETS, Device, describe
 from ...kernels.oracle import Choice, Needs, choose
@@ -62,10 +63,8 @@ def choices_for(config: Config, spec: ModelSpec, device: Device) -> dict[str, Ch
         ConfigError: as `kernels.oracle.choose`.
     """
     dtype, kv_dtype = (TORCH_DTYPES[name] for name in plan_dtypes(config, spec, device.type))
-    moe = spec.moe
-    needs = Needs(dtype, kv_dtype, moe.num_experts, moe.top_k) if moe else Needs(dtype, kv_dtype)
-    choices = choose(needs, device, config.model.kernels)
-    if moe is None:
+    choices = choose(Needs(dtype, kv_dtype, experts_spec(spec, dtype)), device, config.model.kernels)
+    if spec.moe is None:
         del choices["moe"]
     elif len(spec.moe_layers) == spec.num_layers:
         del choices["gated_linear"], choices["silu_mul"]

@@ -14,27 +14,10 @@ from ...kv_transfer.layout import group_layers
 from ..batch import Batch, GroupBlocks
 from ..tensor_parallel import Alone, Group
 from .experts import Experts
+from .mlp import Mlp
 from .rope import cos_sin_table
 from .shard import padded_rows, shard, vocabulary_rows
 from .spec import ModelSpec
-
-
-class Mlp:
-    """Dense weights: gate and up [2 · inner, hidden], down [hidden, inner], and biases or None.
-
-    A rank of several has a part of the inner size. Its output is a part of the sum over ranks, to which the first adds
-    the last bias.
-    """
-
-    def __init__(self, spec: ModelSpec, make: Callable[..., Tensor], rank: int) -> None:
-        self.gate_up = make(2 * spec.inner, spec.hidden)
-        self.down = make(spec.hidden, spec.inner)
-        self.gate_up_bias = make(2 * spec.inner) if spec.mlp_bias else None
-        self.down_bias = make(spec.hidden) if spec.mlp_bias else None
-        self._added_bias = self.down_bias if rank == 0 else None
-
-    def __call__(self, x: Tensor, ops: Ops) -> Tensor:
-        return ops.linear(ops.gated_linear(x, self.gate_up, self.gate_up_bias), self.down, self._added_bias)
 
 
 class Layer:
@@ -68,7 +51,11 @@ class Layer:
         self.o_bias = make(spec.hidden) if spec.o_bias else None
         self._added_bias = self.o_bias if group.rank == 0 else None
         self.post_norm = make(spec.hidden)
-        self.mlp: Mlp | Experts = Experts(spec, make) if index in spec.moe_layers else Mlp(spec, make, group.rank)
+        self.mlp: Mlp | Experts
+        if index in spec.moe_layers:
+            self.mlp = Experts(spec, make, group.rank)
+        else:
+            self.mlp = Mlp(spec.hidden, spec.inner, make, spec.mlp_bias, group.rank)
         self._group = group
 
     def weights(self) -> LayerWeights | None:
@@ -86,8 +73,8 @@ class Layer:
             o_bias=self.o_bias,
             post_norm=self.post_norm,
             router=mlp.router if isinstance(mlp, Experts) else None,
-            gate_up=mlp.gate_up if isinstance(mlp, Experts) else mlp.gate_up.unsqueeze(0),
-            down=mlp.down if isinstance(mlp, Experts) else mlp.down.unsqueeze(0),
+            gate_up=mlp.weights.gate_up if isinstance(mlp, Experts) else mlp.gate_up.unsqueeze(0),
+            down=mlp.weights.down if isinstance(mlp, Experts) else mlp.down.unsqueeze(0),
             top_k=moe.top_k if moe else 0,
             renormalize=moe.renormalize if moe else False,
             eps=self.eps,
@@ -203,6 +190,7 @@ class Decoder:
     def _prepare(self) -> list[Prepared]:
         """The layers for `kernels.decode_layers`, where it serves all of them: it takes no sums over ranks."""
         whole = self.ops.decode_layers is not None and self.group.size == 1
+        whole = whole and not (self.spec.moe_layers and self.ops.moe.form != "monolithic")
         weights = [layer.weights() for layer in self.layers] if whole else []
         covered = [w for w in weights if w is not None and num_weights(w) <= MAX_WEIGHTS]
         return [Prepared(w) for w in covered] if len(covered) == len(self.layers) else []

@@ -1,27 +1,85 @@
-"""The feed-forward part of a layer that has experts: who computes which token, and the sum of what they say."""
+"""The feed-forward part of a layer that has experts: router, experts, and the experts that all tokens share."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
+from ...kernels.expert_weights import ExpertWeights
+from ...kernels.moe_oracle import ExpertsSpec
 from ...kernels.oracle import Ops
+from ...kernels.routing import route
+from .mlp import Mlp
 from .spec import ModelSpec
 
 
-class Experts:
-    """Router [experts, hidden], gate and up [experts, 2 · inner, hidden], down [experts, hidden, inner].
+def experts_spec(
+    spec: ModelSpec, dtype: torch.dtype, tensor_parallel: int = 1, expert_parallel: int = 1
+) -> ExpertsSpec | None:
+    """What a model asks of its experts' kernel; None: it has no experts.
 
-    Each rank of several routes alike, and has a part of every expert's inner size.
+    Args:
+        spec: of the whole model.
+        dtype: of activations.
+        tensor_parallel: ranks that share every expert.
+        expert_parallel: ranks that have different experts.
+    """
+    moe = spec.moe
+    if moe is None:
+        return None
+    return ExpertsSpec(
+        dtype=dtype,
+        activation=moe.activation,
+        biases=moe.biases,
+        routing=moe.method,
+        scaled=moe.scale != 1.0,
+        router_bias=moe.router_bias,
+        shared=moe.shared_inner > 0,
+        num_experts=moe.num_experts,
+        top_k=moe.top_k,
+        hidden=spec.hidden,
+        inner=moe.inner // tensor_parallel,
+        tensor_parallel=tensor_parallel,
+        expert_parallel=expert_parallel,
+    )
+
+
+class Experts:
+    """Routes each token to some experts, and adds what these and the shared ones make of it.
+
+    Each rank of several that share a model routes alike, and has a part of every expert's inner size. Its output is a
+    part of the sum over ranks, to which the first adds the experts' last biases.
+
+    Attributes:
+        router: [experts, hidden].
+        router_bias: [experts], or None.
+        correction: [experts], added where experts are chosen and not to their weights, or None.
+        weights: of the experts.
+        shared: one dense part, for the experts that all tokens go to, or None.
     """
 
-    def __init__(self, spec: ModelSpec, make: Callable[..., Tensor]) -> None:
+    def __init__(self, spec: ModelSpec, make: Callable[..., Tensor], rank: int) -> None:
         assert spec.moe is not None
         moe = self.spec = spec.moe
         self.router = make(moe.num_experts, spec.hidden)
-        self.gate_up = make(moe.num_experts, 2 * moe.inner, spec.hidden)
-        self.down = make(moe.num_experts, spec.hidden, moe.inner)
+        self.router_bias = make(moe.num_experts) if moe.router_bias else None
+        self.correction = make(moe.num_experts) if moe.method == "sigmoid_grouped" else None
+        self.weights = ExpertWeights(
+            make(moe.num_experts, 2 * moe.inner, spec.hidden),
+            make(moe.num_experts, spec.hidden, moe.inner),
+            make(moe.num_experts, 2 * moe.inner) if moe.biases else None,
+            make(moe.num_experts, spec.hidden) if moe.biases and rank == 0 else None,
+            moe.activation,
+        )
+        self.shared = Mlp(spec.hidden, moe.shared_inner, make, False, rank) if moe.shared_inner else None
 
     def __call__(self, x: Tensor, ops: Ops) -> Tensor:
-        return ops.moe(x, self.router, self.gate_up, self.down, self.spec.top_k, self.spec.renormalize)
+        if ops.moe.form == "monolithic":
+            moe, own = self.spec, self.weights
+            return ops.moe.compute(x, self.router, own.gate_up, own.down, moe.top_k, moe.renormalize)
+        logits = ops.linear(x, self.router, self.router_bias)
+        weights, ids = route(logits, self.spec.routing, self.correction)
+        out = ops.moe.compute(x, weights, ids, self.weights)
+        return out if self.shared is None else out + self.shared(x, ops)

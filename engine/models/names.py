@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from ..tensor_parallel import Group
 from .decoder import Decoder, Layer
 from .experts import Experts
 from .shard import first_kv_head, vocabulary_rows
@@ -100,17 +101,29 @@ def _layer(layer: Layer, model: Decoder) -> dict[str, Destination]:
         names["self_attn.k_norm.weight"] = _whole(layer.head_norm.key)
     mlp = layer.mlp
     if isinstance(mlp, Experts):
-        names["mlp.gate.weight"] = _whole(mlp.router)
-        whole = mlp.spec.inner * group.size
-        for expert, (gate_up, down) in enumerate(zip(mlp.gate_up, mlp.down, strict=True)):
-            prefix = f"mlp.experts.{expert}."
-            names |= {prefix + name: part for name, part in _gated(gate_up, down, whole, group.rank).items()}
-        return names
+        return names | _experts(mlp, group)
     names |= {f"mlp.{name}": part for name, part in _gated(mlp.gate_up, mlp.down, spec.inner, group.rank).items()}
     if mlp.gate_up_bias is not None and mlp.down_bias is not None:
         names["mlp.down_proj.bias"] = _whole(mlp.down_bias)
         for name, bias in zip(("gate", "up"), mlp.gate_up_bias.chunk(2), strict=True):
             names[f"mlp.{name}_proj.bias"] = _rows(bias, spec.inner, group.rank * local.inner)
+    return names
+
+
+def _experts(mlp: Experts, group: Group) -> dict[str, Destination]:
+    names = {"mlp.gate.weight": _whole(mlp.router)}
+    if mlp.router_bias is not None:
+        names["mlp.gate.bias"] = _whole(mlp.router_bias)
+    if mlp.correction is not None:
+        names["mlp.gate.e_score_correction_bias"] = _whole(mlp.correction)
+    whole = mlp.spec.inner * group.size
+    for index in range(len(mlp.weights.gate_up)):
+        expert = mlp.weights.expert(index)
+        parts = _gated(expert.gate_up, expert.down, whole, group.rank)
+        names |= {f"mlp.experts.{index}.{name}": part for name, part in parts.items()}
+    if mlp.shared is not None:
+        parts = _gated(mlp.shared.gate_up, mlp.shared.down, mlp.spec.shared_inner * group.size, group.rank)
+        names |= {f"mlp.shared_experts.{name}": part for name, part in parts.items()}
     return names
 
 

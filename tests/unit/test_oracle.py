@@ -14,6 +14,7 @@ from tandem.core.errors import ConfigError
 from tandem.engine.models.spec import parse_spec
 from tandem.kernels import device, moe_few, small_linear
 from tandem.kernels.device import PRESETS, Device, describe
+from tandem.kernels.moe_oracle import ExpertsSpec
 from tandem.kernels.oracle import (
     BACKENDS,
     FUSED,
@@ -98,11 +99,12 @@ def test_a_type_that_a_gpu_lacks() -> None:
 
 
 def test_what_serves_in_parts() -> None:
-    mixture = HALF._replace(num_experts=128, top_k=8)
+    experts = ExpertsSpec(torch.bfloat16, num_experts=128, top_k=8)
+    mixture = HALF._replace(experts=experts)
     rows, tokens = small_linear.most_tokens(torch.bfloat16), moe_few.most_tokens(128, 8)
     assert choose(mixture, H100)["linear"].serves == f"up to {rows} rows: Triton; more: cuBLAS"
     assert choose(mixture, H100)["moe"].serves.startswith(f"up to {tokens} tokens: Triton, pair by pair")
-    assert choose(mixture._replace(num_experts=512), H100)["moe"].serves.startswith("no token")
+    assert choose(HALF._replace(experts=experts._replace(num_experts=512)), H100)["moe"].serves.startswith("no token")
     assert choose(FLOAT, H100)["linear"].serves.startswith("up to 2 rows:")
     assert moe_few.serves(tokens, 128, 8)
     assert not moe_few.serves(tokens + 1, 128, 8)
@@ -111,6 +113,8 @@ def test_what_serves_in_parts() -> None:
 def test_every_operation_ends_with_torch() -> None:
     """So that there is always a way; and no backend claims a function that is another's."""
     for op in Ops._fields:
+        if op == "moe":  # see test_moe_oracle.py
+            continue
         found = backends(op)
         assert found[-1].name == "torch"
         assert len({getattr(backend.ops, op) for backend in found}) == len(found)
