@@ -17,7 +17,7 @@ import safetensors
 import torch
 
 from ..core.errors import ConfigError
-from .models.names import Destination, alternatives, destinations, ignored
+from .models.names import Destination, alternatives, destinations, elsewhere, ignored
 
 if TYPE_CHECKING:
     from .models.decoder import Decoder
@@ -42,13 +42,14 @@ def load_weights(model: Decoder, folder: Path, progress: Progress | None = None)
     """
     wanted = destinations(model)
     names = {other: name for name in wanted for other in (name, *alternatives(name))}
+    others = {other for name in elsewhere(model) for other in (name, *alternatives(name))}
     total = sum(_num_bytes(place.tensor) for place in wanted.values())
     done = 0
     missing = set(wanted)
     for file, key in _tensors(folder):
         name = names.get(key)
         if name is None:
-            if ignored(key, model.spec.tied_embeddings):
+            if ignored(key, model.spec.tied_embeddings) or key in others:
                 continue
             raise ConfigError(f"{file.path}: unexpected tensor {key}: {model.spec.architecture} has none of that name")
         place = wanted[name]

@@ -12,6 +12,7 @@ from ...kernels.oracle import Ops
 from ...kernels.rotary import HeadNorm
 from ...kv_transfer.layout import group_layers
 from ..batch import Batch, GroupBlocks
+from ..expert_parallel import ExpertGroup
 from ..tensor_parallel import Alone, Group
 from .experts import Experts
 from .mlp import Mlp
@@ -30,10 +31,18 @@ class Layer:
         group: the ranks that share the layer.
         kv_group: which blocks hold its KV.
         place: where in a block.
+        experts: the ranks that have different experts of it, if there are several.
     """
 
     def __init__(
-        self, spec: ModelSpec, index: int, make: Callable[..., Tensor], group: Group, kv_group: int, place: int
+        self,
+        spec: ModelSpec,
+        index: int,
+        make: Callable[..., Tensor],
+        group: Group,
+        kv_group: int,
+        place: int,
+        experts: ExpertGroup | None,
     ) -> None:
         heads, kv_heads, head_dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
         rows = (heads + 2 * kv_heads) * head_dim
@@ -53,7 +62,8 @@ class Layer:
         self.post_norm = make(spec.hidden)
         self.mlp: Mlp | Experts
         if index in spec.moe_layers:
-            self.mlp = Experts(spec, make, group.rank)
+            number = sorted(spec.moe_layers).index(index)
+            self.mlp = Experts(spec, make, group.rank, experts, number)
         else:
             self.mlp = Mlp(spec.hidden, spec.inner, make, spec.mlp_bias, group.rank)
         self._group = group
@@ -124,6 +134,7 @@ class Decoder:
         ops: the kernels to run on.
         matrix_dtype: of the weights that multiply, where ``ops`` takes them in another type.
         group: the ranks that share the model.
+        experts: the ranks that have different experts of it, and requests of their own, if there are several.
 
     Raises:
         ConfigError: the model cannot be divided among so many.
@@ -138,6 +149,7 @@ class Decoder:
         ops: Ops,
         matrix_dtype: torch.dtype | None = None,
         group: Group = Alone(),
+        experts: ExpertGroup | None = None,
     ) -> None:
         def make(*shape: int) -> Tensor:
             return torch.empty(shape, dtype=dtype if len(shape) == 1 else matrix_dtype or dtype, device=device)
@@ -147,6 +159,7 @@ class Decoder:
         self.device = device
         self.ops = ops
         self.group = group
+        self.experts = experts
         self.local = shard(spec, group.size)
         # Every rank gathers equally many logits; rows beyond the vocabulary fill the last ranks up.
         rows = padded_rows(spec, group.size)
@@ -160,7 +173,9 @@ class Decoder:
         self.head[len(vocabulary_rows(spec, group.rank, group.size)) :].zero_()
         self.groups = group_layers(spec.windows)
         places = {layer: (n, place) for n, kv in enumerate(self.groups) for place, layer in enumerate(kv.layers)}
-        self.layers = [Layer(self.local, index, make, group, *places[index]) for index in range(spec.num_layers)]
+        self.layers = [
+            Layer(self.local, index, make, group, *places[index], experts) for index in range(spec.num_layers)
+        ]
         self.norm = make(spec.hidden)
         table = cos_sin_table(spec.rope, spec.head_dim, max_model_len, spec.max_positions)
         self._cos_sin = table.to(device)
@@ -233,6 +248,18 @@ class Decoder:
         x, _ = self.ops.rms_norm(x, residual, self.norm, self.spec.norm_eps)
         logits = self.ops.linear(x, self.head)
         return logits if self.group.size == 1 else self._gather(logits)
+
+    @torch.inference_mode()
+    def accompany(self) -> None:
+        """Take part in a step of the ranks that share experts, with no tokens.
+
+        Raises:
+            WorkerError: another rank did not.
+        """
+        nobody = torch.empty(0, self.spec.hidden, dtype=self.dtype, device=self.device)
+        for layer in self.layers:
+            if isinstance(layer.mlp, Experts):
+                layer.mlp.accompany(nobody, self.ops)
 
     def _gather(self, logits: Tensor) -> Tensor:
         vocabulary = self.spec.vocab_size

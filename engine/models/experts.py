@@ -11,6 +11,7 @@ from ...kernels.expert_weights import ExpertWeights
 from ...kernels.moe_oracle import ExpertsSpec
 from ...kernels.oracle import Ops
 from ...kernels.routing import route
+from ..expert_parallel import ExpertGroup
 from .mlp import Mlp
 from .spec import ModelSpec
 
@@ -52,7 +53,15 @@ class Experts:
     Each rank of several that share a model routes alike, and has a part of every expert's inner size. Its output is a
     part of the sum over ranks, to which the first adds the experts' last biases.
 
+    Args:
+        spec: this rank's part of the model's.
+        make: an uninitialised tensor of a shape.
+        rank: among those that share the model.
+        group: the ranks that have different experts, each with tokens of its own; None: all experts are here.
+        layer: number among the layers with experts.
+
     Attributes:
+        held: the experts that are here, in the order of the weights.
         router: [experts, hidden].
         router_bias: [experts], or None.
         correction: [experts], added where experts are chosen and not to their weights, or None.
@@ -60,17 +69,27 @@ class Experts:
         shared: one dense part, for the experts that all tokens go to, or None.
     """
 
-    def __init__(self, spec: ModelSpec, make: Callable[..., Tensor], rank: int) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        make: Callable[..., Tensor],
+        rank: int,
+        group: ExpertGroup | None = None,
+        layer: int = 0,
+    ) -> None:
         assert spec.moe is not None
         moe = self.spec = spec.moe
+        self.held = list(range(moe.num_experts)) if group is None else group.maps.held_by(layer, group.rank)
+        self._group = group
+        self._layer = layer
         self.router = make(moe.num_experts, spec.hidden)
         self.router_bias = make(moe.num_experts) if moe.router_bias else None
         self.correction = make(moe.num_experts) if moe.method == "sigmoid_grouped" else None
         self.weights = ExpertWeights(
-            make(moe.num_experts, 2 * moe.inner, spec.hidden),
-            make(moe.num_experts, spec.hidden, moe.inner),
-            make(moe.num_experts, 2 * moe.inner) if moe.biases else None,
-            make(moe.num_experts, spec.hidden) if moe.biases and rank == 0 else None,
+            make(len(self.held), 2 * moe.inner, spec.hidden),
+            make(len(self.held), spec.hidden, moe.inner),
+            make(len(self.held), 2 * moe.inner) if moe.biases else None,
+            make(len(self.held), spec.hidden) if moe.biases and rank == 0 else None,
             moe.activation,
         )
         self.shared = Mlp(spec.hidden, moe.shared_inner, make, False, rank) if moe.shared_inner else None
@@ -81,5 +100,26 @@ class Experts:
             return ops.moe.compute(x, self.router, own.gate_up, own.down, moe.top_k, moe.renormalize)
         logits = ops.linear(x, self.router, self.router_bias)
         weights, ids = route(logits, self.spec.routing, self.correction)
-        out = ops.moe.compute(x, weights, ids, self.weights)
+        if self._group is None:
+            out = ops.moe.compute(x, weights, ids, self.weights)
+        else:
+            out = self._across(self._group, x, weights, ids, ops)
         return out if self.shared is None else out + self.shared(x, ops)
+
+    def accompany(self, x: Tensor, ops: Ops) -> None:
+        """Take part in a step of the ranks that share experts, with no tokens; ``x`` is [0, hidden].
+
+        Raises:
+            WorkerError: another rank did not.
+        """
+        assert self._group is not None
+        nobody = x.new_empty(0, self.spec.top_k, dtype=torch.float32)
+        self._across(self._group, x, nobody, nobody.long(), ops)
+
+    def _across(self, group: ExpertGroup, x: Tensor, weights: Tensor, ids: Tensor, ops: Ops) -> Tensor:
+        if group.fixed:
+            placed = group.dispatch_fixed(self._layer, x, weights, ids)
+            assert group.batched is not None
+            return group.combine_fixed(group.batched.compute(placed.x, placed.counts, self.weights), placed)
+        sent = group.dispatch(self._layer, x, weights, ids)
+        return group.combine(ops.moe.compute(sent.x, sent.weights, sent.ids, self.weights), sent)

@@ -50,6 +50,17 @@ def destinations(model: Decoder) -> dict[str, Destination]:
     return names
 
 
+def elsewhere(model: Decoder) -> set[str]:
+    """The names of tensors that other ranks have, which hold other experts."""
+    names = set()
+    for layer in model.layers:
+        if isinstance(layer.mlp, Experts):
+            for expert in set(range(layer.mlp.spec.num_experts)) - set(layer.mlp.held):
+                prefix = f"model.layers.{layer.index}.mlp.experts.{expert}."
+                names |= {f"{prefix}{part}_proj.weight" for part in ("gate", "up", "down")}
+    return names
+
+
 def alternatives(name: str) -> list[str]:
     """Other names under which checkpoints carry the tensor ``name``."""
     if ".mlp.experts." in name or ".mlp.gate.weight" in name:
@@ -117,8 +128,8 @@ def _experts(mlp: Experts, group: Group) -> dict[str, Destination]:
     if mlp.correction is not None:
         names["mlp.gate.e_score_correction_bias"] = _whole(mlp.correction)
     whole = mlp.spec.inner * group.size
-    for index in range(len(mlp.weights.gate_up)):
-        expert = mlp.weights.expert(index)
+    for slot, index in enumerate(mlp.held):
+        expert = mlp.weights.expert(slot)
         parts = _gated(expert.gate_up, expert.down, whole, group.rank)
         names |= {f"mlp.experts.{index}.{name}": part for name, part in parts.items()}
     if mlp.shared is not None:

@@ -1,0 +1,33 @@
+"""Ranks that have different experts say what one with all of them says: float32, real processes, gloo."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from support.checkpoints import make_checkpoint
+from support.expert_ranks import FAMILIES, NUM_OUTPUT, share
+from support.ranks import run_ranks
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("families")
+    for family, changes in FAMILIES.items():
+        make_checkpoint(family, folder / family, **changes)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("size", "num_redundant", "fixed"), [(2, 0, False), (2, 2, True), (4, 4, False)], ids=["two", "fixed", "four"]
+)
+def test_ranks_say_what_one_says(size: int, num_redundant: int, fixed: bool, folder: Path) -> None:
+    """Each with prompts of its own, in chunks, then decode steps; one has none, and some end before others."""
+    found = run_ranks(size, share, folder, num_redundant, fixed)
+    for family in FAMILIES:
+        for rank, told in enumerate(found):
+            print(f"{family}, rank {rank}: {told[family].difference:.1e}, idle {told[family].num_idle}")
+            assert told[family].difference < 1e-5
+            assert told[family].same_tokens
+        # The longest prompt takes three chunks, with the last of which comes the first token.
+        assert found[1][family].num_idle == NUM_OUTPUT + 2

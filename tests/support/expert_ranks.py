@@ -1,0 +1,111 @@
+"""What ranks that share experts do to be compared with one that has all; each function is one rank's part."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from tandem.core.hashing import root_hash
+from tandem.core.messages import Child, Sampling
+from tandem.engine.batch import Work
+from tandem.engine.engine import Engine
+from tandem.engine.expert_maps import ExpertMaps
+from tandem.engine.expert_parallel import ExpertGroup, join_experts
+from tandem.engine.kv_cache import KVCache
+from tandem.engine.models.decoder import Decoder
+from tandem.engine.models.experts import experts_spec
+from tandem.engine.models.spec import read_spec
+from tandem.engine.runner import Runner
+from tandem.engine.sequence import Sequence
+from tandem.engine.weights import load_weights
+from tandem.kernels.device import describe
+from tandem.kernels.moe_oracle import KERNELS
+from tandem.kernels.moe_oracle import select as select_experts
+from tandem.kernels.oracle import select
+from tandem.kv_transfer.layout import KVLayout
+
+CPU = torch.device("cpu")
+FAMILIES: dict[str, dict[str, object]] = {
+    "qwen3_moe": {"num_experts": 8, "decoder_sparse_step": 1},
+    "mixtral": {"num_local_experts": 4},
+}
+# Prompts of each rank, by their lengths; what is beyond a rank's turn it spends idle.
+PROMPTS = ((45, 9), (), (33,), (1, 2, 3))
+NUM_OUTPUT = 6
+
+
+class Told(NamedTuple):
+    """What a rank found."""
+
+    difference: float
+    """Of its logits from those of a rank alone, in units of the largest, or one."""
+    same_tokens: bool
+    num_idle: int
+    """Steps that others had and it had not."""
+    loads: list[list[int]]
+    """[layers, slots]"""
+
+
+def engine_of(folder: Path, group: ExpertGroup | None) -> Engine:
+    """An engine in float32 with a rank's experts, or all."""
+    spec = read_spec(folder)
+    size = 1 if group is None else group.size
+    ops = select(CPU, torch.float32, experts=experts_spec(spec, torch.float32, 1, size))
+    model = Decoder(spec, 256, torch.float32, CPU, ops, experts=group)
+    load_weights(model, folder)
+    layout = KVLayout(max(len(kv.layers) for kv in model.groups), spec.num_kv_heads, spec.head_dim, 8, "float32")
+    cache = KVCache(layout, 64, CPU)
+    return Engine(Runner(model, cache.tensor, [0]), cache, prefix_cache=False)
+
+
+def logits_of(engine: Engine, lengths: tuple[int, ...]) -> Iterator[torch.Tensor]:
+    """Compute prompts in chunks of 20, beside each other, then greedy tokens: the logits after each step."""
+    prompts = [[(11 * i * i + 13 * j + n) % 131 for j in range(n)] for i, n in enumerate(lengths)]
+    sequences = [
+        Sequence(f"r{i}", prompt, len(prompt), [Child(0, i)], Sampling(logprobs=1), root_hash("experts"))
+        for i, prompt in enumerate(prompts)
+    ]
+    for sequence in sequences:
+        assert engine.reserve(sequence, sequence.num_tokens + NUM_OUTPUT)
+    forward, seen = engine.model.forward, []
+    engine.model.forward = lambda *given: seen.append(forward(*given)) or seen[-1]  # type: ignore[method-assign,func-returns-value]
+    while todo := [sequence for sequence in sequences if sequence.num_output_tokens < NUM_OUTPUT]:
+        plan = [Work(sequence, min(20, sequence.num_tokens - sequence.num_computed)) for sequence in todo]
+        for outcome in engine.step(plan):
+            if outcome.samples is not None and outcome.samples[0] is not None:
+                outcome.sequence.tokens.append(outcome.samples[0].token)
+        yield seen.pop()
+    for sequence in sequences:
+        engine.free(sequence)
+    engine.model.forward = forward  # type: ignore[method-assign]
+
+
+def share(rank: int, size: int, folder: Path, num_redundant: int, fixed: bool) -> dict[str, Told]:
+    """Every family, with prompts of each rank's own, until nobody has anything to compute."""
+    ranks = join_experts(rank, size, f"file://{folder / 'rendezvous'}{size}{num_redundant}{fixed}", CPU)
+    told = {}
+    for family in FAMILIES:
+        spec = read_spec(folder / family)
+        assert spec.moe is not None
+        maps = ExpertMaps(len(spec.moe_layers), spec.moe.num_experts, num_redundant, size, CPU)
+        wanted = experts_spec(spec, torch.float32, 1, size)
+        assert wanted is not None
+        batched = KERNELS[select_experts(wanted._replace(format="batched"), describe(CPU)).backend]
+        group = ExpertGroup(ranks, maps, 4 if fixed else 0, batched)
+        group.serve()
+        engine = engine_of(folder / family, group)
+        assert len(engine.model.layers[-1].mlp.weights.gate_up) == maps.num_local  # type: ignore[union-attr]
+        got = list(logits_of(engine, PROMPTS[rank]))
+        num_idle = 0
+        while engine.runner.accompany():
+            num_idle += 1
+        want = list(logits_of(engine_of(folder / family, None), PROMPTS[rank]))
+        assert [logits.shape for logits in got] == [logits.shape for logits in want]
+        pairs = list(zip(got, want, strict=True))
+        differences = [float((a - b).abs().max()) / max(1.0, float(b.abs().max())) for a, b in pairs if len(a)]
+        same = all(bool((a.argmax(-1) == b.argmax(-1)).all()) for a, b in pairs)
+        told[family] = Told(max(differences, default=0.0), same, num_idle, group.loads.tolist())
+    ranks.close()
+    return told
