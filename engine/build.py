@@ -23,6 +23,7 @@ from ..kv_transfer.layout import KVLayout, group_layers, layer_groups
 from .allocator import num_blocks_needed
 from .batch import Work
 from .engine import Engine
+from .expert_parallel import ExpertGroup, ExpertPlace, make_group
 from .graphs import DecodeGraphs
 from .kv_cache import KV_DTYPES, TORCH_DTYPES, KVCache, plan_num_blocks
 from .memory import DeviceMemory, lacking, profile_steps
@@ -57,6 +58,7 @@ def build_engine(
     overlap: bool | None = None,
     group: Group = Alone(),
     agree: Callable[[int], int] = lambda num_blocks: num_blocks,
+    place: ExpertPlace | None = None,
 ) -> Built:
     """Read the model and make the cache. Blocks for as long as reading takes.
 
@@ -70,9 +72,12 @@ def build_engine(
         overlap: whether the host runs a step ahead of the device. Default: on a GPU.
         group: the ranks that share the model.
         agree: makes of the blocks that this rank has room for those that all have.
+        place: among the ranks that share the experts, each with requests of its own; None: all experts are here. When
+            the weights are there, blocks until the others have come.
 
     Raises:
         ConfigError: the model cannot be served as configured, or does not fit.
+        WorkerError: a rank that shares the experts did not come.
     """
     folder = model_folder(config)
     spec = read_spec(folder)
@@ -84,7 +89,10 @@ def build_engine(
             "the first is 0"
         )
     dtype, kv_dtype = plan_dtypes(config, spec, device.type)
-    experts = experts_spec(spec, TORCH_DTYPES[dtype], group.size)
+    experts = experts_spec(spec, TORCH_DTYPES[dtype], group.size, place.size if place else 1)
+    expert_group: ExpertGroup | None = None
+    if place is not None:
+        expert_group = make_group(place, spec, experts, config.experts.redundant, device, max_running)
     ops = select(device, TORCH_DTYPES[dtype], KV_DTYPES[kv_dtype], config.model.kernels, experts)
     # Half the bytes, the same numbers: compiled kernels widen bfloat16 as they read it.
     halved = config.model.dtype == "auto" and spec.dtype == "bfloat16" and compiled(ops) and _all_compiled(spec)
@@ -99,11 +107,14 @@ def build_engine(
     )
     memory: DeviceMemory | None = None
     try:
-        model = Decoder(spec, max_model_len, TORCH_DTYPES[dtype], device, ops, matrix_dtype, group)
+        model = Decoder(spec, max_model_len, TORCH_DTYPES[dtype], device, ops, matrix_dtype, group, expert_group)
         if config.model.load == "dummy":
             fill_dummy(model, config.model.seed)
         else:
             load_weights(model, folder, lambda done, total: progress("weights", done / total))
+        if expert_group is not None and place is not None:
+            progress("waiting for those that share the experts", 0.0)
+            expert_group.join(place.meet(), device)
         if device.type == "cuda":
             progress("largest steps (the first time compiles kernels)", 0.0)
             memory = profile_steps(model, layout, max_batched_tokens, max_running, max_model_len, kept_layers)
@@ -115,7 +126,7 @@ def build_engine(
         num_blocks = plan_num_blocks(layout, per_sequence, config.kv.capacity, max_running, max_model_len, available)
         cache = KVCache(layout, agree(num_blocks), device)
     except torch.OutOfMemoryError:
-        meta = Decoder(spec, 16, TORCH_DTYPES[dtype], torch.device("meta"), ops, matrix_dtype, group)
+        meta = Decoder(spec, 16, TORCH_DTYPES[dtype], torch.device("meta"), ops, matrix_dtype, group, expert_group)
         total = torch.cuda.get_device_properties(device).total_memory
         raise lacking(spec, layout, num_bytes(meta), memory, total) from None
     table, runner = None, Runner(model, cache.tensor, layer_groups(spec.num_layers, config.kv.layer_groups))
@@ -125,7 +136,7 @@ def build_engine(
         num_rows, max_blocks = max_running + MAX_CHILDREN, -(-max_model_len // layout.block_tokens)
         table = RowTable(num_rows, max_blocks, len(groups))
         runner.state = RowState(num_rows, max_blocks, layout.block_tokens, device, ops, len(groups))
-        if device.type == "cuda" and recordable(ops):
+        if device.type == "cuda" and recordable(ops) and expert_group is None:
             runner.graphs = DecodeGraphs(model, cache.tensor, runner.state, max_running, table.spare)
     engine = Engine(runner, cache, config.kv.prefix_cache, table, max_batched_tokens)
     if config.kv.poison_freed:

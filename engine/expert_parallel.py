@@ -11,6 +11,7 @@ depend on nothing, and no host waits.
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
 from datetime import timedelta
 from enum import IntEnum
@@ -20,9 +21,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..core.errors import WorkerError
-from ..kernels.moe_oracle import Kernel
+from ..core.errors import ConfigError, WorkerError
+from ..kernels.device import describe
+from ..kernels.moe_oracle import KERNELS, ExpertsSpec, Kernel, select
 from .expert_maps import ExpertMaps
+from .models.spec import ModelSpec
 from .tensor_parallel import TorchGroup
 
 STALL_S = 25.0
@@ -42,6 +45,15 @@ class Work(IntEnum):
     FEW = 1
     """At most as many tokens as a fixed buffer has rows."""
     MANY = 2
+
+
+class ExpertPlace(NamedTuple):
+    """A rank's place among those that share the experts of a model."""
+
+    rank: int
+    size: int
+    meet: Callable[[], str]
+    """Blocks until all ranks are about to join, and says where: a rendezvous for `ExpertGroup.join`."""
 
 
 class Sent(NamedTuple):
@@ -76,10 +88,11 @@ class Placed(NamedTuple):
 
 
 class ExpertGroup:
-    """A rank's end. Every operation blocks until all ranks have called it, in the same order.
+    """A rank's end. Every operation from `join` on blocks until all ranks have called it, in the same order.
 
     Args:
-        ranks: the group, with time enough for ranks that still compile.
+        rank: of this process, in 0 … ``size`` − 1.
+        size: how many share the experts.
         maps: who has what.
         fixed_rows: tokens of a rank that a fixed buffer holds; 0: there is no fixed form.
         batched: computes what comes in the fixed form.
@@ -87,20 +100,28 @@ class ExpertGroup:
     Attributes:
         loads: [layers, local experts] int64, tokens that came to each, which nobody sets back here.
         fixed: whether the step has the fixed form.
-
-    Raises:
-        WorkerError: a rank did not come.
     """
 
-    def __init__(self, ranks: TorchGroup, maps: ExpertMaps, fixed_rows: int = 0, batched: Kernel | None = None) -> None:
-        self.rank, self.size = ranks.rank, ranks.size
+    def __init__(
+        self, rank: int, size: int, maps: ExpertMaps, fixed_rows: int = 0, batched: Kernel | None = None
+    ) -> None:
+        self.rank, self.size = rank, size
         self.maps = maps
         self.fixed_rows = fixed_rows
         self.batched = batched
         self.fixed = False
         self.loads = torch.zeros(len(maps.physical), maps.num_local, dtype=torch.int64, device=maps.physical.device)
-        self._ranks = ranks
+        self._ranks: TorchGroup | None = None
+        self._hosts: dist.ProcessGroup | None = None
         self._group: dist.ProcessGroup | None = None
+
+    def join(self, rendezvous: str, device: torch.device) -> None:
+        """Meet the others; see `TorchGroup`. Ranks may now be late by minutes: they compile.
+
+        Raises:
+            WorkerError: a rank did not come.
+        """
+        self._ranks = TorchGroup(self.rank, self.size, rendezvous, device, timeout_s=_START_S, direct=False)
 
     def serve(self) -> None:
         """From now on a rank that does not come within `STALL_S` has failed.
@@ -108,8 +129,11 @@ class ExpertGroup:
         Raises:
             WorkerError: a rank did not come.
         """
+        assert self._ranks is not None, "nobody has been met"
         self._ranks.barrier()
-        self._group = dist.new_group(timeout=timedelta(seconds=STALL_S))
+        self._hosts = dist.new_group(timeout=timedelta(seconds=STALL_S), backend="gloo")
+        if self.loads.device.type == "cpu":  # NCCL has connected the GPUs, and watches over them itself
+            self._group = self._hosts
 
     def work_of(self, num_tokens: int) -> Work:
         """How a step of so many tokens is announced."""
@@ -122,7 +146,7 @@ class ExpertGroup:
             WorkerError: a rank did not take part.
         """
         most = torch.tensor([int(work)])
-        self._do("agreeing on a step", lambda: dist.all_reduce(most, dist.ReduceOp.MAX, group=self._group))
+        self._do("agreeing on a step", lambda: dist.all_reduce(most, dist.ReduceOp.MAX, group=self._hosts))
         agreed = Work(int(most))
         self.fixed = agreed is Work.FEW
         return agreed
@@ -210,7 +234,8 @@ class ExpertGroup:
 
     def close(self) -> None:
         """Leave, all ranks together. After an error a process should end instead."""
-        self._ranks.close()
+        if self._ranks is not None:
+            self._ranks.close()
 
     def _exchange(self, rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
         came = torch.empty(sum(received), rows.shape[1], dtype=rows.dtype, device=rows.device)
@@ -234,13 +259,49 @@ class ExpertGroup:
             ) from error
 
 
-def join_experts(rank: int, size: int, rendezvous: str, device: torch.device) -> TorchGroup:
-    """The ranks that are to share experts; see `TorchGroup`. Blocks until all have come.
+def open_rendezvous(address: str) -> str:
+    """Where others may join a group whose first rank is this process, which listens when it joins.
+
+    Args:
+        address: of this host.
+    """
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as free:
+        free.bind((address, 0))
+        port = free.getsockname()[1]
+    return f"tcp://[{address}]:{port}" if ":" in address else f"tcp://{address}:{port}"
+
+
+def make_group(
+    place: ExpertPlace,
+    spec: ModelSpec,
+    experts: ExpertsSpec | None,
+    num_redundant: int,
+    device: torch.device,
+    rows: int,
+) -> ExpertGroup:
+    """A rank's end for a model, which has not met the others yet.
+
+    Args:
+        place: of this rank.
+        spec: of the model.
+        experts: what it asks of its kernel.
+        num_redundant: slots beyond one for each expert.
+        device: of this rank.
+        rows: tokens of a rank that a fixed buffer is to hold, where the device computes in that form.
 
     Raises:
-        WorkerError: one did not.
+        ConfigError: the model has no experts, or they cannot be divided.
     """
-    return TorchGroup(rank, size, rendezvous, device, timeout_s=_START_S, direct=False)
+    if spec.moe is None or experts is None:
+        raise ConfigError(
+            f"experts.parallel: {place.size} workers are to share experts, and {spec.architecture} has none",
+            fix="leave out experts.parallel",
+        )
+    maps = ExpertMaps(len(spec.moe_layers), spec.moe.num_experts, num_redundant, place.size, device)
+    if device.type == "cpu":  # bytes cost more than waiting
+        return ExpertGroup(place.rank, place.size, maps)
+    batched = select(experts._replace(format="batched"), describe(device)).backend
+    return ExpertGroup(place.rank, place.size, maps, rows, KERNELS[batched])
 
 
 def _pack(x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:

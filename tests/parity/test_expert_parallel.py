@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from support.checkpoints import make_checkpoint
-from support.expert_ranks import FAMILIES, NUM_OUTPUT, share
+from support.expert_ranks import FAMILIES, NUM_OUTPUT, PROMPTS, share
 from support.ranks import run_ranks
 
 
@@ -29,5 +29,10 @@ def test_ranks_say_what_one_says(size: int, num_redundant: int, fixed: bool, fol
             print(f"{family}, rank {rank}: {told[family].difference:.1e}, idle {told[family].num_idle}")
             assert told[family].difference < 1e-5
             assert told[family].same_tokens
+        # Every choice of every token counts in one place, and nothing else does.
+        num_tokens = sum(length + NUM_OUTPUT - 1 for lengths in PROMPTS[:size] for length in lengths)
+        top_k = {"qwen3_moe": 3, "mixtral": 2}[family]
+        for layer in zip(*(told[family].loads for told in found), strict=True):
+            assert sum(map(sum, layer)) == num_tokens * top_k
         # The longest prompt takes three chunks, with the last of which comes the first token.
         assert found[1][family].num_idle == NUM_OUTPUT + 2

@@ -12,7 +12,7 @@ from tandem.core.messages import Child, Sampling
 from tandem.engine.batch import Work
 from tandem.engine.engine import Engine
 from tandem.engine.expert_maps import ExpertMaps
-from tandem.engine.expert_parallel import ExpertGroup, join_experts
+from tandem.engine.expert_parallel import ExpertGroup
 from tandem.engine.kv_cache import KVCache
 from tandem.engine.models.decoder import Decoder
 from tandem.engine.models.experts import experts_spec
@@ -45,7 +45,7 @@ class Told(NamedTuple):
     num_idle: int
     """Steps that others had and it had not."""
     loads: list[list[int]]
-    """[layers, slots]"""
+    """[layers, local experts]"""
 
 
 def engine_of(folder: Path, group: ExpertGroup | None) -> Engine:
@@ -84,7 +84,6 @@ def logits_of(engine: Engine, lengths: tuple[int, ...]) -> Iterator[torch.Tensor
 
 def share(rank: int, size: int, folder: Path, num_redundant: int, fixed: bool) -> dict[str, Told]:
     """Every family, with prompts of each rank's own, until nobody has anything to compute."""
-    ranks = join_experts(rank, size, f"file://{folder / 'rendezvous'}{size}{num_redundant}{fixed}", CPU)
     told = {}
     for family in FAMILIES:
         spec = read_spec(folder / family)
@@ -93,7 +92,8 @@ def share(rank: int, size: int, folder: Path, num_redundant: int, fixed: bool) -
         wanted = experts_spec(spec, torch.float32, 1, size)
         assert wanted is not None
         batched = KERNELS[select_experts(wanted._replace(format="batched"), describe(CPU)).backend]
-        group = ExpertGroup(ranks, maps, 4 if fixed else 0, batched)
+        group = ExpertGroup(rank, size, maps, 4 if fixed else 0, batched)
+        group.join(f"file://{folder / 'rendezvous'}-{family}-{size}-{num_redundant}", CPU)
         group.serve()
         engine = engine_of(folder / family, group)
         assert len(engine.model.layers[-1].mlp.weights.gate_up) == maps.num_local  # type: ignore[union-attr]
@@ -107,5 +107,5 @@ def share(rank: int, size: int, folder: Path, num_redundant: int, fixed: bool) -
         differences = [float((a - b).abs().max()) / max(1.0, float(b.abs().max())) for a, b in pairs if len(a)]
         same = all(bool((a.argmax(-1) == b.argmax(-1)).all()) for a, b in pairs)
         told[family] = Told(max(differences, default=0.0), same, num_idle, group.loads.tolist())
-    ranks.close()
+        group.close()
     return told
