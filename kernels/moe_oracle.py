@@ -11,7 +11,7 @@ A kernel has one of three forms, and its `compute` takes what the form says:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Literal, NamedTuple
 
 import torch
@@ -253,7 +253,7 @@ def select(spec: ExpertsSpec, device: Device, wanted: str | None = None) -> Choi
     )
 
 
-def _names(several: dict[str, Kernel] | dict[str, tuple[Kernel, ...]]) -> str:
+def _names(several: Iterable[str]) -> str:
     return ", ".join(several)
 
 

@@ -18,7 +18,9 @@ from ...engine.kv_cache import TORCH_DTYPES
 from ...engine.models.experts import experts_spec
 from ...engine.models.spec import ModelSpec, read_spec
 from ...kernels.device import PRESETS, Device, describe
-from ...kernels.oracle import Choice, Needs, choose
+from ...kernels.moe_oracle import Choice
+from ...kernels.moe_oracle import select as select_experts
+from ...kernels.oracle import Needs, choose
 
 _MIN_TABLE_WIDTH = 120
 
@@ -63,7 +65,11 @@ def choices_for(config: Config, spec: ModelSpec, device: Device) -> dict[str, Ch
         ConfigError: as `kernels.oracle.choose`.
     """
     dtype, kv_dtype = (TORCH_DTYPES[name] for name in plan_dtypes(config, spec, device.type))
-    choices = choose(Needs(dtype, kv_dtype, experts_spec(spec, dtype)), device, config.model.kernels)
+    sharing = max(config.expert_parallel(role) for role in ("prefill", "decode", "colocated"))
+    experts = experts_spec(spec, dtype, 1, sharing)
+    choices = choose(Needs(dtype, kv_dtype, experts), device, config.model.kernels)
+    if experts is not None and sharing > 1 and device.type == "cuda":
+        choices["moe, few tokens"] = select_experts(experts._replace(format="batched"), device)
     if spec.moe is None:
         del choices["moe"]
     elif len(spec.moe_layers) == spec.num_layers:

@@ -47,4 +47,7 @@ def test_a_death_takes_the_group_along_and_it_forms_again(group: Served, served:
     assert all(answer.good for answer in answers), [answer.error for answer in answers]
     assert [answer.tokens for answer in answers] == [answer.tokens for answer in ask_all(served.url, requests)]
     assert {group.worker(f"decode-{index}").pid for index in range(2)}.isdisjoint(process.pid for process in before)
-    assert "decode-0#1 shared experts with decode-1#1" in group.logs() + group.text() or "decode-1#1 shared" in group.logs()
+    assert (
+        "decode-0#1 shared experts with decode-1#1" in group.logs() + group.text()
+        or "decode-1#1 shared" in group.logs()
+    )
