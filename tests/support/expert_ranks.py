@@ -82,30 +82,34 @@ def logits_of(engine: Engine, lengths: tuple[int, ...]) -> Iterator[torch.Tensor
     engine.model.forward = forward  # type: ignore[method-assign]
 
 
-def share(rank: int, size: int, folder: Path, num_redundant: int, fixed: bool) -> dict[str, Told]:
-    """Every family, with prompts of each rank's own, until nobody has anything to compute."""
+def share(rank: int, size: int, folder: Path, num_redundant: int) -> dict[str, Told]:
+    """Every family in both forms, with prompts of each rank's own, until nobody has anything to compute."""
     told = {}
     for family in FAMILIES:
-        spec = read_spec(folder / family)
-        assert spec.moe is not None
-        maps = ExpertMaps(len(spec.moe_layers), spec.moe.num_experts, num_redundant, size, CPU)
-        wanted = experts_spec(spec, torch.float32, 1, size)
-        assert wanted is not None
-        batched = KERNELS[select_experts(wanted._replace(format="batched"), describe(CPU)).backend]
-        group = ExpertGroup(rank, size, maps, 4 if fixed else 0, batched)
-        group.join(f"file://{folder / 'rendezvous'}-{family}-{size}-{num_redundant}", CPU)
-        group.serve()
-        engine = engine_of(folder / family, group)
-        assert len(engine.model.layers[-1].mlp.weights.gate_up) == maps.num_local  # type: ignore[union-attr]
-        got = list(logits_of(engine, PROMPTS[rank]))
-        num_idle = 0
-        while engine.runner.accompany():
-            num_idle += 1
         want = list(logits_of(engine_of(folder / family, None), PROMPTS[rank]))
-        assert [logits.shape for logits in got] == [logits.shape for logits in want]
-        pairs = list(zip(got, want, strict=True))
-        differences = [float((a - b).abs().max()) / max(1.0, float(b.abs().max())) for a, b in pairs if len(a)]
-        same = all(bool((a.argmax(-1) == b.argmax(-1)).all()) for a, b in pairs)
-        told[family] = Told(max(differences, default=0.0), same, num_idle, group.loads.tolist())
-        group.close()
+        for form in ("exact", "fixed"):
+            group = _group_of(rank, size, folder / family, num_redundant, form == "fixed")
+            engine = engine_of(folder / family, group)
+            group.join(f"file://{folder / 'rendezvous'}-{family}-{size}-{form}", CPU)
+            group.serve()
+            got = list(logits_of(engine, PROMPTS[rank]))
+            num_idle = 0
+            while engine.accompany():
+                num_idle += 1
+            assert [logits.shape for logits in got] == [logits.shape for logits in want]
+            pairs = [(a, b) for a, b in zip(got, want, strict=True) if len(a)]
+            differences = [float((a - b).abs().max()) / max(1.0, float(b.abs().max())) for a, b in pairs]
+            same = all(bool((a.argmax(-1) == b.argmax(-1)).all()) for a, b in pairs)
+            told[f"{family} {form}"] = Told(max(differences, default=0.0), same, num_idle, group.loads.tolist())
+            group.close()
     return told
+
+
+def _group_of(rank: int, size: int, folder: Path, num_redundant: int, fixed: bool) -> ExpertGroup:
+    spec = read_spec(folder)
+    wanted = experts_spec(spec, torch.float32, 1, size)
+    assert spec.moe is not None
+    assert wanted is not None
+    maps = ExpertMaps(len(spec.moe_layers), spec.moe.num_experts, num_redundant, size, CPU)
+    batched = KERNELS[select_experts(wanted._replace(format="batched"), describe(CPU)).backend]
+    return ExpertGroup(rank, size, maps, 4 if fixed else 0, batched)
