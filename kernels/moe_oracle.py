@@ -191,9 +191,7 @@ def _says(text: str) -> Callable[[ExpertsSpec, Device], str]:
 
 
 TRITON = Kernel("triton", "monolithic", moe.fused, _serves_triton, _triton("monolithic"), True)
-TRITON_MODULAR = Kernel(
-    "triton_modular", "modular", moe_sorted.fused_experts, _says("Triton, sorted by expert"), _triton("modular"), True
-)
+TRITON_MODULAR = Kernel("triton_modular", "modular", moe.fused_experts, _serves_triton, _triton("modular"), True)
 TRITON_BATCHED = Kernel(
     "triton_batched", "batched", moe_sorted.fused_batched, _says("Triton, expert by expert"), _triton("batched"), True
 )
