@@ -38,7 +38,7 @@ _START_S = 600.0
 _gather: Callable[..., object] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-class Work(IntEnum):
+class StepSize(IntEnum):
     """What a rank has to compute next; the ranks do the most that one of them asks for."""
 
     NOTHING = 0
@@ -135,11 +135,11 @@ class ExpertGroup:
         if self.loads.device.type == "cpu":  # NCCL has connected the GPUs, and watches over them itself
             self._group = self._hosts
 
-    def work_of(self, num_tokens: int) -> Work:
+    def work_of(self, num_tokens: int) -> StepSize:
         """How a step of so many tokens is announced."""
-        return Work.FEW if num_tokens <= self.fixed_rows else Work.MANY
+        return StepSize.FEW if num_tokens <= self.fixed_rows else StepSize.MANY
 
-    def agree(self, work: Work) -> Work:
+    def agree(self, work: StepSize) -> StepSize:
         """What all do next.
 
         Raises:
@@ -147,8 +147,8 @@ class ExpertGroup:
         """
         most = torch.tensor([int(work)])
         self._do("agreeing on a step", lambda: dist.all_reduce(most, dist.ReduceOp.MAX, group=self._hosts))
-        agreed = Work(int(most))
-        self.fixed = agreed is Work.FEW
+        agreed = StepSize(int(most))
+        self.fixed = agreed is StepSize.FEW
         return agreed
 
     def dispatch(self, layer: int, x: Tensor, weights: Tensor, ids: Tensor) -> Sent:

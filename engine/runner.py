@@ -14,7 +14,7 @@ from ..core.errors import WorkerError
 from ..core.messages import TokenLogprobs
 from ..kernels.prefill_attention import Span, Spans
 from .batch import Batch, GroupBlocks, StepInput
-from .expert_parallel import Work
+from .expert_parallel import StepSize
 from .graphs import DecodeGraphs
 from .models.decoder import Decoder
 from .penalty_counts import PenaltyCounts
@@ -156,7 +156,7 @@ class Runner:
             WorkerError: a rank did not take part.
         """
         experts = self.model.experts
-        if experts is None or experts.agree(Work.NOTHING) is Work.NOTHING:
+        if experts is None or experts.agree(StepSize.NOTHING) is StepSize.NOTHING:
             return False
         self.model.accompany()
         return True

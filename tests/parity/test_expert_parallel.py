@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 from support.checkpoints import make_checkpoint
-from support.expert_ranks import FAMILIES, NUM_OUTPUT, PROMPTS, share
 from support.ranks import run_ranks
+from support.sharded_experts import FAMILIES, NUM_OUTPUT, PROMPTS, share
 
 
 @pytest.fixture(scope="module")

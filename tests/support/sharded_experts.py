@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
 import torch
+from tandem.core.errors import WorkerError
 from tandem.core.hashing import root_hash
 from tandem.core.messages import Child, Sampling
 from tandem.engine.batch import Work
 from tandem.engine.engine import Engine
 from tandem.engine.expert_maps import ExpertMaps
-from tandem.engine.expert_parallel import ExpertGroup
+from tandem.engine.expert_parallel import STALL_S, ExpertGroup, StepSize
 from tandem.engine.kv_cache import KVCache
 from tandem.engine.models.decoder import Decoder
 from tandem.engine.models.experts import experts_spec
@@ -83,7 +86,8 @@ def logits_of(engine: Engine, lengths: tuple[int, ...]) -> Iterator[torch.Tensor
 
 
 def share(rank: int, size: int, folder: Path, num_redundant: int) -> dict[str, Told]:
-    """Every family in both forms, with prompts of each rank's own, until nobody has anything to compute."""
+    """Every family in both forms, with prompts of each rank's own, until nobody has anything to compute. Then, of two,
+    the second leaves in the middle of a step."""
     told = {}
     for family in FAMILIES:
         want = list(logits_of(engine_of(folder / family, None), PROMPTS[rank]))
@@ -102,7 +106,23 @@ def share(rank: int, size: int, folder: Path, num_redundant: int) -> dict[str, T
             same = all(bool((a.argmax(-1) == b.argmax(-1)).all()) for a, b in pairs)
             told[f"{family} {form}"] = Told(max(differences, default=0.0), same, num_idle, group.loads.tolist())
             group.close()
+    if size == 2:
+        _leave(rank, folder)
     return told
+
+
+def _leave(rank: int, folder: Path) -> None:
+    """The second rank agrees to a step and ends; the first fails with a clear error, and soon."""
+    group = _group_of(rank, 2, folder / "mixtral", 0, False)
+    group.join(f"file://{folder / 'rendezvous'}-left", CPU)
+    group.serve()
+    if rank == 1:
+        group.agree(StepSize.MANY)
+        return
+    started_s = time.monotonic()
+    with pytest.raises(WorkerError, match=r"rank 0 of 2 that share experts: .* failed"):
+        next(logits_of(engine_of(folder / "mixtral", group), (5,)))
+    assert time.monotonic() - started_s < STALL_S
 
 
 def _group_of(rank: int, size: int, folder: Path, num_redundant: int, fixed: bool) -> ExpertGroup:
