@@ -51,15 +51,15 @@ class Told(NamedTuple):
     """[layers, local experts]"""
 
 
-def engine_of(folder: Path, group: ExpertGroup | None) -> Engine:
+def engine_of(folder: Path, group: ExpertGroup | None, device: torch.device = CPU) -> Engine:
     """An engine in float32 with a rank's experts, or all."""
     spec = read_spec(folder)
     size = 1 if group is None else group.size
-    ops = select(CPU, torch.float32, experts=experts_spec(spec, torch.float32, 1, size))
-    model = Decoder(spec, 256, torch.float32, CPU, ops, experts=group)
+    ops = select(device, torch.float32, experts=experts_spec(spec, torch.float32, 1, size))
+    model = Decoder(spec, 256, torch.float32, device, ops, experts=group)
     load_weights(model, folder)
     layout = KVLayout(max(len(kv.layers) for kv in model.groups), spec.num_kv_heads, spec.head_dim, 8, "float32")
-    cache = KVCache(layout, 64, CPU)
+    cache = KVCache(layout, 64, device)
     return Engine(Runner(model, cache.tensor, [0]), cache, prefix_cache=False)
 
 
@@ -79,22 +79,27 @@ def logits_of(engine: Engine, lengths: tuple[int, ...]) -> Iterator[torch.Tensor
         for outcome in engine.step(plan):
             if outcome.samples is not None and outcome.samples[0] is not None:
                 outcome.sequence.tokens.append(outcome.samples[0].token)
-        yield seen.pop()
+        yield seen.pop().cpu()
     for sequence in sequences:
         engine.free(sequence)
     engine.model.forward = forward  # type: ignore[method-assign]
 
 
-def share(rank: int, size: int, folder: Path, num_redundant: int) -> dict[str, Told]:
+def share(rank: int, size: int, folder: Path, num_redundant: int, device_type: str = "cpu") -> dict[str, Told]:
     """Every family in both forms, with prompts of each rank's own, until nobody has anything to compute. Then, of two,
     the second leaves in the middle of a step."""
+    device = CPU
+    if device_type == "cuda":
+        device = torch.device("cuda", rank)
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = False
     told = {}
     for family in FAMILIES:
-        want = list(logits_of(engine_of(folder / family, None), PROMPTS[rank]))
+        want = list(logits_of(engine_of(folder / family, None, device), PROMPTS[rank]))
         for form in ("exact", "fixed"):
-            group = _group_of(rank, size, folder / family, num_redundant, form == "fixed")
-            engine = engine_of(folder / family, group)
-            group.join(f"file://{folder / 'rendezvous'}-{family}-{size}-{form}", CPU)
+            group = _group_of(rank, size, folder / family, num_redundant, form == "fixed", device)
+            engine = engine_of(folder / family, group, device)
+            group.join(f"file://{folder / 'rendezvous'}-{family}-{size}-{form}", device)
             group.serve()
             got = list(logits_of(engine, PROMPTS[rank]))
             num_idle = 0
@@ -106,9 +111,25 @@ def share(rank: int, size: int, folder: Path, num_redundant: int) -> dict[str, T
             same = all(bool((a.argmax(-1) == b.argmax(-1)).all()) for a, b in pairs)
             told[f"{family} {form}"] = Told(max(differences, default=0.0), same, num_idle, group.loads.tolist())
             group.close()
-    if size == 2:
+    if size == 2 and device is CPU:  # NCCL waits for those who are gone
         _leave(rank, folder)
     return told
+
+
+def check(found: list[dict[str, Told]]) -> None:
+    """What all ranks found is what one finds."""
+    for case in found[0]:
+        for rank, told in enumerate(found):
+            print(f"{case}, rank {rank}: {told[case].difference:.1e}, idle {told[case].num_idle}")
+            assert told[case].difference < 1e-5
+            assert told[case].same_tokens
+        # Every choice of every token counts in one place, and nothing else does.
+        num_tokens = sum(length + NUM_OUTPUT - 1 for lengths in PROMPTS[: len(found)] for length in lengths)
+        top_k = 3 if "qwen3_moe" in case else 2
+        for layer in zip(*(told[case].loads for told in found), strict=True):
+            assert sum(map(sum, layer)) == num_tokens * top_k
+        # The longest prompt takes three chunks, with the last of which comes the first token.
+        assert found[1][case].num_idle == NUM_OUTPUT + 2
 
 
 def _leave(rank: int, folder: Path) -> None:
@@ -125,11 +146,13 @@ def _leave(rank: int, folder: Path) -> None:
     assert time.monotonic() - started_s < STALL_S
 
 
-def _group_of(rank: int, size: int, folder: Path, num_redundant: int, fixed: bool) -> ExpertGroup:
+def _group_of(
+    rank: int, size: int, folder: Path, num_redundant: int, fixed: bool, device: torch.device = CPU
+) -> ExpertGroup:
     spec = read_spec(folder)
     wanted = experts_spec(spec, torch.float32, 1, size)
     assert spec.moe is not None
     assert wanted is not None
-    maps = ExpertMaps(len(spec.moe_layers), spec.moe.num_experts, num_redundant, size, CPU)
-    batched = KERNELS[select_experts(wanted._replace(format="batched"), describe(CPU)).backend]
+    maps = ExpertMaps(len(spec.moe_layers), spec.moe.num_experts, num_redundant, size, device)
+    batched = KERNELS[select_experts(wanted._replace(format="batched"), describe(device)).backend]
     return ExpertGroup(rank, size, maps, 4 if fixed else 0, batched)
