@@ -17,6 +17,7 @@ from torch import Tensor
 from ..core.errors import ConfigError
 from ..engine.models.spec import ModelSpec, parse_spec
 from ..kernels import linear, moe, moe_packed, on_gpu, packed_linear
+from ..kernels.moe_sorted import Entry
 from ..kernels.moe_sorted import Tile as GroupTile
 from ..kernels.packed_linear import Gemv, Tile
 from ..kernels.schemes.awq import Awq
@@ -39,7 +40,7 @@ SCHEMES: dict[str, Scheme] = {
 _MAX_ERROR = 2e-2
 _TOKENS = [1, 2, 4, 8, 16, 32, 64]
 _GROUPED = [
-    moe_packed.Entry(1 << 40, GroupTile(rows, columns, depth, warps, 3), GroupTile(rows, columns, depth, warps, 3))
+    Entry(1 << 40, GroupTile(rows, columns, depth, warps, 3), GroupTile(rows, columns, depth, warps, 3))
     for rows, columns, depth, warps in (
         (16, 32, 64, 4), (16, 32, 128, 4), (16, 64, 128, 4), (16, 64, 128, 8), (32, 64, 128, 4), (64, 64, 64, 4),
         (64, 128, 64, 8),
@@ -124,12 +125,12 @@ def moe_figures(
         x = (basis * hidden**0.5).bfloat16()
         touched = len(order.topk(top_k).indices.unique())
 
-        def run(entry: moe_packed.Entry | None, i: int, x: Tensor = x, router: Tensor = router) -> Tensor:
+        def run(entry: Entry | None, i: int, x: Tensor = x, router: Tensor = router) -> Tensor:
             return moe_packed.fused(x, router, *fixed, entry)
 
         runs: dict[str, Callable[[int], Tensor]] = {"table": functools.partial(run, None)}
         runs |= {repr(e): functools.partial(run, e) for e in _GROUPED}
-        want = moe.packed_reference(x, router, *fixed).double()
+        want = moe.reference(x, router, *fixed).double()
         shape = Product("moe", 3 * inner * touched, hidden)
         nbytes = (gate_up.nbytes + down.nbytes) * touched // experts
         yield shape, count, nbytes, "table", timer.compare(runs, 4, want, _MAX_ERROR)

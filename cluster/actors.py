@@ -77,7 +77,15 @@ class _Process:
             from .worker_runtime import WorkerRuntime
 
             self._runtime = WorkerRuntime(
-                self._peer, self._role, self._config, self._keys, address, address, progress, self._host_tier
+                self._peer,
+                self._role,
+                self._config,
+                self._keys,
+                address,
+                address,
+                progress,
+                self._host_tier,
+                self._meet,
             )
         member: Member = self._runtime.start()
         return msgspec.msgpack.encode(member)
@@ -87,6 +95,13 @@ class _Process:
         node = ray.get_runtime_context().get_node_id()
         try:
             return Path(ray.get(self._controller.host_tier.remote(node, block_bytes)))
+        except ray.exceptions.RayTaskError as error:
+            raise _cause(error) from None
+
+    def _meet(self, rendezvous: str) -> str:
+        """Wait for those that share experts with this worker."""
+        try:
+            return str(ray.get(self._controller.meet.remote(self._peer, rendezvous)))
         except ray.exceptions.RayTaskError as error:
             raise _cause(error) from None
 
@@ -303,6 +318,9 @@ class _ControllerActor:
 
     async def host_tier(self, node: str, block_bytes: int) -> str:
         return await self._launcher.host_tier(node, block_bytes)
+
+    async def meet(self, peer: PeerId, rendezvous: str) -> str:
+        return await self._controller.meet(peer, rendezvous)
 
     async def phases(self) -> dict[str, str]:
         return self._controller.phases()

@@ -18,7 +18,7 @@ import torch
 
 from ..core.errors import ConfigError
 from ..kernels.schemes.destination import Destination
-from .models.names import alternatives, destinations, ignored
+from .models.names import alternatives, destinations, elsewhere, ignored
 
 if TYPE_CHECKING:
     from .models.decoder import Decoder
@@ -82,6 +82,7 @@ def _plan(model: Decoder, folder: Path) -> list[tuple[_File, dict[str, Destinati
     """Where each tensor of each file goes; by the files' headers alone."""
     wanted = destinations(model)
     names = {other: name for name in wanted for other in (name, *alternatives(name))}
+    others = {other for name in elsewhere(model) for other in (name, *alternatives(name))}
     missing = {name for name, place in wanted.items() if not place.optional}
     plan = []
     for file in map(_File, _shards(folder)):
@@ -92,7 +93,7 @@ def _plan(model: Decoder, folder: Path) -> list[tuple[_File, dict[str, Destinati
                 _check(file, key, wanted[name])
                 places[key] = wanted[name]
                 missing.discard(name)
-            elif not ignored(key, model.spec.tied_embeddings):
+            elif key not in others and not ignored(key, model.spec.tied_embeddings):
                 raise ConfigError(
                     f"{file.path}: unexpected tensor {key}: {model.spec.architecture} has none of that name"
                     f"{_of_another_scheme(key, wanted, model)}"

@@ -3,25 +3,15 @@ dequantise in registers. An expert's weights are read once for all of its tokens
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from . import linear
-from .moe_sorted import Tile, _sort, _tile
+from . import moe_sorted
+from .expert_weights import ExpertWeights
+from .moe_sorted import Entry, Products, Tile, _Sorted, _tile
 from .on_gpu import kernel, next_power_of_2, tl
 from .packed_tile import expert_strides, kind, packed_tile, source
 from .schemes.packed import Packed
-
-
-class Entry(NamedTuple):
-    """Up to how many pairs an expert two tiles serve, of as many rows: for gate and up, and for down."""
-
-    max_pairs: int
-    gate_up: Tile
-    down: Tile
-
 
 TILES = (
     Entry(8, Tile(16, 32, 128, 4, 3), Tile(16, 64, 128, 4, 3)),
@@ -42,18 +32,33 @@ def fused(
     renormalize: bool,
     entry: Entry | None = None,
 ) -> Tensor:
-    """`moe.packed_reference` for at least one token; ``entry`` instead of the table's."""
-    tokens, hidden = x.shape
-    experts, inner = len(router), down.columns
-    pairs = tokens * top_k
-    if entry is None:
-        large_enough = (entry for entry in TILES if pairs <= entry.max_pairs * experts)
-        entry = _FLOAT32 if x.dtype == torch.float32 else next(large_enough)
+    """`moe.reference` of quantised experts; ``entry`` instead of the table's. The host never waits for the routing."""
+    if not len(x):
+        return torch.empty_like(x)
+    return moe_sorted.fused(x, router, gate_up, down, top_k, renormalize, entry, _PACKED)
+
+
+def fused_experts(
+    x: Tensor, weights: Tensor, ids: Tensor, experts: ExpertWeights, entry: Entry | None = None
+) -> Tensor:
+    """`moe.reference_experts` of quantised ones, for SiLU without biases; ``entry`` instead of the table's."""
+    return moe_sorted.fused_experts(x, weights, ids, experts, entry, _PACKED)
+
+
+def fused_batched(x: Tensor, counts: Tensor, experts: ExpertWeights, entry: Entry | None = None) -> Tensor:
+    """`moe.reference_batched` of quantised experts, for SiLU without biases; ``entry`` instead of the table's."""
+    return moe_sorted.fused_batched(x, counts, experts, entry, _PACKED)
+
+
+def _multiply(
+    x: Tensor, gate_up: Packed, down: Packed, sorted_pairs: _Sorted, top_k: int, num_tiles: int, entry: Entry,
+    result: Tensor,
+) -> None:  # fmt: skip
+    """As `moe_sorted._multiply`."""
+    hidden, experts, inner = x.shape[1], len(gate_up), down.columns
     rows = entry.gate_up.rows
-    weights, order, starts, counts, ends = _sort(linear.fused(x, router), top_k, renormalize, rows)
-    num_tiles = min(pairs, pairs // rows + experts)
-    activated = torch.empty(pairs, inner, dtype=x.dtype, device=x.device)
-    result = torch.empty(pairs, hidden, dtype=x.dtype, device=x.device)
+    weights, order, starts, counts, ends = sorted_pairs
+    activated = torch.empty(len(order), inner, dtype=x.dtype, device=x.device)
     table = order, starts, counts, ends, experts, next_power_of_2(experts)
     plan, depth = entry.gate_up, min(entry.gate_up.depth, max(32, next_power_of_2(hidden)))
     _gate_up_kernel[(num_tiles, -(-inner // plan.columns))](
@@ -65,7 +70,9 @@ def fused(
         activated, *source(down), *expert_strides(down), weights, result, *table, hidden, inner, *kind(down, depth),
         rows, plan.columns, depth, num_warps=plan.warps, num_stages=plan.stages,
     )  # fmt: skip
-    return result.view(tokens, top_k, hidden).sum(1)
+
+
+_PACKED = Products(TILES, _FLOAT32, _multiply)
 
 
 @kernel

@@ -13,49 +13,14 @@ from ...kernels.rotary import HeadNorm
 from ...kernels.schemes.packed import Packed
 from ...kv_transfer.layout import group_layers
 from ..batch import Batch, GroupBlocks
+from ..expert_parallel import ExpertGroup
 from ..tensor_parallel import Alone, Group
+from .experts import Experts
+from .mlp import Mlp
 from .parameters import Parameters
 from .rope import cos_sin_table
 from .shard import padded_rows, shard, vocabulary_rows
 from .spec import ModelSpec
-
-
-class Mlp:
-    """Dense weights: gate and up [2 · inner, hidden], down [hidden, inner], and biases or None.
-
-    A rank of several has a part of the inner size. Its output is a part of the sum over ranks, to which the first adds
-    the last bias.
-    """
-
-    def __init__(self, spec: ModelSpec, make: Parameters, rank: int, prefix: str) -> None:
-        self.gate_up = make.matrix(prefix, ("gate_proj", "up_proj"), [spec.inner] * 2, spec.hidden)
-        self.down = make.matrix(prefix, ("down_proj",), [spec.hidden], spec.inner, cut_columns=True)
-        self.gate_up_bias = make(2 * spec.inner) if spec.mlp_bias else None
-        self.down_bias = make(spec.hidden) if spec.mlp_bias else None
-        self._added_bias = self.down_bias if rank == 0 else None
-
-    def __call__(self, x: Tensor, ops: Ops) -> Tensor:
-        return ops.multiply(ops.gated_unit(x, self.gate_up, self.gate_up_bias), self.down, self._added_bias)
-
-
-class Experts:
-    """Router [experts, hidden], gate and up [experts, 2 · inner, hidden], down [experts, hidden, inner].
-
-    Each rank of several routes alike, and has a part of every expert's inner size.
-    """
-
-    def __init__(self, spec: ModelSpec, make: Parameters, prefix: str) -> None:
-        assert spec.moe is not None
-        moe = self.spec = spec.moe
-        count, names = moe.num_experts, ("gate_proj", "up_proj")
-        experts = f"{prefix}experts.0."
-        self.router = make(count, spec.hidden)
-        self.gate_up = make.matrix(experts, names, [moe.inner] * 2, spec.hidden, num_experts=count)
-        self.down = make.matrix(experts, ("down_proj",), [spec.hidden], moe.inner, cut_columns=True, num_experts=count)
-
-    def __call__(self, x: Tensor, ops: Ops) -> Tensor:
-        moe = ops.packed_moe if isinstance(self.gate_up, Packed) else ops.moe
-        return moe(x, self.router, self.gate_up, self.down, self.spec.top_k, self.spec.renormalize)
 
 
 class Layer:
@@ -68,13 +33,23 @@ class Layer:
         group: the ranks that share the layer.
         kv_group: which blocks hold its KV.
         place: where in a block.
+        experts: the ranks that have different experts of it, if there are several.
     """
 
-    def __init__(self, spec: ModelSpec, index: int, make: Parameters, group: Group, kv_group: int, place: int) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        index: int,
+        make: Parameters,
+        group: Group,
+        kv_group: int,
+        place: int,
+        experts: ExpertGroup | None,
+    ) -> None:
         heads, kv_heads, head_dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
         rows = [heads * head_dim, *[kv_heads * head_dim] * 2]
         prefix = f"model.layers.{index}."
-        attention, mlp = prefix + "self_attn.", prefix + "mlp."
+        attention = prefix + "self_attn."
         self.index = index
         self.kv_group = kv_group
         self.place = place
@@ -89,8 +64,11 @@ class Layer:
         self.o_bias = make(spec.hidden) if spec.o_bias else None
         self._added_bias = self.o_bias if group.rank == 0 else None
         self.post_norm = make(spec.hidden)
-        mixture = index in spec.moe_layers
-        self.mlp: Mlp | Experts = Experts(spec, make, mlp) if mixture else Mlp(spec, make, group.rank, mlp)
+        self.mlp: Mlp | Experts
+        if index in spec.moe_layers:
+            self.mlp = Experts(spec, make, group.rank, index, experts)
+        else:
+            self.mlp = Mlp(spec.hidden, spec.inner, make, spec.mlp_bias, group.rank, prefix + "mlp.")
         self._group = group
 
     def weights(self) -> LayerWeights | None:
@@ -98,7 +76,8 @@ class Layer:
         mlp = self.mlp
         if isinstance(mlp, Mlp) and mlp.gate_up_bias is not None:
             return None
-        qkv, o, gate_up, down = self.qkv, self.o, mlp.gate_up, mlp.down
+        feed = mlp.weights if isinstance(mlp, Experts) else mlp
+        qkv, o, gate_up, down = self.qkv, self.o, feed.gate_up, feed.down
         if isinstance(qkv, Packed) or isinstance(o, Packed) or isinstance(gate_up, Packed) or isinstance(down, Packed):
             return None
         moe = mlp.spec if isinstance(mlp, Experts) else None
@@ -162,6 +141,7 @@ class Decoder:
         ops: the kernels to run on.
         matrix_dtype: of the weights that multiply, where ``ops`` takes them in another type.
         group: the ranks that share the model.
+        experts: the ranks that have different experts of it, and requests of their own, if there are several.
 
     Raises:
         ConfigError: the model, or its quantised weights, cannot be divided among so many.
@@ -176,6 +156,7 @@ class Decoder:
         ops: Ops,
         matrix_dtype: torch.dtype | None = None,
         group: Group = Alone(),
+        experts: ExpertGroup | None = None,
     ) -> None:
         make = Parameters(dtype, matrix_dtype or dtype, device, spec.quantization, group.size)
         self.spec = spec
@@ -183,6 +164,7 @@ class Decoder:
         self.device = device
         self.ops = ops
         self.group = group
+        self.experts = experts
         self.local = shard(spec, group.size)
         # Every rank gathers equally many logits; rows beyond the vocabulary fill the last ranks up.
         rows = padded_rows(spec, group.size)
@@ -196,7 +178,9 @@ class Decoder:
         self.head[len(vocabulary_rows(spec, group.rank, group.size)) :].zero_()
         self.groups = group_layers(spec.windows)
         places = {layer: (n, place) for n, kv in enumerate(self.groups) for place, layer in enumerate(kv.layers)}
-        self.layers = [Layer(self.local, index, make, group, *places[index]) for index in range(spec.num_layers)]
+        self.layers = [
+            Layer(self.local, index, make, group, *places[index], experts) for index in range(spec.num_layers)
+        ]
         self.norm = make(spec.hidden)
         table = cos_sin_table(spec.rope, spec.head_dim, max_model_len, spec.max_positions)
         self._cos_sin = table.to(device)
@@ -226,6 +210,7 @@ class Decoder:
     def _prepare(self) -> list[Prepared]:
         """The layers for `kernels.decode_layers`, where it serves all of them: it takes no sums over ranks."""
         whole = self.ops.decode_layers is not None and self.group.size == 1
+        whole = whole and not (self.spec.moe_layers and self.ops.moe.form != "monolithic")
         weights = [layer.weights() for layer in self.layers] if whole else []
         covered = [w for w in weights if w is not None and num_weights(w) <= MAX_WEIGHTS]
         return [Prepared(w) for w in covered] if len(covered) == len(self.layers) else []
@@ -268,6 +253,18 @@ class Decoder:
         x, _ = self.ops.rms_norm(x, residual, self.norm, self.spec.norm_eps)
         logits = self.ops.linear(x, self.head)
         return logits if self.group.size == 1 else self._gather(logits)
+
+    @torch.inference_mode()
+    def accompany(self) -> None:
+        """Take part in a step of the ranks that share experts, with no tokens.
+
+        Raises:
+            WorkerError: another rank did not.
+        """
+        nobody = torch.empty(0, self.spec.hidden, dtype=self.dtype, device=self.device)
+        for layer in self.layers:
+            if isinstance(layer.mlp, Experts):
+                layer.mlp.accompany(nobody, self.ops)
 
     def _gather(self, logits: Tensor) -> Tensor:
         vocabulary = self.spec.vocab_size

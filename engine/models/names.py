@@ -6,7 +6,8 @@ from torch import Tensor
 
 from ...kernels.schemes.destination import Destination
 from ...kernels.schemes.packed import Cut, Packed, Weight
-from .decoder import Decoder, Experts, Layer
+from .decoder import Decoder, Layer
+from .experts import Experts
 from .parameters import cannot_divide
 from .shard import first_kv_head, vocabulary_rows
 
@@ -27,6 +28,19 @@ def destinations(model: Decoder) -> dict[str, Destination]:
         names["lm_head.weight"] = _rows(model.head[: len(rows)], spec.vocab_size, rows.start)
     for layer in model.layers:
         names |= _layer(layer, model, f"model.layers.{layer.index}.")
+    return names
+
+
+def elsewhere(model: Decoder) -> set[str]:
+    """The names of tensors that other ranks have, which hold other experts."""
+    names = set()
+    for layer in model.layers:
+        if isinstance(layer.mlp, Experts):
+            prefix = f"model.layers.{layer.index}.mlp."
+            own = f"{prefix}experts.{layer.mlp.held[0]}."
+            parts = [name.removeprefix(own) for name in _experts(layer.mlp, model, prefix) if name.startswith(own)]
+            others = set(range(layer.mlp.spec.num_experts)) - set(layer.mlp.held)
+            names |= {f"{prefix}experts.{expert}.{part}" for expert in others for part in parts}
     return names
 
 
@@ -94,16 +108,27 @@ def _layer(layer: Layer, model: Decoder, prefix: str) -> dict[str, Destination]:
     return names
 
 
-def _experts(experts: Experts, model: Decoder, prefix: str) -> dict[str, Destination]:
-    names = {prefix + "gate.weight": _whole(experts.router)}
-    inner = experts.spec.inner * model.group.size
-    quantization = model.spec.quantization
-    if isinstance(experts.gate_up, Packed) and quantization is not None and quantization.scheme.only_experts:
-        gate_up, down = _gated_cuts(inner, experts.spec.inner, 2, model)
-        names |= _packed(experts.gate_up, 0, gate_up, model, f"{prefix}experts.gate_up_proj", "_")
-        return names | _packed(experts.down, 0, down, model, f"{prefix}experts.down_proj", "_")
-    for expert in range(experts.spec.num_experts):
-        names |= _gated(experts.gate_up[expert], experts.down[expert], inner, model, f"{prefix}experts.{expert}.")
+def _experts(mlp: Experts, model: Decoder, prefix: str) -> dict[str, Destination]:
+    names = {prefix + "gate.weight": _whole(mlp.router)}
+    if mlp.router_bias is not None:
+        names[prefix + "gate.bias"] = _whole(mlp.router_bias)
+    if mlp.correction is not None:
+        names[prefix + "gate.e_score_correction_bias"] = _whole(mlp.correction)
+    if mlp.shared is not None:
+        inner = mlp.spec.shared_inner * model.group.size
+        names |= _gated(mlp.shared.gate_up, mlp.shared.down, inner, model, prefix + "shared_experts.")
+    inner, quantization = mlp.spec.inner * model.group.size, model.spec.quantization
+    weights = mlp.weights
+    if isinstance(weights.gate_up, Packed) and quantization is not None and quantization.scheme.only_experts:
+        cuts = _gated_cuts(inner, mlp.spec.inner, 2, model)
+        for name, weight, cut in zip(("gate_up", "down"), (weights.gate_up, weights.down), cuts, strict=True):
+            for full, part in _packed(weight, 0, cut, model, f"{prefix}experts.{name}_proj", "_").items():
+                shape = mlp.spec.num_experts, *part.shape[1:]
+                names[full] = part._replace(shape=shape, experts=tuple(mlp.held))
+        return names
+    for slot, index in enumerate(mlp.held):
+        expert = weights.expert(slot)
+        names |= _gated(expert.gate_up, expert.down, inner, model, f"{prefix}experts.{index}.")
     return names
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...core.errors import ConfigError
+from ...kernels.routing import Routing
 from .quantization import Quantization, parse_quantization
 
 
@@ -21,6 +22,27 @@ class MoeSpec:
     inner: int
     renormalize: bool
     """Whether the weights of the chosen experts sum to one."""
+    method: str = "softmax"
+    """How tokens choose: a key of `kernels.routing.METHODS`."""
+    num_groups: int = 1
+    """Of experts, where a token chooses groups first."""
+    top_groups: int = 1
+    """How many of these it chooses."""
+    scale: float = 1.0
+    """Of the weights."""
+    router_bias: bool = False
+    """Whether the router adds a bias."""
+    biases: bool = False
+    """Whether the experts add biases."""
+    activation: str = "silu"
+    """The experts' gated unit: a key of `kernels.activation.GATED`."""
+    shared_inner: int = 0
+    """Inner size of the experts, taken together, that every token goes to."""
+
+    @property
+    def routing(self) -> Routing:
+        """As the kernels take it."""
+        return Routing(self.method, self.top_k, self.renormalize, self.num_groups, self.top_groups, self.scale)
 
 
 @dataclass(frozen=True)

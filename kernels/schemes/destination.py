@@ -37,6 +37,8 @@ class Destination(NamedTuple):
     """How to make one up. Default: small random numbers."""
     optional: bool = False
     """Whether a checkpoint may be without it."""
+    experts: tuple[int, ...] | None = None
+    """Of a tensor of all experts: those that a rank has, in its order. Default: all, in the checkpoint's."""
 
     @property
     def stop(self) -> int:
@@ -58,4 +60,6 @@ class Destination(NamedTuple):
         Raises:
             ValueError: it is not what it must be.
         """
+        if self.experts is not None:
+            part = part[list(self.experts)]
         self.tensor.copy_(part if self.convert is None else self.convert(part.to(self.tensor.device)))

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from tandem.kernels import moe, on_gpu, packed_linear
+from tandem.kernels import moe, moe_packed, on_gpu, packed_linear
+from tandem.kernels.expert_weights import ExpertWeights
 from tandem.kernels.packed_linear import Gemv, Tile, multiply, plan_for
 from tandem.kernels.schemes.fp8 import Fp8
 from tandem.kernels.schemes.gptq import Gptq
@@ -118,7 +119,20 @@ def test_experts(rng: torch.Generator, name: str, dtype: torch.dtype) -> None:
         order = torch.stack([torch.randperm(5, generator=rng, device=DEVICE) for _ in range(tokens)])
         router = ((order.double() - 2).T / 4 @ basis / hidden**0.5).to(dtype).contiguous()
         given = x, router, gate_up, down, 2, name == "zeros"
-        close(moe.packed_fused(*given), moe.packed_reference(*given))
+        close(moe_packed.fused(*given), moe.reference(*given))
+    own = ExpertWeights(gate_up, down)
+    # After the routing: half the pairs are another rank's.
+    ids = torch.tensor([[0, -1], [-1, 4], [4, 2]], device=DEVICE)
+    weights = torch.rand(3, 2, generator=rng, device=DEVICE)
+    few = x.repeat(3, 1)[:3]
+    close(moe_packed.fused_experts(few, weights, ids, own), moe.reference_experts(few, weights, ids, own))
+    # Rows of each expert's own, of which some are no tokens.
+    placed = few.repeat(5, 1, 1).contiguous()
+    counts = torch.tensor([3, 0, 1, 2, 3], device=DEVICE)
+    inside = torch.arange(3, device=DEVICE) < counts[:, None]
+    want = moe.reference_batched(placed, counts, own)
+    placed[~inside] = torch.nan
+    close(moe_packed.fused_batched(placed, counts, own)[inside], want[inside])
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 2, 7, 40, 130])

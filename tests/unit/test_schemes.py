@@ -16,6 +16,7 @@ from tandem.core.config import Config
 from tandem.core.errors import ConfigError
 from tandem.engine.build import build_engine
 from tandem.engine.models.decoder import Decoder
+from tandem.engine.models.experts import Experts
 from tandem.engine.models.names import destinations
 from tandem.engine.models.quantization import parse_quantization
 from tandem.engine.models.spec import read_spec
@@ -140,7 +141,8 @@ def said(model: Decoder) -> list[dict[str, torch.Tensor]]:
     """Of each layer: its products' matrices, dequantised."""
     layers = []
     for layer in model.layers:
-        weights = {"qkv": layer.qkv, "o": layer.o, "gate_up": layer.mlp.gate_up, "down": layer.mlp.down}
+        mlp = layer.mlp.weights if isinstance(layer.mlp, Experts) else layer.mlp
+        weights = {"qkv": layer.qkv, "o": layer.o, "gate_up": mlp.gate_up, "down": mlp.down}
         layers.append({n: w.dequantize(torch.float32) if isinstance(w, Packed) else w for n, w in weights.items()})
     return layers
 
@@ -336,12 +338,12 @@ def test_weights_stay_packed(layout: str, bytes_a_weight: float, tmp_path: Path)
     model = model_of(tmp_path)
     load_weights(model, tmp_path)
     for layer in model.layers:
-        for weight in (layer.mlp.gate_up, layer.mlp.down):
-            assert isinstance(weight, Packed)
-            assert all(len(tensor) == 5 for tensor in weight.tensors().values())
+        own = layer.mlp.weights
+        assert all(len(tensor) == 5 for tensor in own.tensors().values())
+        for weight in own.packed():
             assert weight.nbytes <= 5 * weight.rows * weight.columns * bytes_a_weight
     packed_bytes = sum(
-        weight.nbytes for layer in model.layers for weight in (layer.qkv, layer.o, layer.mlp.gate_up, layer.mlp.down)
+        weight.nbytes for layer in model.layers for weight in (layer.qkv, layer.o, *layer.mlp.weights.packed())
     )
     plain = num_bytes(model) - packed_bytes
     assert plain < num_bytes(model_of(tmp_path / "dequantised")) / 3
