@@ -44,7 +44,7 @@ def test_workers_come_and_go_under_load_and_no_request_fails(tmp_path: Path) -> 
         assert "more decode workers need" in operator.run("scale", "decode", "1000", status=1)
         assert operator.run("scale", "decode", "2") == "starting decode-1\n"
         wait_for(lambda: "decode-1#1 is ready" in watch_out.read_text(), 60, "decode-1")
-        wait_for(lambda: served.metric("tandem_cluster_members", role="decode") == 2, 10, "the gateway to know")
+        wait_for(lambda: served.metric("tandem_members", role="decode") == 2, 10, "the gateway to know")
         with Load(served.url, bodies, at_once=6) as load:
             wait_for(lambda: served.metric("tandem_requests_in_flight") > 3, 20, "load")
             assert operator.run("drain", "decode-0", "--restart") == "decode-0 is ready again\n"
