@@ -89,5 +89,5 @@ class ControlClient:
     def _error(self, error: Any) -> WorkerError:
         code, details = error.code(), error.details()
         if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
-            return WorkerError(f"the operators' API at {self._address} does not answer: {details}")
+            return WorkerError(f"the operators' API at {self._address} is gone, or does not answer: {details}")
         return WorkerError(str(details))
