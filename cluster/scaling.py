@@ -112,7 +112,7 @@ class Scaling:
 
     def _check_tiers(self, pool: str, replicas: int) -> None:
         """What workers divide among themselves when they start, they divide by the numbers of the YAML."""
-        shared = [tier.kind for tier in self._config.offload.tiers if tier.kind != "host"]
+        shared = [tier.kind for tier in self._config.offload.tiers if tier.kind in ("disk", "s3")]
         configured = getattr(self._config.pools, pool).replicas
         if shared and replicas > configured:
             raise RequestError(
