@@ -28,7 +28,8 @@ from ..core.log import configure_logging, logger
 from ..core.messages import Member, Membership, Report
 from ..core.wire import ClusterKeys, make_cluster_keys
 from .controller import Controller, Event, Handle, WorkerStatus
-from .ray_cluster import ANSWER_TIMEOUT_S, NAMESPACE, check_resources
+from .ray_cluster import ANSWER_TIMEOUT_S, NAMESPACE, check_resources, check_room
+from .scaling import Scaling
 
 if TYPE_CHECKING:
     from ..kv_transfer.trial import TrialEnd
@@ -292,6 +293,9 @@ class _RayLauncher:
                 await asyncio.wait_for(tier.stop.remote(), ANSWER_TIMEOUT_S)
             ray.kill(tier)
 
+    def check_room(self, role: str, count: int) -> None:
+        check_room(self._config, role, count)
+
     def phase(self, peer: PeerId, phase: str) -> None:
         """A process tells how its start goes on."""
         if peer in self._phases:
@@ -336,20 +340,27 @@ class _ControllerActor:
 
     def __init__(self, name: str, config: str, log_folder: str) -> None:
         parsed = Config.model_validate_json(config)
+        from .control.server import ControlServer  # gRPC is the controller's alone
+
         configure_logging("controller", parsed.log.level, parsed.log.format, Path(log_folder) / "controller.log")
         self._config = parsed
         self._log_folder = log_folder
         self._launcher = _RayLauncher(name, parsed, make_cluster_keys(), log_folder, self._follow_host_tiers)
         self._controller = Controller(parsed, self._launcher, SystemClock())
+        scaling = Scaling(parsed, self._launcher, self._controller)
+        self._control = ControlServer(self._controller, scaling, parsed.control, Path(log_folder))
 
     async def start(self) -> None:
         try:
+            await self._control.start()
             await self._controller.start()
         except BaseException:
+            await self._control.stop()
             await self._launcher.stop_host_tiers()
             raise
 
     async def stop(self, grace_s: float) -> None:
+        await self._control.stop()
         await self._controller.stop(grace_s)
         await self._launcher.stop_host_tiers()
 

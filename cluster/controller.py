@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Coroutine
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
@@ -69,6 +69,10 @@ class Launcher(Protocol):
         """Start a process; ``on_phase`` is told how its start goes on. Does not wait."""
         ...
 
+    def check_room(self, role: str, count: int) -> None:
+        """Raises CapacityError if there is no room for so many more processes of this role."""
+        ...
+
 
 class Event(NamedTuple):
     """Something that an operator wants to know."""
@@ -90,11 +94,15 @@ class WorkerStatus(NamedTuple):
     report: Report | None
 
 
-class _Desired:
+class Desired:
+    """A worker that should live, or that has been drained and may be called back."""
+
     def __init__(self, worker: WorkerId, role: str) -> None:
         self.worker = worker
         self.role = role
         self.incarnation = 0
+        self.wanted = True
+        self.asked_to_end = False
         self.phase = "starting"
         self.member: Member | None = None
         self.handle: Handle | None = None
@@ -131,7 +139,7 @@ class Controller:
         self._launcher = launcher
         self._clock = clock
         self._groups = ExpertGroups(config)
-        self._desired: list[_Desired] = []
+        self._desired: list[Desired] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._version = 0
         self._host_tiers: list[Member] = []
@@ -146,7 +154,7 @@ class Controller:
         Raises:
             TandemError: a worker could not start, or `kv.require_rdma` cannot be met; everything is stopped again.
         """
-        self._desired = [_Desired(worker, role) for worker, role in desired_workers(self._config)]
+        self._desired = [Desired(worker, role) for worker, role in desired_workers(self._config)]
         self._tasks = [asyncio.create_task(self._supervise(worker)) for worker in self._desired]
         try:
             starts = [worker.first_ready for worker in self._desired]
@@ -193,6 +201,40 @@ class Controller:
         """Wait until all workers that share experts with ``peer`` are there; see `ExpertGroups.meet`."""
         return await self._groups.meet(peer, rendezvous)
 
+    @property
+    def desired(self) -> list[Desired]:
+        """Who should live or was drained; of each role in the order of their numbers."""
+        return self._desired
+
+    def take_in(self, worker: Desired) -> None:
+        """Let a new worker, or one that was drained, live. Does not wait; a start that fails is tried again."""
+        worker.wanted = True
+        if worker not in self._desired:
+            worker.first_ready.set_result(None)
+            self._desired.append(worker)
+        elif worker.phase != "drained":
+            return  # it still leaves, and then begins another life
+        self._background(self._supervise(worker))
+
+    def take_out(self, worker: Desired, grace_s: float, *, restart: bool) -> None:
+        """Have a worker finish what it has, for at most ``grace_s`` seconds, and end. Does not wait.
+
+        Args:
+            worker: ready or not.
+            grace_s: what is not finished by then goes on elsewhere.
+            restart: whether another life follows.
+        """
+        worker.wanted = restart
+        worker.asked_to_end = True
+        if worker.member is not None:
+            worker.phase = "leaving"  # at once: whoever is asked next may be the last that is ready
+        self._background(self._end(worker.peer, worker.handle, grace_s))
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        """Wait until something is true of the workers or the membership."""
+        async with self._news:
+            await self._news.wait_for(condition)
+
     async def status(self) -> list[WorkerStatus]:
         """Every worker, and its load."""
         handles = [worker.handle for worker in self._desired]
@@ -219,11 +261,20 @@ class Controller:
 
     # ---- inside -----------------------------------------------------------------------------------------------------
 
-    async def _supervise(self, worker: _Desired) -> None:
+    def _background(self, work: Coroutine[Any, Any, None]) -> None:
+        self._tasks = [task for task in self._tasks if not task.done()] + [asyncio.create_task(work)]
+
+    async def _end(self, peer: PeerId, handle: Handle | None, grace_s: float) -> None:
+        await self.leaving(peer)
+        if handle is not None:
+            await handle.stop(grace_s)
+
+    async def _supervise(self, worker: Desired) -> None:
         """Keep one worker alive: each life is a new incarnation, and short lives are followed by longer pauses."""
         backoff_s = 0.0
-        while not self._stopping:
+        while worker.wanted and not self._stopping:
             worker.incarnation += 1
+            worker.asked_to_end = False
             worker.phase = "starting"
             started_s = self._clock.monotonic_s()
             try:
@@ -236,13 +287,16 @@ class Controller:
             if self._stopping:
                 return
             lived_s = self._clock.monotonic_s() - started_s
-            backoff_s = 0.0 if lived_s > _STABLE_S else min(max(2 * backoff_s, _FIRST_BACKOFF_S), _MAX_BACKOFF_S)
+            well = lived_s > _STABLE_S or worker.asked_to_end
+            backoff_s = 0.0 if well else min(max(2 * backoff_s, _FIRST_BACKOFF_S), _MAX_BACKOFF_S)
             if backoff_s:
                 worker.phase = f"restarts in {backoff_s:g} s after a life of {lived_s:.1f} s"
                 await self._tell(f"{worker.worker} {worker.phase}")
                 await asyncio.sleep(backoff_s)
+        worker.phase = "drained"
+        await self._tell(f"{worker.worker} is drained")
 
-    async def _live(self, worker: _Desired) -> None:
+    async def _live(self, worker: Desired) -> None:
         """From launch to death. Raises what the start raised."""
 
         def on_phase(phase: str) -> None:
@@ -254,9 +308,9 @@ class Controller:
             worker.member = await handle.ready()
             worker.phase = "ready"
             await self._announce()
-            if worker.incarnation > 1:
+            if worker.first_ready.done():
                 await self._tell(f"{worker.peer} is ready")
-            if not worker.first_ready.done():
+            else:
                 worker.first_ready.set_result(None)
             how = await handle.gone()
             if not self._stopping:
@@ -336,6 +390,8 @@ class Controller:
     async def _announce(self) -> None:
         """Tell everybody who is there."""
         self._version += 1
+        async with self._news:
+            self._news.notify_all()
         members = [worker.member for worker in self._desired if worker.member is not None]
         membership = Membership(self._version, members, self._host_tiers)
         await asyncio.gather(*(w.handle.follow(membership) for w in self._desired if w.member and w.handle))

@@ -13,7 +13,7 @@ import ray
 
 from ..core.config import Config
 from ..core.environment import announce_local_ray, ray_authenticates
-from ..core.errors import ConfigError
+from ..core.errors import CapacityError, ConfigError
 from .controller import desired_workers
 from .janitor import hire
 
@@ -123,4 +123,17 @@ def check_resources(config: Config) -> None:
             raise ConfigError(
                 f"{workers} need {amount:g} {name}s; the Ray cluster has {available.get(name, 0.0):g} free",
                 fix="lower pools.*.replicas or pools.*.cpus_per_replica, or add nodes",
+            )
+
+
+def check_room(config: Config, role: str, count: int) -> None:
+    """Raises CapacityError if the Ray cluster has too few free CPUs or GPUs for so many more workers of a pool."""
+    pool = getattr(config.pools, role)
+    available = ray.available_resources()
+    for name, each in (("CPU", pool.cpus_per_replica), ("GPU", pool.gpus_per_replica)):
+        if count * each > available.get(name, 0.0):
+            raise CapacityError(
+                f"{count} more {role} workers need {count * each:g} {name}s; "
+                f"the Ray cluster has {available.get(name, 0.0):g} free",
+                fix="add nodes, or scale another pool down",
             )

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
-import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -21,6 +20,7 @@ from pydantic import (
 
 from .errors import ConfigError
 from .units import parse_bytes
+from .yaml_file import apply_override, read_yaml
 
 ByteSize = Annotated[int, BeforeValidator(parse_bytes), Field(ge=0, json_schema_extra={"examples": ["512MiB", "8GiB"]})]
 
@@ -201,6 +201,23 @@ class GatewayConfig(_Section):
     """How long a request whose workers are gone waits for others before it fails."""
 
 
+class ControlConfig(_Section):
+    host: str = "127.0.0.1"
+    """Address on which the operators' API listens, gRPC, on the controller's node."""
+    port: int = Field(default=0, ge=0, le=65535)
+    """Port to listen on; 0: any that is free. `control.json` beside the logs tells it, and the token."""
+    tls_cert: str | None = None
+    """A file with the certificate for `host` in PEM, those of its issuers behind it. Not given: no TLS."""
+    tls_key: str | None = None
+    """A file with its private key in PEM."""
+
+    @model_validator(mode="after")
+    def _check_tls(self) -> Self:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("tls_cert and tls_key go together: give both, or neither")
+        return self
+
+
 class HiddenStatesConfig(_Section):
     folder: str | None = None
     """Where the hidden states of prompts are written for requests that ask for them with return_hidden_states, one
@@ -313,6 +330,7 @@ class Config(_Section):
     kv: KVConfig = KVConfig()
     routing: RoutingConfig = RoutingConfig()
     gateway: GatewayConfig = GatewayConfig()
+    control: ControlConfig = ControlConfig()
     hidden_states: HiddenStatesConfig = HiddenStatesConfig()
     offload: OffloadConfig = OffloadConfig()
     experts: ExpertsConfig = ExpertsConfig()
@@ -390,9 +408,9 @@ class ConfigSource:
         self._path = path
         self._lines: dict[tuple[str, ...], int] = {}
         if path is not None:
-            self.tree, self._lines = _read_yaml(path)
+            self.tree, self._lines = read_yaml(path)
         for override in overrides:
-            _apply_override(self.tree, override)
+            apply_override(self.tree, override)
 
     def check(self, tree: dict[str, Any]) -> Config:
         """The configuration that a tree means; lines are told by the keys in the file.
@@ -444,61 +462,6 @@ def model_name(config: Config) -> str:
     if config.model.name:
         return config.model.name
     return "tandem-demo" if config.model.path == DEMO_MODEL else model_folder(config).resolve().name
-
-
-def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file", fix="`tandem serve` without a file serves the demo model") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from None
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        lines = dict(_key_lines(path, node)) if node is not None else {}
-        tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
-    if tree is None:
-        return {}, {}
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: expected a mapping of sections, found {type(tree).__name__}")
-    return tree, lines
-
-
-def _key_lines(path: Path, node: yaml.Node, above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], int]]:
-    """Line numbers of all keys; refuses a key that is written twice, where YAML would keep the last."""
-    if isinstance(node, yaml.MappingNode):
-        seen = set()
-        for key, value in node.value:
-            here = (*above, str(key.value))
-            if here in seen:
-                raise ConfigError(f"{path}:{key.start_mark.line + 1}: {'.'.join(here)} is given twice")
-            seen.add(here)
-            yield here, key.start_mark.line + 1
-            yield from _key_lines(path, value, here)
-    elif isinstance(node, yaml.SequenceNode):
-        for index, value in enumerate(node.value):
-            yield from _key_lines(path, value, (*above, str(index)))
-
-
-def _apply_override(tree: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    names = key.strip().split(".")
-    if not equals or not all(names):
-        raise ConfigError(f"--set {override}: expected KEY=VALUE", fix="for example --set kv.block_tokens=32")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ConfigError(f"--set {override}: the value is not YAML") from None
-    for name in names[:-1]:
-        below = tree.setdefault(name, {})
-        if below is None:
-            below = tree[name] = {}
-        if not isinstance(below, dict):
-            raise ConfigError(f"--set {override}: {name} is a value, not a section")
-        tree = below
-    tree[names[-1]] = value
 
 
 def _explain(error: ValidationError, path: Path | None, lines: dict[tuple[str, ...], int]) -> Iterator[str]:

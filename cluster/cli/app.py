@@ -35,6 +35,8 @@ app = typer.Typer(
     [bold]On a Ray cluster[/bold]
 
       tandem up my.yaml  ·  tandem status  ·  tandem down
+
+      tandem drain decode-0  ·  tandem scale decode 3  ·  tandem watch
     """,
 )
 config_app = typer.Typer(no_args_is_help=True, help="Look at, and check, the one YAML file.")
@@ -63,6 +65,14 @@ SetOption = Annotated[
 AddressOption = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option(metavar="HOST:PORT", help="The Ray cluster. Default: RAY_ADDRESS, or the one on this host."),
+]
+ControlOption = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option(
+        "--control",
+        metavar="FILE",
+        help="The cluster's control.json, from its log folder. Default: that of this user's newest cluster.",
+    ),
 ]
 
 
@@ -123,6 +133,47 @@ def status(
     from .cluster import status as run
 
     run(address, kv=kv, as_json=json_)
+
+
+@app.command()
+def drain(
+    worker: Annotated[str, typer.Argument(metavar="WORKER", help="For example decode-0; `tandem status` lists them.")],
+    restart: Annotated[bool, typer.Option("--restart", help="Start it again, and wait until it serves.")] = False,
+    grace_s: Annotated[
+        float, typer.Option(min=0, max=86_400, help="What is not finished by then goes on elsewhere.")
+    ] = 600.0,
+    control: ControlOption = None,
+) -> None:
+    """Take a worker out: it gets nothing new, finishes what it has, and ends; no request fails.
+
+    Returns when it has ended. `tandem scale` brings it back. The last worker of a pool that is ready stays.
+    """
+    from .control import drain as run
+
+    run(worker, grace_s, control, restart=restart)
+
+
+@app.command()
+def scale(
+    pool: Annotated[str, typer.Argument(metavar="POOL", help="prefill, decode or colocated.")],
+    replicas: Annotated[int, typer.Argument(metavar="N", min=1, max=1024, help="How many workers it shall have.")],
+    control: ControlOption = None,
+) -> None:
+    """Have N workers in a pool: new ones start, or the last are drained. Returns at once; no request fails.
+
+    `tandem watch` shows how it goes on. A restart of the cluster begins with the YAML's number again.
+    """
+    from .control import scale as run
+
+    run(pool, replicas, control)
+
+
+@app.command()
+def watch(control: ControlOption = None) -> None:
+    """Print what happens in the cluster, as it happens: starts, ends, drains, failures. Ctrl-C ends it."""
+    from .control import watch as run
+
+    run(control)
 
 
 @app.command()

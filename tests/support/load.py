@@ -127,7 +127,7 @@ def ask_all(
 class Load:
     """`ask_all` in the background."""
 
-    def __init__(self, url: str, requests: list[Body], at_once: int = 12, **options: Any) -> None:
+    def __init__(self, url: str, requests: Iterable[Body], at_once: int = 12, **options: Any) -> None:
         self._answers: list[Answer] = []
         self._thread = threading.Thread(
             target=lambda: self._answers.extend(ask_all(url, requests, at_once, **options)), name="load"

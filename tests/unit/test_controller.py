@@ -3,72 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 
 import pytest
+from support.launched import Launched, settle
 from tandem.cluster.controller import Controller, desired_workers
 from tandem.core.clock import ManualClock
 from tandem.core.config import Config
 from tandem.core.errors import ConfigError, WorkerError
-from tandem.core.ids import PeerId, worker_of
-from tandem.core.messages import Member, Membership, Report
-
-
-class Process:
-    """A launched process, as the launcher's handle."""
-
-    def __init__(self, peer: PeerId, role: str, fails: Exception | None) -> None:
-        self.peer = peer
-        self.role = role
-        self.memberships: list[Membership] = []
-        self.death: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        self.is_ready = asyncio.Event()
-        self._fails = fails
-
-    async def ready(self) -> Member:
-        await self.is_ready.wait()
-        if self._fails is not None:
-            raise self._fails
-        return Member(self.peer, self.role, "node", "tcp://127.0.0.1:1")
-
-    async def gone(self) -> str:
-        return await asyncio.shield(self.death)
-
-    async def follow(self, membership: Membership) -> None:
-        self.memberships.append(membership)
-
-    async def report(self) -> Report | None:
-        return Report(1, 2, 3, 4, 5)
-
-    async def stop(self, grace_s: float) -> None:
-        self.die("stopped")
-
-    def die(self, how: str = "SIGKILL") -> None:
-        if not self.death.done():
-            self.death.set_result(how)
-
-
-class Launched:
-    """A launcher that remembers; ``fails`` says whose start goes wrong."""
-
-    def __init__(self, fails: dict[PeerId, Exception] | None = None, hold: bool = False) -> None:
-        self.processes: dict[PeerId, Process] = {}
-        self.order: list[PeerId] = []
-        self._fails = fails or {}
-        self._hold = hold
-
-    def launch(self, peer: PeerId, role: str, on_phase: Callable[[str], None]) -> Process:
-        process = self.processes[peer] = Process(peer, role, self._fails.get(peer))
-        self.order.append(peer)
-        on_phase("reading the model")
-        if not self._hold:
-            process.is_ready.set()
-        return process
-
-
-async def settle() -> None:
-    for _ in range(50):
-        await asyncio.sleep(0)
+from tandem.core.ids import worker_of
+from tandem.core.messages import Member
 
 
 def test_every_configured_worker_is_wanted() -> None:

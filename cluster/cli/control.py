@@ -1,0 +1,46 @@
+"""`tandem drain`, `scale` and `watch`: the operators' API from the command line."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from rich.console import Console
+
+from ..control.client import ControlClient
+from ..control.credentials import Credentials
+
+
+def drain(worker: str, grace_s: float, file: Path | None, *, restart: bool) -> None:
+    """Take a worker out, and return when it has ended, or is back."""
+    with ControlClient(_credentials(file)) as client:
+        client.drain(worker, grace_s, restart=restart)
+    Console(highlight=False).print(f"{worker} is {'ready again' if restart else 'drained'}", markup=False)
+
+
+def scale(pool: str, replicas: int, file: Path | None) -> None:
+    """Have so many workers in a pool, and tell which start and which leave."""
+    with ControlClient(_credentials(file)) as client:
+        started, drained = client.scale(pool, replicas)
+    console = Console(highlight=False)
+    for verb, workers in (("starting", started), ("draining", drained)):
+        if workers:
+            console.print(f"{verb} {', '.join(workers)}", markup=False)
+    if not started and not drained:
+        console.print(f"the {pool} pool has {replicas} already", markup=False)
+
+
+def watch(file: Path | None) -> None:
+    """Print what has happened and what happens, until Ctrl-C or the cluster's end."""
+    console = Console(highlight=False, soft_wrap=True)
+    with ControlClient(_credentials(file)) as client:
+        try:
+            for event in client.watch():
+                at = time.strftime("%H:%M:%S", time.localtime(event.at_s))
+                console.print(f"{at} {event.text}", markup=False)
+        except KeyboardInterrupt:
+            return
+
+
+def _credentials(file: Path | None) -> Credentials:
+    return Credentials.find() if file is None else Credentials.read(file)

@@ -1,0 +1,93 @@
+"""A client of the operators' API, for the command line. Every method blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import grpc
+from google.protobuf.message_factory import GetMessageClass
+
+from ...core.errors import WorkerError
+from . import control_pb2 as pb
+from .credentials import Credentials
+
+SERVICE = pb.DESCRIPTOR.services_by_name["Control"]
+_ANSWER_TIMEOUT_S = 10.0
+_MARGIN_S = 60.0
+
+
+class ControlClient:
+    """A connection. Calls raise WorkerError with what the server says, or that it does not answer.
+
+    Args:
+        credentials: of the cluster.
+    """
+
+    def __init__(self, credentials: Credentials) -> None:
+        options = (("grpc.enable_http_proxy", 0),)
+        self._address = credentials.address
+        self._metadata = (("authorization", f"Bearer {credentials.token}"),)
+        if credentials.certificate is None:
+            self._channel = grpc.insecure_channel(credentials.address, options)
+        else:
+            trust = grpc.ssl_channel_credentials(credentials.certificate.encode())
+            self._channel = grpc.secure_channel(credentials.address, trust, options)
+
+    def __enter__(self) -> ControlClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._channel.close()
+
+    def status(self) -> list[pb.Worker]:
+        """Every worker."""
+        return list(self._call("Status", pb.StatusRequest(), _ANSWER_TIMEOUT_S).workers)
+
+    def drain(self, worker: str, grace_s: float, *, restart: bool) -> None:
+        """Take a worker out; returns when it has ended or, to ``restart``, is back, which may take a model's loading.
+
+        Args:
+            worker: "decode-0".
+            grace_s: what is not finished by then goes on elsewhere.
+            restart: start it again.
+        """
+        timeout_s = None if restart else grace_s + _MARGIN_S
+        self._call("Drain", pb.DrainRequest(worker=worker, grace_s=grace_s, restart=restart), timeout_s)
+
+    def scale(self, pool: str, replicas: int) -> tuple[list[str], list[str]]:
+        """Have so many workers in a pool; those that start, and those that are drained."""
+        answer = self._call("Scale", pb.ScaleRequest(pool=pool, replicas=replicas), _ANSWER_TIMEOUT_S)
+        return list(answer.started), list(answer.drained)
+
+    def rebalance(self) -> None:
+        """Place experts anew."""
+        self._call("Rebalance", pb.RebalanceRequest(), _ANSWER_TIMEOUT_S)
+
+    def watch(self, after: int = 0) -> Iterator[pb.Event]:
+        """Events with a number above ``after``, as they happen, until the connection or the cluster ends."""
+        try:
+            yield from self._method("Watch")(pb.WatchRequest(after=after), metadata=self._metadata)
+        except grpc.RpcError as error:
+            raise self._error(error) from None
+
+    def _call(self, name: str, request: Any, timeout_s: float | None) -> Any:
+        try:
+            return self._method(name)(request, timeout=timeout_s, metadata=self._metadata)
+        except grpc.RpcError as error:
+            raise self._error(error) from None
+
+    def _method(self, name: str) -> Any:
+        method = SERVICE.methods_by_name[name]
+        make = self._channel.unary_stream if method.server_streaming else self._channel.unary_unary
+        return make(
+            f"/{SERVICE.full_name}/{name}",
+            request_serializer=GetMessageClass(method.input_type).SerializeToString,
+            response_deserializer=GetMessageClass(method.output_type).FromString,
+        )
+
+    def _error(self, error: Any) -> WorkerError:
+        code, details = error.code(), error.details()
+        if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+            return WorkerError(f"the operators' API at {self._address} is gone, or does not answer: {details}")
+        return WorkerError(str(details))

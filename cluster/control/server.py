@@ -1,0 +1,251 @@
+"""The operators' API: gRPC on the controller's event loop, with health checks and reflection."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import ipaddress
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+import grpc.aio
+import msgspec
+from google.protobuf.message import DecodeError
+from google.protobuf.message_factory import GetMessageClass
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from ...core.config import ControlConfig
+from ...core.errors import CapacityError, ConfigError, NotFoundError, RequestError, TandemError
+from ...core.log import logger
+from ..controller import Controller, WorkerStatus
+from ..scaling import DRAIN_S, Scaling
+from . import control_pb2 as pb
+from .credentials import NAME, Credentials
+
+SERVICE = pb.DESCRIPTOR.services_by_name["Control"]
+_HEALTH = f"/{health.SERVICE_NAME}/"
+_WATCH_S = 60.0
+_STOP_GRACE_S = 0.5
+_MAX_RPCS = 256
+_MAX_REQUEST_BYTES = 1 << 16
+_OPTIONS = (
+    # Without this, a port that somebody of this user listens on would be shared with him.
+    ("grpc.so_reuseport", 0),
+    ("grpc.max_receive_message_length", _MAX_REQUEST_BYTES),
+)
+_CODES = (
+    (NotFoundError, grpc.StatusCode.NOT_FOUND),
+    (RequestError, grpc.StatusCode.INVALID_ARGUMENT),
+    (CapacityError, grpc.StatusCode.FAILED_PRECONDITION),
+    (TandemError, grpc.StatusCode.INTERNAL),
+)
+
+Context = Any
+"""grpc.aio.ServicerContext, which is generic in stubs only."""
+
+
+class ControlService:
+    """The methods of `tandem.v1.Control`, which raise errors of `core.errors`.
+
+    Args:
+        controller: of the cluster.
+        scaling: drains and scales.
+    """
+
+    def __init__(self, controller: Controller, scaling: Scaling) -> None:
+        self._controller = controller
+        self._scaling = scaling
+
+    async def Status(self, request: pb.StatusRequest, context: Context) -> pb.StatusResponse:
+        """Every worker."""
+        return pb.StatusResponse(workers=[_worker(status) for status in await self._controller.status()])
+
+    async def Drain(self, request: pb.DrainRequest, context: Context) -> pb.DrainResponse:
+        """Answers when the worker has ended, or is back."""
+        grace_s = request.grace_s if request.HasField("grace_s") else DRAIN_S
+        await self._scaling.drain(request.worker, grace_s, restart=request.restart)
+        return pb.DrainResponse()
+
+    async def Scale(self, request: pb.ScaleRequest, context: Context) -> pb.ScaleResponse:
+        """Answers at once."""
+        started, drained = await self._scaling.scale(request.pool, request.replicas)
+        return pb.ScaleResponse(started=started, drained=drained)
+
+    async def Rebalance(self, request: pb.RebalanceRequest, context: Context) -> pb.RebalanceResponse:
+        """Not before there is an expert group."""
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "there is no expert group, whose experts could be moved")
+        raise AssertionError("abort raises")
+
+    async def Watch(self, request: pb.WatchRequest, context: Context) -> AsyncIterator[pb.Event]:
+        """Until the caller leaves."""
+        last = request.after
+        while True:
+            for event in await self._controller.events(last, _WATCH_S):
+                last = event.number
+                yield pb.Event(**event._asdict())
+
+
+class ControlServer:
+    """Listens, and leaves its credentials beside the logs while it does. Belongs to the controller's event loop.
+
+    Args:
+        controller: of the cluster.
+        scaling: drains and scales.
+        config: address and TLS.
+        folder: where `control.json` is written.
+    """
+
+    def __init__(self, controller: Controller, scaling: Scaling, config: ControlConfig, folder: Path) -> None:
+        self._controller = controller
+        self._scaling = scaling
+        self._config = config
+        self._note = folder / NAME
+        self._health = health.aio.HealthServicer()
+        self._server: grpc.aio.Server | None = None
+        self._watcher: asyncio.Task[None] | None = None
+
+    async def start(self) -> Credentials:
+        """Bind the port, serve, write the credentials.
+
+        Raises:
+            ConfigError: the port is taken, or the TLS files are no certificate and key.
+        """
+        token = secrets.token_urlsafe(32)
+        certificate, key = self._read_tls()
+        server = grpc.aio.server(interceptors=[_TokenCheck(token)], options=_OPTIONS, maximum_concurrent_rpcs=_MAX_RPCS)
+        service = ControlService(self._controller, self._scaling)
+        server.add_generic_rpc_handlers((_handlers(service),))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        reflection.enable_server_reflection((SERVICE.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        host = f"[{self._config.host}]" if ":" in self._config.host else self._config.host
+        address = f"{host}:{self._config.port}"
+        try:
+            if certificate is None or key is None:
+                port = server.add_insecure_port(address)
+            else:
+                port = server.add_secure_port(address, grpc.ssl_server_credentials([(key, certificate)]))
+        except RuntimeError as error:
+            raise ConfigError(
+                f"control.port: cannot listen on {address}: {error}",
+                fix="stop what uses it, or leave control.port out; check control.tls_cert and tls_key",
+            ) from None
+        if certificate is None and not _is_loopback(self._config.host):
+            logger.warning("the operators' API at %s has no TLS: whoever listens on the way learns the token", address)
+        await server.start()
+        self._server = server
+        self._watcher = asyncio.create_task(self._keep_health())
+        credentials = Credentials(f"{host}:{port}", token, certificate.decode() if certificate else None)
+        credentials.write(self._note)
+        logger.info("operators' API at %s:%d", host, port)
+        return credentials
+
+    async def stop(self) -> None:
+        """End the calls in progress and remove the credentials. Idempotent."""
+        if self._watcher is not None:
+            self._watcher.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._watcher
+            self._watcher = None
+        if self._server is not None:
+            self._note.unlink(missing_ok=True)
+            await self._server.stop(_STOP_GRACE_S)
+            self._server = None
+
+    def _read_tls(self) -> tuple[bytes | None, bytes | None]:
+        def read(key: str) -> bytes | None:
+            path = getattr(self._config, key)
+            try:
+                return Path(path).expanduser().read_bytes() if path is not None else None
+            except OSError as error:
+                raise ConfigError(f"control.{key}: {path}: {error.strerror}", fix="give a PEM file") from None
+
+        return read("tls_cert"), read("tls_key")
+
+    async def _keep_health(self) -> None:
+        """The API itself serves as long as it is there; "" tells whether requests can be served."""
+        serving, not_serving = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
+        await self._health.set(SERVICE.full_name, serving)
+        while True:
+            lacking = self._scaling.lacking()
+            await self._health.set("", not_serving if lacking else serving)
+            await self._controller.until(lambda: self._scaling.lacking() != lacking)  # noqa: B023
+
+
+class _TokenCheck(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+    """Lets calls through that bring the token, and health checks, which probes make without."""
+
+    def __init__(self, token: str) -> None:
+        self._wanted = f"Bearer {token}".encode()
+
+    async def intercept_service(
+        self, continuation: Callable[[Any], Awaitable[Any]], details: grpc.HandlerCallDetails
+    ) -> Any:
+        given = dict(details.invocation_metadata).get("authorization", "")
+        matches = hmac.compare_digest(given.encode() if isinstance(given, str) else given, self._wanted)
+        if matches or details.method.startswith(_HEALTH):
+            return await continuation(details)
+        return grpc.stream_stream_rpc_method_handler(_refuse)
+
+
+async def _refuse(requests: Any, context: Context) -> None:
+    await context.abort(
+        grpc.StatusCode.UNAUTHENTICATED, f"a valid token is needed, as `authorization: Bearer …`; {NAME} has it"
+    )
+
+
+def _handlers(service: ControlService) -> Any:
+    """The service's methods, as its descriptor says."""
+    return grpc.method_handlers_generic_handler(
+        SERVICE.full_name, {method.name: _handler(method, getattr(service, method.name)) for method in SERVICE.methods}
+    )
+
+
+def _handler(method: Any, behaviour: Callable[..., Any]) -> Any:
+    request_type, encode = GetMessageClass(method.input_type), GetMessageClass(method.output_type).SerializeToString
+
+    async def parse(body: bytes, context: Context) -> Any:
+        try:
+            return request_type.FromString(body)
+        except DecodeError as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+
+    async def answer(body: bytes, context: Context) -> Any:
+        request = await parse(body, context)
+        try:
+            return await behaviour(request, context)
+        except TandemError as error:
+            code = next(code for kind, code in _CODES if isinstance(error, kind))
+            await context.abort(code, str(error))
+
+    async def stream(body: bytes, context: Context) -> AsyncIterator[Any]:
+        async for message in behaviour(await parse(body, context), context):
+            yield message
+
+    if method.server_streaming:
+        return grpc.unary_stream_rpc_method_handler(stream, response_serializer=encode)
+    return grpc.unary_unary_rpc_method_handler(answer, response_serializer=encode)
+
+
+def _worker(status: WorkerStatus) -> pb.Worker:
+    load = None if status.report is None else pb.Load(**msgspec.structs.asdict(status.report))
+    return pb.Worker(
+        name=status.worker,
+        peer=status.peer,
+        role=status.role,
+        phase=status.phase,
+        node=status.node,
+        restarts=max(0, status.restarts),
+        load=load,
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,0 +1,79 @@
+"""A launcher for the real controller, whose processes are ready and die when the test says so."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from tandem.core.errors import CapacityError
+from tandem.core.ids import PeerId
+from tandem.core.messages import Member, Membership, Report
+
+
+class Process:
+    """A launched process, as the launcher's handle."""
+
+    def __init__(self, peer: PeerId, role: str, fails: Exception | None) -> None:
+        self.grace_s: float | None = None
+        """That the last stop gave it."""
+        self.lingers = False
+        """Whether it has something to finish, until the test lets it die."""
+        self.peer = peer
+        self.role = role
+        self.memberships: list[Membership] = []
+        self.death: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self.is_ready = asyncio.Event()
+        self._fails = fails
+
+    async def ready(self) -> Member:
+        await self.is_ready.wait()
+        if self._fails is not None:
+            raise self._fails
+        return Member(self.peer, self.role, "node", "tcp://127.0.0.1:1")
+
+    async def gone(self) -> str:
+        return await asyncio.shield(self.death)
+
+    async def follow(self, membership: Membership) -> None:
+        self.memberships.append(membership)
+
+    async def report(self) -> Report | None:
+        return Report(1, 2, 3, 4, 5)
+
+    async def stop(self, grace_s: float) -> None:
+        self.grace_s = grace_s
+        if self.lingers and grace_s:
+            await asyncio.shield(self.death)
+        self.die("stopped")
+
+    def die(self, how: str = "SIGKILL") -> None:
+        if not self.death.done():
+            self.death.set_result(how)
+
+
+class Launched:
+    """A launcher that remembers; ``fails`` says whose start goes wrong, ``room`` how many more find room."""
+
+    def __init__(self, fails: dict[PeerId, Exception] | None = None, hold: bool = False, room: int = 1000) -> None:
+        self.room = room
+        self.processes: dict[PeerId, Process] = {}
+        self.order: list[PeerId] = []
+        self._fails = fails or {}
+        self._hold = hold
+
+    def launch(self, peer: PeerId, role: str, on_phase: Callable[[str], None]) -> Process:
+        process = self.processes[peer] = Process(peer, role, self._fails.get(peer))
+        self.order.append(peer)
+        on_phase("reading the model")
+        if not self._hold:
+            process.is_ready.set()
+        return process
+
+    def check_room(self, role: str, count: int) -> None:
+        if count > self.room:
+            raise CapacityError(f"{count} more {role} workers find no room")
+
+
+async def settle() -> None:
+    for _ in range(50):
+        await asyncio.sleep(0)

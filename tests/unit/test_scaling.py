@@ -1,0 +1,187 @@
+"""Drains and scales, with processes that the test lets die."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+from support.launched import Launched, settle
+from tandem.cluster.controller import Controller
+from tandem.cluster.scaling import Scaling
+from tandem.core.clock import ManualClock
+from tandem.core.config import Config
+from tandem.core.errors import CapacityError, NotFoundError, RequestError, TandemError
+from tandem.core.messages import Member
+
+Body = Callable[[Controller, Scaling, Launched], Awaitable[None]]
+TWO = {"prefill": {}, "decode": {"replicas": 2}}
+
+
+def play(body: Body, pools: dict[str, Any] = TWO, **sections: Any) -> None:
+    """Run a test on a controller of which everybody is ready."""
+
+    async def run() -> None:
+        launched, config = Launched(), Config.model_validate({"pools": pools} | sections)
+        controller = Controller(config, launched, ManualClock())
+        await controller.start()
+        await body(controller, Scaling(config, launched, controller), launched)
+        await controller.stop(0)
+
+    asyncio.run(run())
+
+
+def told(launched: Launched) -> dict[str, bool]:
+    """Whom the gateway knows, and whether they take requests."""
+    members: list[Member] = launched.processes["gateway-0#1"].memberships[-1].members
+    return {member.peer: member.ready for member in members if member.role == "decode"}
+
+
+def test_who_is_drained_finishes_ends_and_stays_away() -> None:
+    async def body(controller: Controller, scaling: Scaling, launched: Launched) -> None:
+        launched.lingers = True
+        launched.processes["decode-1#1"].lingers = True
+        drain = asyncio.create_task(scaling.drain("decode-1", 30))
+        await settle()
+        assert told(launched) == {"decode-0#1": True, "decode-1#1": False}
+        assert launched.processes["decode-1#1"].grace_s == 30
+        assert controller.phases()["decode-1"] == "leaving"
+        assert not drain.done(), "it has requests to finish"
+        launched.processes["decode-1#1"].die("stopped")
+        await drain
+        assert controller.phases()["decode-1"] == "drained"
+        assert told(launched) == {"decode-0#1": True}
+        await settle()
+        assert "decode-1#2" not in launched.processes
+        await scaling.drain("decode-1", 30)  # is no error
+        texts = [event.text for event in await controller.events(0, 0.1)]
+        assert texts[:3] == ["decode-1#1 was asked to end", "decode-1#1 is gone: stopped", "decode-1 is drained"]
+
+    play(body)
+
+
+def test_a_restart_ends_with_another_life_at_once() -> None:
+    async def body(controller: Controller, scaling: Scaling, launched: Launched) -> None:
+        await asyncio.wait_for(scaling.drain("decode-0", 30, restart=True), 1)
+        assert told(launched) == {"decode-0#2": True, "decode-1#1": True}
+        assert controller.phases()["decode-0"] == "ready"
+
+    play(body)
+
+
+def test_a_drain_goes_on_when_its_caller_leaves() -> None:
+    async def body(controller: Controller, scaling: Scaling, launched: Launched) -> None:
+        drain = asyncio.create_task(scaling.drain("decode-0", 30))
+        await asyncio.sleep(0)
+        drain.cancel()
+        await settle()
+        assert controller.phases()["decode-0"] == "drained"
+
+    play(body)
+
+
+def test_the_last_one_stays() -> None:
+    async def body(controller: Controller, scaling: Scaling, launched: Launched) -> None:
+        drains = [scaling.drain(f"decode-{number}", 30) for number in (0, 1)]
+        results = await asyncio.gather(*drains, return_exceptions=True)
+        assert results[0] is None
+        assert isinstance(results[1], CapacityError)
+        assert "decode-1 is the last decode worker that is ready" in str(results[1])
+
+    play(body)
+
+
+def test_a_pool_grows_shrinks_and_grows_again() -> None:
+    async def body(controller: Controller, scaling: Scaling, launched: Launched) -> None:
+        assert await scaling.scale("decode", 4) == (["decode-2", "decode-3"], [])
+        await settle()
+        assert set(told(launched)) == {"decode-0#1", "decode-1#1", "decode-2#1", "decode-3#1"}
+        assert await scaling.scale("decode", 4) == ([], [])
+        await scaling.drain("decode-0", 0)
+        assert await scaling.scale("decode", 1) == ([], ["decode-2", "decode-3"])
+        await settle()
+        assert told(launched) == {"decode-1#1": True}
+        assert await scaling.scale("decode", 3) == (["decode-0", "decode-2"], [])
+        await settle()
+        assert set(told(launched)) == {"decode-0#2", "decode-1#1", "decode-2#2"}, "a life's name is used once"
+        launched.processes["decode-2#2"].die()  # as any other, it is started again
+        await settle()
+        assert controller.phases()["decode-2"].startswith("restarts in")
+
+    play(body)
+
+
+def test_who_is_called_back_while_it_leaves_begins_another_life() -> None:
+    async def body(controller: Controller, scaling: Scaling, launched: Launched) -> None:
+        launched.processes["decode-1#1"].lingers = True
+        await scaling.scale("decode", 1)
+        await settle()
+        assert await scaling.scale("decode", 2) == (["decode-1"], [])
+        await settle()
+        assert told(launched) == {"decode-0#1": True, "decode-1#1": False}
+        launched.processes["decode-1#1"].die("stopped")
+        await settle()
+        assert told(launched) == {"decode-0#1": True, "decode-1#2": True}
+
+    play(body)
+
+
+def test_who_is_not_ready_leaves_first() -> None:
+    async def body(controller: Controller, scaling: Scaling, launched: Launched) -> None:
+        launched.processes["decode-0#1"].die()
+        await settle()
+        assert controller.phases()["decode-0"].startswith("restarts in")
+        assert await scaling.scale("decode", 1) == ([], ["decode-0"])
+        assert told(launched) == {"decode-1#1": True}
+
+    play(body)
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "says"),
+    [
+        (lambda s: s.drain("decode-7"), NotFoundError, "no worker is called 'decode-7'; there are prefill-0, decode-0"),
+        (lambda s: s.drain("gateway-0"), RequestError, "a gateway cannot be drained"),
+        (lambda s: s.drain("decode-0", float("nan")), RequestError, "grace_s is nan, expected 0 to 86400"),
+        (lambda s: s.drain("prefill-0"), CapacityError, "first `tandem scale prefill N`"),
+        (lambda s: s.scale("colocated", 2), NotFoundError, "no pool 'colocated'; there are decode, prefill"),
+        (lambda s: s.scale("gateway", 2), NotFoundError, "no pool 'gateway'"),
+        (lambda s: s.scale("decode", 0), RequestError, "replicas is 0, expected 1 to 1024"),
+        (lambda s: s.scale("decode", 6), CapacityError, "4 more decode workers find no room"),
+        (lambda s: s.scale("prefill", 2), RequestError, "the s3 tier's capacity is divided among the workers"),
+    ],
+)
+def test_what_cannot_be_is_refused_and_changes_nothing(
+    call: Callable[[Scaling], Awaitable[object]], kind: type[TandemError], says: str
+) -> None:
+    async def body(controller: Controller, scaling: Scaling, launched: Launched) -> None:
+        launched.room = 3
+        with pytest.raises(kind) as caught:
+            await call(scaling)
+        assert says in str(caught.value)
+        await settle()
+        assert set(controller.phases().values()) == {"ready"}
+        assert len(launched.order) == 4
+
+    tiers = {"tiers": [{"kind": "s3", "capacity": "1GiB", "bucket": "b"}]}
+    play(body, TWO, **({"offload": tiers} if "tier's" in says else {}))
+
+
+def test_nothing_is_scaled_before_the_first_start_is_over() -> None:
+    async def run() -> None:
+        launched, config = Launched(hold=True), Config()
+        controller = Controller(config, launched, ManualClock())
+        start = asyncio.create_task(controller.start())
+        scaling = Scaling(config, launched, controller)
+        await settle()
+        assert scaling.lacking() == ["decode", "gateway", "prefill"]
+        with pytest.raises(CapacityError, match="still starting"):
+            await scaling.scale("decode", 2)
+        for process in launched.processes.values():
+            process.is_ready.set()
+        await start
+        assert scaling.lacking() == []
+        await controller.stop(0)
+
+    asyncio.run(run())
