@@ -13,7 +13,6 @@ from typing import Any
 
 import grpc
 import grpc.aio
-import msgspec
 from google.protobuf.message import DecodeError
 from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -232,7 +231,9 @@ def _handler(method: Any, behaviour: Callable[..., Any]) -> Any:
 
 
 def _worker(status: WorkerStatus) -> pb.Worker:
-    load = None if status.report is None else pb.Load(**msgspec.structs.asdict(status.report))
+    fields = pb.Load.DESCRIPTOR.fields_by_name
+    report = status.report
+    load = None if report is None else pb.Load(**{name: getattr(report, name) for name in fields})
     return pb.Worker(
         name=status.worker,
         peer=status.peer,

@@ -13,7 +13,6 @@ from tandem.cluster.scaling import Scaling
 from tandem.core.clock import ManualClock
 from tandem.core.config import Config
 from tandem.core.errors import CapacityError, NotFoundError, RequestError, TandemError
-from tandem.core.messages import Member
 
 Body = Callable[[Controller, Scaling, Launched], Awaitable[None]]
 TWO = {"prefill": {}, "decode": {"replicas": 2}}
@@ -185,3 +184,12 @@ def test_nothing_is_scaled_before_the_first_start_is_over() -> None:
         await controller.stop(0)
 
     asyncio.run(run())
+
+
+def test_workers_that_share_experts_come_and_go_together() -> None:
+    async def body(controller: Controller, scaling: Scaling, launched: Launched) -> None:
+        for attempt in (scaling.drain("decode-0"), scaling.scale("decode", 3)):
+            with pytest.raises(RequestError, match="share experts in groups of 2"):
+                await attempt
+
+    play(body, {"prefill": {"replicas": 2}, "decode": {"replicas": 2}}, experts={"parallel": 2})
