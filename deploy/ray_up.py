@@ -1,7 +1,7 @@
 """A cluster launch file for `ray up`: on machines that are there, on AWS, on GCP.
 
-Ray's own schema of it is ray/autoscaler/ray-schema.json. The token is a file that `ray up` copies to every node; neither
-it nor the YAML, which may hold API keys, is part of what is rendered.
+Ray's own schema of it is ray/autoscaler/ray-schema.json. The token is a file that `ray up` copies to every node;
+neither it nor the YAML, which may hold API keys, is part of what is rendered.
 """
 
 from __future__ import annotations

@@ -171,10 +171,21 @@ _KINDS = {
 }
 
 
+_METADATA = _object("name", name=_DNS_LABEL, labels=_LABELS)
+_VALIDATORS = {
+    (version, kind): jsonschema.Draft202012Validator(
+        _object(
+            "apiVersion kind metadata spec",
+            apiVersion=_const(version),
+            kind=_const(kind),
+            metadata=_METADATA,
+            spec=spec,
+        )
+    )
+    for (version, kind), spec in _KINDS.items()
+}
+
+
 def validate_manifest(manifest: Mapping[str, Any]) -> None:
     """Raises jsonschema.ValidationError if a server would refuse it, or drop a part of it."""
-    spec = _KINDS[manifest["apiVersion"], manifest["kind"]]
-    metadata = _object("name", name=_DNS_LABEL, labels=_LABELS)
-    jsonschema.validate(
-        manifest, _object("apiVersion kind metadata spec", apiVersion=_TEXT, kind=_TEXT, metadata=metadata, spec=spec)
-    )
+    _VALIDATORS[manifest["apiVersion"], manifest["kind"]].validate(manifest)

@@ -17,8 +17,6 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from support.kubernetes import validate_manifest
-from typer.testing import CliRunner
-
 from tandem.cluster.cli.app import app
 from tandem.core.config import Config
 from tandem.core.errors import ConfigError
@@ -26,6 +24,7 @@ from tandem.deploy.kuberay import KubeOptions, render_kuberay
 from tandem.deploy.machines import OFFERS, Provider
 from tandem.deploy.nodes import plan_nodes
 from tandem.deploy.ray_up import Site, extras, render_ray_cluster
+from typer.testing import CliRunner
 
 ROOT = Path(__file__).resolve().parents[2]
 
