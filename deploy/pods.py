@@ -150,7 +150,7 @@ def _shared_memory(size_bytes: int) -> list[tuple[Tree, Tree]]:
 
 
 def _disks(config: Config) -> list[tuple[Tree, Tree]]:
-    found = []
+    found: list[tuple[Tree, Tree]] = []
     for tier in config.offload.tiers:
         for path in tier.path:
             name = f"disk-{len(found)}"
