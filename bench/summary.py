@@ -27,7 +27,8 @@ def percentile(values: Sequence[float], percent: float) -> float:
     return ordered[max(0, math.ceil(percent / 100 * len(ordered)) - 1)]
 
 
-def _spread(values: Sequence[float]) -> dict[str, float]:
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Percentiles, mean and count."""
     figures = {f"p{percent}": round(percentile(values, percent), 6) for percent in PERCENTILES}
     return figures | {"mean": round(sum(values) / len(values), 6) if values else math.nan, "count": len(values)}
 
@@ -51,9 +52,9 @@ def summarize(replies: Sequence[Reply], slo: Slo) -> dict[str, Any]:
         "goodput_requests_per_s": round(within / seconds, 4),
         "slo": {"ttft_s": slo.ttft_s, "itl_s": slo.itl_s},
         "slo_attainment": round(within / len(replies), 4),
-        "ttft_s": _spread(ttft),
-        "itl_s": _spread(gaps),
-        "e2e_s": _spread([reply.end_s - reply.sent_s for reply in good]),
+        "ttft_s": spread(ttft),
+        "itl_s": spread(gaps),
+        "e2e_s": spread([reply.end_s - reply.sent_s for reply in good]),
     }
 
 

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,9 +84,9 @@ class _Process:
 
     def _host_tier(self, block_bytes: int) -> Path:
         """Where this node's host tier is found; it is started by the first that asks."""
-        node = ray.get_runtime_context().get_node_id()
+        node, address = ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address()
         try:
-            return Path(ray.get(self._controller.host_tier.remote(node, block_bytes)))
+            return Path(ray.get(self._controller.host_tier.remote(node, address, block_bytes)))
         except ray.exceptions.RayTaskError as error:
             raise _cause(error) from None
 
@@ -200,16 +200,32 @@ class _ActorHandle:
 class _RayLauncher:
     """`controller.Launcher` over Ray: workers are spread over the nodes, gateways stay on the controller's."""
 
-    def __init__(self, name: str, config: Config, keys: ClusterKeys, log_folder: str) -> None:
+    def __init__(
+        self,
+        name: str,
+        config: Config,
+        keys: ClusterKeys,
+        log_folder: str,
+        on_host_tiers: Callable[[list[Member]], Awaitable[None]],
+    ) -> None:
         self._name = name
         self._config = config
         self._keys = msgspec.msgpack.encode(keys)
         self._log_folder = log_folder
         self._phases: dict[PeerId, Callable[[str], None]] = {}
+        self._on_host_tiers = on_host_tiers
         self._host_tiers: dict[str, Any] = {}
+        self._readable: dict[str, Member] = {}
+        """By node, host tiers that other nodes may read."""
+        self._watches: set[asyncio.Task[None]] = set()
 
-    async def host_tier(self, node: str, block_bytes: int) -> str:
+    async def host_tier(self, node: str, address: str, block_bytes: int) -> str:
         """The folder of a node's host tier, which is started if there is none.
+
+        Args:
+            node: Ray's name of it.
+            address: where other nodes reach it.
+            block_bytes: of a block.
 
         Raises:
             ConfigError: it cannot be; names the key.
@@ -221,16 +237,37 @@ class _RayLauncher:
 
             self._host_tiers[node] = (
                 ray.remote(HostTierOwner)
-                .options(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False))
-                .remote(self._config.model_dump_json(), self._log_folder)
+                .options(
+                    num_cpus=0,
+                    max_concurrency=8,
+                    scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
+                )
+                .remote(self._config.model_dump_json(), self._log_folder, self._keys, address)
             )
+        owner = self._host_tiers[node]
         try:
-            return str(await self._host_tiers[node].start.remote(block_bytes))
+            folder = str(await owner.start.remote(block_bytes))
+            endpoint = str(await owner.endpoint.remote())
+            if endpoint and node not in self._readable:
+                self._readable[node] = Member(Path(folder).name, "host", address, endpoint)
+                watch = asyncio.create_task(self._watch_host_tier(node, owner))
+                self._watches.add(watch)
+                watch.add_done_callback(self._watches.discard)
+                await self._on_host_tiers(list(self._readable.values()))
+            return folder
         except ray.exceptions.RayTaskError as error:
             raise _cause(error) from None
         except ray.exceptions.RayActorError as error:
             self._host_tiers.pop(node, None)
             raise WorkerError(f"the host tier of node {node} died: {_reason(error)}") from None
+
+    async def _watch_host_tier(self, node: str, owner: Any) -> None:
+        with contextlib.suppress(ray.exceptions.RayError):
+            await owner.wait.remote()
+        del self._readable[node]
+        if self._host_tiers.get(node) is owner:
+            del self._host_tiers[node]
+        await self._on_host_tiers(list(self._readable.values()))
 
     async def stop_host_tiers(self) -> None:
         """End all of them, and what they left on their nodes. Idempotent."""
@@ -287,7 +324,7 @@ class _ControllerActor:
         configure_logging("controller", parsed.log.level, parsed.log.format, Path(log_folder) / "controller.log")
         self._config = parsed
         self._log_folder = log_folder
-        self._launcher = _RayLauncher(name, parsed, make_cluster_keys(), log_folder)
+        self._launcher = _RayLauncher(name, parsed, make_cluster_keys(), log_folder, self._follow_host_tiers)
         self._controller = Controller(parsed, self._launcher, SystemClock())
 
     async def start(self) -> None:
@@ -301,8 +338,11 @@ class _ControllerActor:
         await self._controller.stop(grace_s)
         await self._launcher.stop_host_tiers()
 
-    async def host_tier(self, node: str, block_bytes: int) -> str:
-        return await self._launcher.host_tier(node, block_bytes)
+    async def host_tier(self, node: str, address: str, block_bytes: int) -> str:
+        return await self._launcher.host_tier(node, address, block_bytes)
+
+    async def _follow_host_tiers(self, host_tiers: list[Member]) -> None:
+        await self._controller.follow_host_tiers(host_tiers)
 
     async def phases(self) -> dict[str, str]:
         return self._controller.phases()

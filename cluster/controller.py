@@ -132,6 +132,7 @@ class Controller:
         self._desired: list[_Desired] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._version = 0
+        self._host_tiers: list[Member] = []
         self._stopping = False
         self._events: deque[Event] = deque(maxlen=_MAX_EVENTS)
         self._num_events = 0
@@ -179,6 +180,12 @@ class Controller:
                 worker.member = msgspec.structs.replace(worker.member, ready=False)
                 await self._tell(f"{peer} was asked to end")
                 await self._announce()
+
+    async def follow_host_tiers(self, host_tiers: list[Member]) -> None:
+        """These are the nodes' host tiers that other nodes may read."""
+        self._host_tiers = host_tiers
+        if not self._stopping:
+            await self._announce()
 
     async def status(self) -> list[WorkerStatus]:
         """Every worker, and its load."""
@@ -315,7 +322,7 @@ class Controller:
         """Tell everybody who is there."""
         self._version += 1
         members = [worker.member for worker in self._desired if worker.member is not None]
-        membership = Membership(self._version, members)
+        membership = Membership(self._version, members, self._host_tiers)
         await asyncio.gather(*(w.handle.follow(membership) for w in self._desired if w.member and w.handle))
 
     async def _tell(self, text: str) -> None:

@@ -1,4 +1,5 @@
-"""A node's host tier: its folder, the process that keeps its memory, and a new one when that dies."""
+"""A node's host tier: its folder, the processes that keep its memory and let other nodes read it, and new ones when
+they die."""
 
 from __future__ import annotations
 
@@ -7,11 +8,17 @@ import shutil
 import subprocess
 import tempfile
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
+
 from ..core.config import Config
+from ..core.errors import TandemError
 from ..core.log import configure_logging, logger
-from ..kv_transfer.offload.build import start_host_tier
+from ..core.wire import ClusterKeys
+from ..kv_transfer.offload.build import host_socket, start_host_tier
+from ..kv_transfer.offload.remote_task import Task, start_server
 from .janitor import hire
 
 _PAUSE_S = 1.0
@@ -19,67 +26,125 @@ _PAUSE_S = 1.0
 
 class HostTierOwner:
     """Outlives the node's workers, so that a new life of one finds what the last one stored. When this process ends,
-    however it does, the keeper ends with it, and a janitor removes the folder.
+    however it does, the processes end with it, and a janitor removes the folder. Thread-safe.
 
     Args:
         config: the cluster's, as JSON.
         log_folder: where its log goes.
+        keys: the cluster's, encoded; for a remote tier.
+        address: of this node, where others reach it; for a remote tier.
     """
 
-    def __init__(self, config: str, log_folder: str) -> None:
+    def __init__(self, config: str, log_folder: str, keys: bytes = b"", address: str = "") -> None:
         self._config = Config.model_validate_json(config)
         log = self._config.log
         configure_logging("host-tier", log.level, log.format, Path(log_folder) / "host-tier.log")
+        self._keys = keys
+        self._address = address
+        self._lock = threading.Lock()
         self._folder: Path | None = None
-        self._keeper: subprocess.Popen[bytes] | None = None
-        self._stopping = threading.Event()
+        self._endpoint = ""
+        self._processes: list[_Watched] = []
+        self._stopped = threading.Event()
 
     def start(self, block_bytes: int) -> str:
-        """Start the keeper, unless it runs. Returns the folder where the node's workers find it.
+        """Start the processes, unless they run. Returns the folder where the node's workers find the keeper.
 
         Raises:
-            ConfigError: see `build.start_host_tier`.
+            ConfigError: see `build.start_host_tier` and `remote_task.start_server`.
         """
-        if self._folder is None:
-            # Sockets live in this folder, and their paths must be short.
-            folder = Path(tempfile.mkdtemp(prefix="tandem-host-"))
-            self._janitor = hire(folder, orphan=True)
-            try:
-                self._keeper = start_host_tier(self._config.offload, block_bytes, folder)
-            except BaseException:
-                self._leave(folder)
-                raise
-            self._folder = folder
-            self._thread = threading.Thread(target=self._watch, args=(block_bytes, folder), name="host-tier")
-            self._thread.start()
-        return str(self._folder)
+        with self._lock:
+            if self._folder is None:
+                # Sockets live in this folder, and their paths must be short.
+                folder = Path(tempfile.mkdtemp(prefix="tandem-host-"))
+                self._janitor = hire(folder, orphan=True)
+                try:
+                    self._start(block_bytes, folder)
+                except BaseException:
+                    self._leave(folder)
+                    raise
+                self._folder = folder
+            return str(self._folder)
+
+    def endpoint(self) -> str:
+        """Where other nodes read it; "": nowhere."""
+        return self._endpoint
+
+    def wait(self) -> None:
+        """Return when it has been stopped; if the process dies, Ray tells."""
+        self._stopped.wait()
 
     def stop(self) -> None:
-        """End the keeper, and remove the folder. Blocks. Idempotent."""
-        if self._folder is not None and not self._stopping.is_set():
-            self._stopping.set()
-            if self._keeper is not None:
-                _end(self._keeper)
-            self._thread.join()
-            self._leave(self._folder)
+        """End the processes, and remove the folder. Blocks. Idempotent."""
+        with self._lock:
+            self._stopped.set()
+            if self._folder is not None:
+                self._leave(self._folder)
+                self._folder = None
 
-    def _watch(self, block_bytes: int, folder: Path) -> None:
-        while self._keeper is not None:
-            status = self._keeper.wait()
-            _end(self._keeper)
-            if self._stopping.wait(_PAUSE_S):
-                return
-            logger.warning("the host tier's process ended with status %d: it starts again, empty", status)
-            self._keeper = start_host_tier(self._config.offload, block_bytes, folder)
-            if self._stopping.is_set() and self._keeper is not None:
-                _end(self._keeper)
+    def _start(self, block_bytes: int, folder: Path) -> None:
+        offload = self._config.offload
+        self._processes.append(_Watched("host tier's memory", lambda: start_host_tier(offload, block_bytes, folder)))
+        remote = next((tier for tier in offload.tiers if tier.kind == "remote"), None)
+        if remote is not None:
+            keys = msgspec.msgpack.decode(self._keys, type=ClusterKeys)
+            kv, path = self._config.kv.model_dump_json(), str(host_socket(folder))
+            task = Task(path, block_bytes, self._address, 0, keys, kv, remote.timeout_s)
+            self._processes.append(_Watched("host tier's server", lambda: self._serve(task)))
+
+    def _serve(self, task: Task) -> subprocess.Popen[bytes]:
+        # A new life listens where the last one did: everybody knows the place.
+        port = int(self._endpoint.rpartition(":")[2] or 0)
+        process, self._endpoint = start_server(msgspec.structs.replace(task, port=port))
+        return process
 
     def _leave(self, folder: Path) -> None:
+        while self._processes:
+            self._processes.pop().close()
         shutil.rmtree(folder, ignore_errors=True)
         self._janitor.communicate()
 
 
-def _end(keeper: subprocess.Popen[bytes]) -> None:
+class _Watched:
+    """A process that is started again when it dies, until `close`.
+
+    Args:
+        what: it is, for people.
+        start: it; None: there is none.
+    """
+
+    def __init__(self, what: str, start: Callable[[], subprocess.Popen[bytes] | None]) -> None:
+        self._what = what
+        self._start = start
+        self._process = start()
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name=what)
+        self._thread.start()
+
+    def close(self) -> None:
+        """End it, and wait for its end."""
+        self._stopping.set()
+        if self._process is not None:
+            _end(self._process)
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while self._process is not None:
+            status = self._process.wait()
+            _end(self._process)
+            while not self._stopping.wait(_PAUSE_S):
+                logger.warning("the %s: its process ended with status %d, and is started again", self._what, status)
+                with contextlib.suppress(TandemError):
+                    self._process = self._start()
+                    break
+            if self._stopping.is_set():
+                if self._process is not None:
+                    _end(self._process)
+                    self._process.wait()
+                return
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(OSError):
-        if keeper.stdin is not None:
-            keeper.stdin.close()
+        if process.stdin is not None:
+            process.stdin.close()

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from ..core.hashing import root_hash
 from ..core.ids import PeerId
 from ..core.messages import Member, Membership, Report
+from .kv_view import NOTHING, Held, KVView
+
+_MOVE_SHARE = 1 / 16
+"""What a token's KV costs that is moved from elsewhere, against a token that is computed."""
+_OUTPUT_TOKENS = 64
+"""What an output in flight costs whoever comes to the same worker, in prompt tokens to compute."""
+_BEGINNING_TOKENS = 256
+"""Prompts that are equal so far belong together."""
+_BALANCE = 1.25
+"""Of the mean load: more than this, and a few requests, no worker gets for prompts that belong together."""
+_FEW = 4
 
 
 class Placement(NamedTuple):
@@ -14,17 +28,37 @@ class Placement(NamedTuple):
 
     decode: PeerId
     prefill: PeerId
+    num_left: int = 0
+    """Prompt tokens that have to be computed, as far as is known."""
+
+
+class _Others(NamedTuple):
+    """What a worker has from other gateways, going by its last report."""
+
+    outputs: int
+    tokens: int
+
+
+class _Prompt(NamedTuple):
+    num_tokens: int
+    held: Mapping[PeerId, Held]
+    beginning: bytes
+
+
+_NO_OTHERS = _Others(0, 0)
 
 
 class Router:
     """Knows the members, their reports, and what this gateway has sent them. Owned by one thread; nothing blocks.
 
     Args:
-        policy: "least_loaded" or "round_robin".
+        policy: one of `core.config.RoutingConfig.policy`.
+        view: what workers hold, for "kv_aware".
     """
 
-    def __init__(self, policy: str) -> None:
+    def __init__(self, policy: str, view: KVView | None = None) -> None:
         self._policy = policy
+        self._view = view
         self._members: dict[PeerId, Member] = {}
         self._reports: dict[PeerId, Report] = {}
         self._silent: set[PeerId] = set()
@@ -32,14 +66,15 @@ class Router:
         self._decode_load: dict[PeerId, int] = {}
         """Outputs that this gateway waits for, by worker."""
         self._prefill_load: dict[PeerId, int] = {}
-        """Prompt tokens that this gateway waits for, by worker."""
+        """Prompt tokens that this gateway waits for, by worker that computes them."""
+        self._others: dict[PeerId, _Others] = {}
         self._turns = {"decode": itertools.count(), "prefill": itertools.count()}
 
     def follow(self, membership: Membership) -> None:
         """The members have changed."""
         self._members = {member.peer: member for member in membership.members if member.ready}
         self._silent &= self._members.keys()
-        for table in (self._reports, self._decode_load, self._prefill_load):
+        for table in (self._reports, self._others, self._decode_load, self._prefill_load):
             for peer in table.keys() - self._members.keys():
                 del table[peer]
 
@@ -52,23 +87,36 @@ class Router:
         """A worker tells its load."""
         if peer in self._members:
             self._reports[peer] = report
+            self._others[peer] = _Others(
+                max(0, report.running + report.waiting - self._decode_load.get(peer, 0)),
+                max(0, report.queued_tokens - self._prefill_load.get(peer, 0)),
+            )
             self._silent.discard(peer)
 
     def members(self) -> list[Member]:
         """Those that can be routed to, gateways left out."""
         return [member for member in self._members.values() if self._is_there(member.peer) and member.role != "gateway"]
 
-    def place(self) -> Placement | None:
-        """Workers for a request, or None when nobody decodes at the moment."""
+    def place(self, tokens: Sequence[int] = (), salt: str = "") -> Placement | None:
+        """Workers for a request, or None when nobody decodes at the moment.
+
+        Args:
+            tokens: its prompt.
+            salt: its tenant's.
+        """
         decoders = [member.peer for member in self.members() if member.role in ("decode", "colocated")]
         if not decoders:
             return None
-        decode = self._pick("decode", sorted(decoders), self._decode_load)
-        if self._members[decode].role == "colocated":
-            return Placement(decode, "")
-        report = self._reports.get(decode)
-        reachable = [peer for peer in (report.peers if report else ()) if self._is_there(peer)]
-        return Placement(decode, self._pick("prefill", sorted(reachable), self._prefill_load) if reachable else "")
+        prompt = self._look_at(tokens, salt)
+        decode = self._pick("decode", sorted(decoders), self._decode_load, prompt)
+        prefill = ""
+        if self._members[decode].role != "colocated":
+            report = self._reports.get(decode)
+            reachable = [peer for peer in (report.peers if report else ()) if self._is_there(peer)]
+            if reachable:
+                prefill = self._pick("prefill", sorted(reachable), self._prefill_load, prompt)
+        held = prompt.held.get(prefill or decode, NOTHING).with_tiers
+        return Placement(decode, prefill, len(tokens) - held)
 
     def routable(self, wants_prefill: bool) -> bool:
         """Whether a request could be served now, on separate workers if ``wants_prefill``."""
@@ -81,11 +129,11 @@ class Router:
     def sent(self, placement: Placement, num_outputs: int, num_tokens: int) -> None:
         """A request has been sent."""
         self._add(self._decode_load, placement.decode, num_outputs)
-        self._add(self._prefill_load, placement.prefill, num_tokens)
+        self._add(self._prefill_load, placement.prefill or placement.decode, num_tokens)
 
     def prompt_done(self, placement: Placement, num_tokens: int) -> None:
         """A request's prompt is computed."""
-        self._add(self._prefill_load, placement.prefill, -num_tokens)
+        self._add(self._prefill_load, placement.prefill or placement.decode, -num_tokens)
 
     def done(self, placement: Placement, num_outputs: int) -> None:
         """A request's outputs are over."""
@@ -94,15 +142,51 @@ class Router:
     def _is_there(self, peer: PeerId) -> bool:
         return peer in self._members and peer not in self._silent
 
-    def _pick(self, pool: str, peers: list[PeerId], load: dict[PeerId, int]) -> PeerId:
+    def _look_at(self, tokens: Sequence[int], salt: str) -> _Prompt:
+        """What the policy wants to know of a prompt."""
+        held: Mapping[PeerId, Held] = {}
+        beginning = b""
+        if self._policy == "kv_aware" and self._view is not None:
+            held = self._view.match(tokens, salt)
+        elif self._policy == "prefix_hash":
+            text = ",".join(map(str, tokens[:_BEGINNING_TOKENS]))
+            beginning = hashlib.blake2b(text.encode(), key=root_hash("", salt)).digest()
+        return _Prompt(len(tokens), held, beginning)
+
+    def _pick(self, pool: str, peers: list[PeerId], load: dict[PeerId, int], prompt: _Prompt) -> PeerId:
         turn = next(self._turns[pool])
         if self._policy == "round_robin":
             return peers[turn % len(peers)]
+        if self._policy == "prefix_hash":
+            return self._pick_by_hash(peers, load, prompt, prompt.num_tokens if pool == "prefill" else 1)
         # Ties go round, so that an idle cluster is used evenly.
-        return min(
-            (peers[(turn + i) % len(peers)] for i in range(len(peers))),
-            key=lambda peer: (load.get(peer, 0), self._waiting(peer)),
-        )
+        start = turn % len(peers)
+        turned = peers[start:] + peers[:start]
+        if self._policy == "kv_aware":
+            return min(turned, key=lambda peer: (self._cost(pool, peer, prompt), self._waiting(peer)))
+        return min(turned, key=lambda peer: (load.get(peer, 0), self._waiting(peer)))
+
+    def _cost(self, pool: str, peer: PeerId, prompt: _Prompt) -> float:
+        """What it takes until a worker has a prompt's KV, those before it included, in prompt tokens to compute."""
+        in_cache, with_tiers = prompt.held.get(peer, NOTHING)
+        others = self._others.get(peer, _NO_OTHERS)
+        outputs = self._decode_load.get(peer, 0) + others.outputs
+        if pool == "decode" and self._members[peer].role == "decode":
+            return _MOVE_SHARE * (prompt.num_tokens - in_cache) + _OUTPUT_TOKENS * outputs
+        queued = self._prefill_load.get(peer, 0) + others.tokens
+        cost = prompt.num_tokens - with_tiers + _MOVE_SHARE * (with_tiers - in_cache) + queued
+        return cost + _OUTPUT_TOKENS * outputs if pool == "decode" else cost
+
+    def _pick_by_hash(self, peers: list[PeerId], load: dict[PeerId, int], prompt: _Prompt, size: int) -> PeerId:
+        """Rendezvous hashing (Thaler and Ravishankar 1998), with a bound on the load (Mirrokni et al. 2016,
+        arXiv:1608.01350): equal beginnings meet, and when a worker comes or goes, only its own move."""
+
+        def weight(peer: PeerId) -> bytes:
+            return hashlib.blake2b(peer.encode(), key=prompt.beginning, digest_size=8).digest()
+
+        most = _BALANCE * sum(load.get(peer, 0) for peer in peers) / len(peers) + _FEW * size
+        fitting = [peer for peer in peers if load.get(peer, 0) <= most]
+        return max(fitting, key=weight)
 
     def _waiting(self, peer: PeerId) -> int:
         report = self._reports.get(peer)

@@ -15,13 +15,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 from prometheus_client import CollectorRegistry
 
 from ..core.clock import SystemClock
 from ..core.config import ColocatedPool, Config, DecodePool, PrefillPool
 from ..core.environment import cache_folder
-from ..core.errors import ConfigError, TandemError
+from ..core.errors import ConfigError, RequestError, TandemError
 from ..core.ids import PeerId, worker_of
+from ..core.kv_messages import KVClear, KVControlled, KVPin, KVReport, KVUnpin, KVWatch
 from ..core.log import logger
 from ..core.messages import Member, Membership, Message, Report, Scrape, Scraped, Subscribe
 from ..core.metrics import WorkerMetrics, render
@@ -29,16 +31,19 @@ from ..core.wire import ClusterKeys, SecureContext
 from ..decode.worker import DecodeWorker
 from ..engine.build import use_threads, warm_up
 from ..engine.engine import Engine
+from ..engine.kv_control import KVControl
 from ..engine.models.shard import kv_heads_of
 from ..engine.offloader import Offloader
 from ..engine.rank_wire import PeerAccess
 from ..engine.ranks import Ranks, build_on_ranks
-from ..engine.tiers import open_tiers
+from ..engine.tiers import Tiers, open_tiers, whole_layout
 from ..kv_transfer.connector import Connector
 from ..kv_transfer.ends import End, first_end, open_transports
 from ..kv_transfer.hidden_states import open_writer
 from ..kv_transfer.offload.build import Place
+from ..kv_transfer.offload.network import Network, Servers
 from ..prefill.worker import PrefillWorker
+from .kv_publisher import KVPublisher
 from .mesh import Mesh
 
 _INBOX_SIZE = 16384
@@ -102,6 +107,7 @@ class WorkerRuntime:
         self._subscribers: set[PeerId] = set()
         self._membership: Membership | None = None
         self._linked: set[PeerId] = set()
+        self._host_tiers = Servers()
         self._retry_s: float | None = None
         self._busy = False
         self._ranks: Ranks | None = None
@@ -205,7 +211,15 @@ class WorkerRuntime:
         self._connector = self._connect(built.engine, built.fingerprint)
         model = built.engine.model
         self._hidden_states = open_writer(self._config.hidden_states, model.spec.hidden, model.dtype, self._metrics)
-        self._offloader = self._open_offloader(built.engine)
+        tiers = self._open_tiers(built.engine)
+        self._offloader = Offloader[Any](built.engine, tiers, self._clock, self._metrics)
+        stack = None if tiers is None else tiers.stack
+        self._publisher = KVPublisher(
+            built.engine.pool, stack, built.fingerprint, built.engine.block_tokens, self._clock, self._mesh.send
+        )
+        self._control = KVControl(
+            built.engine.pool, self._offloader, built.fingerprint, built.engine.block_tokens, self._clock
+        )
         lease_s = self._config.kv.lease_s
         self._worker: PrefillWorker | DecodeWorker
         if isinstance(pool, PrefillPool):
@@ -241,14 +255,15 @@ class WorkerRuntime:
         self._progress("ready")
         logger.info("ready at %s", self._mesh.endpoint)
 
-    def _open_offloader(self, engine: Engine) -> Offloader[Any]:
+    def _open_tiers(self, engine: Engine) -> Tiers | None:
         pools = self._config.pools
         num_workers = sum(pool.replicas for pool in (pools.prefill, pools.decode, pools.colocated) if pool is not None)
         has_host = any(tier.kind == "host" for tier in self._config.offload.tiers)
-        folder = self._host_tier(engine.cache.layout.block_bytes) if has_host else Path()
-        place = Place(folder, worker_of(self.peer), num_workers)
-        stack = open_tiers(self._config, self._role, engine, place, self._clock, self._nudge)
-        return Offloader(engine, stack, self._clock, self._metrics)
+        folder = self._host_tier(whole_layout(engine).block_bytes) if has_host else Path()
+        network = Network(self._context, self._address, self._config.kv, self._host_tiers, folder.name)
+        place = Place(folder, worker_of(self.peer), num_workers, self._keys.server_public.hex(), network)
+        others = self._ranks.memory() if self._ranks is not None and self._config.offload.tiers else ()
+        return open_tiers(self._config, engine, place, self._clock, self._nudge, others)
 
     def _end_ranks(self) -> None:
         if self._ranks is not None:
@@ -298,6 +313,8 @@ class WorkerRuntime:
                 self._worker.tick()
             self._busy = self._worker.step()
             self._look_after_links(now_s)
+            self._control.poll(now_s)
+            self._publisher.poll(now_s)
             self._publish_report(now_s)
         self._connector.close()
         if isinstance(self._worker, PrefillWorker):
@@ -318,7 +335,12 @@ class WorkerRuntime:
         """How long nothing may happen; None: until somebody wakes us."""
         if self._busy:
             return 0.0
-        deadlines = [self._worker.next_deadline_s(), self._retry_s]
+        deadlines = [
+            self._worker.next_deadline_s(),
+            self._retry_s,
+            self._publisher.next_due_s(),
+            self._control.next_due_s(),
+        ]
         if self._current_report() != self._report:
             deadlines.append(self._reported_s + _REPORT_PERIOD_S)
         if self._stopping.is_set():
@@ -343,6 +365,7 @@ class WorkerRuntime:
         if isinstance(item, _Lost):
             logger.warning("lost %s", item.peer)
             self._subscribers.discard(item.peer)
+            self._publisher.forget(item.peer)
             self._linked.discard(item.peer)
             self._retry_s = self._clock.monotonic_s() + _RETRY_PERIOD_S
             self._worker.peer_lost(item.peer)
@@ -354,12 +377,25 @@ class WorkerRuntime:
                 self._worker.peer_lost(sender)
             self._subscribers.add(sender)
             self._mesh.send(sender, self._report)
+        elif isinstance(message, KVWatch):
+            self._publisher.watch(sender)
+        elif isinstance(message, KVClear | KVPin | KVUnpin):
+            self._carry_out(sender, message)
         elif isinstance(message, Membership):
             self._membership = message
+            self._host_tiers.follow({tier.peer: tier.endpoint for tier in message.host_tiers})
             self._link(message)
             self._worker.handle(sender, message)
         else:
             self._worker.handle(sender, message)
+
+    def _carry_out(self, sender: PeerId, order: KVClear | KVPin | KVUnpin) -> None:
+        try:
+            answer = KVControlled(order.number, self._control.carry_out(order))
+            logger.info("%s: %s, %d blocks", sender, type(order).__name__, answer.num_blocks)
+        except RequestError as error:
+            answer = KVControlled(order.number, 0, str(error))
+        self._mesh.send(sender, answer)
 
     def _link(self, membership: Membership) -> None:
         """Decode workers connect to every prefill worker."""
@@ -389,7 +425,12 @@ class WorkerRuntime:
                 self._mesh.send(subscriber, self._report)
 
     def _current_report(self) -> Report:
-        return self._worker.report()
+        report = self._worker.report()
+        pool = self._engine.pool
+        used = pool.num_blocks - pool.num_free + pool.num_cached
+        hits = report.cached_tokens // self._engine.block_tokens
+        cache = KVReport("", pool.num_blocks, used, 0, hits, 0, 0, 0.0, 0.0, pool.num_evicted, 0.0, 0, "")
+        return msgspec.structs.replace(report, kv=[cache, *self._offloader.reports()])
 
     def _update_report(self) -> bool:
         report = self._current_report()

@@ -14,6 +14,7 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -173,8 +174,9 @@ class KVConfig(_Section):
 
 
 class RoutingConfig(_Section):
-    policy: Literal["least_loaded", "round_robin"] = "least_loaded"
-    """How a gateway picks the workers of a request."""
+    policy: Literal["kv_aware", "prefix_hash", "least_loaded", "round_robin"] = "least_loaded"
+    """How a gateway picks the workers of a request. kv_aware: where most of the prompt's KV is, weighed against what
+    waits there. prefix_hash: prompts that begin alike go to the same, unless it has much to do."""
     local_prefill: Literal["auto", "never", "always"] = "auto"
     """Whether a decode worker computes a short rest of a prompt itself: auto when that is sooner."""
 
@@ -190,6 +192,9 @@ class GatewayConfig(_Section):
     """Largest request body."""
     api_keys: tuple[str, ...] = ()
     """Keys that clients must send as `Authorization: Bearer …`. Empty: everyone is served."""
+    admin_keys: tuple[str, ...] = ()
+    """Keys that operators must send likewise, to /admin. Empty: clients on the gateway's host alone are answered
+    there."""
     failover_timeout_s: float = Field(default=60, gt=0, le=3600)
     """How long a request whose workers are gone waits for others before it fails."""
 
@@ -213,10 +218,11 @@ class HiddenStatesConfig(_Section):
 
 
 class OffloadTierConfig(_Section):
-    kind: Literal["host", "disk", "s3"]
-    """host: a node's memory, shared by its workers. disk: folders. s3: a bucket of an S3-compatible store."""
-    capacity: ByteSize
-    """Never exceeded: of a node's memory; of its folders together; of its objects."""
+    kind: Literal["host", "disk", "s3", "remote"]
+    """host: a node's memory, shared by its workers. disk: folders. s3: a bucket of an S3-compatible store. remote: the
+    host tiers of the other nodes, which can be read; it has no room of its own."""
+    capacity: ByteSize = Field(default=0, validate_default=True)
+    """Never exceeded: of a node's memory; of its folders together; of its objects. A remote tier has none."""
     policy: Literal["lru", "lfu", "arc", "s3fifo", "tinylfu"] = "s3fifo"
     """Which block goes when the tier is full."""
     write: Literal["write_through", "write_back", "second_use"] = "write_through"
@@ -237,11 +243,14 @@ class OffloadTierConfig(_Section):
     def _one_path(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
 
-    @field_validator("capacity")
+    @field_validator("capacity", "policy", "write")
     @classmethod
-    def _check_capacity(cls, value: int) -> int:
-        if value == 0:
-            raise ValueError("a tier without room is of no use")
+    def _check_room(cls, value: Any, info: ValidationInfo) -> Any:
+        kind = info.data.get("kind", "remote")
+        if info.field_name == "capacity" and kind != "remote" and not value:
+            raise ValueError(f"a {kind} tier needs one; without room it is of no use")
+        if kind == "remote" and "kind" in info.data and value != cls.model_fields[str(info.field_name)].default:
+            raise ValueError("a remote tier has none: the other nodes' host tiers have theirs, and it keeps nothing")
         return value
 
     @model_validator(mode="after")
@@ -257,12 +266,17 @@ class OffloadConfig(_Section):
     tiers: tuple[OffloadTierConfig, ...] = ()
     """Where KV blocks go beyond the workers' own memory, nearest first. Empty: nowhere."""
     moving: ByteSize = 64 << 20
-    """Memory of a worker for blocks on their way from one tier to the next. What finds none of it free is dropped."""
+    """Memory of a worker for blocks on their way from its own to a tier, or on to the next. What finds none is lost."""
 
     @model_validator(mode="after")
     def _check_tiers(self) -> Self:
         if sum(tier.kind == "host" for tier in self.tiers) > 1:
             raise ValueError("tiers: a node has one host tier")
+        kinds = [tier.kind for tier in self.tiers]
+        if kinds.count("remote") > 1:
+            raise ValueError("tiers: one remote tier stands for all other nodes")
+        if "remote" in kinds and "host" not in kinds[: kinds.index("remote")]:
+            raise ValueError("tiers: a remote tier reads other nodes' host tiers: put a host tier before it")
         stores = [(tier.endpoint, tier.bucket, tier.prefix) for tier in self.tiers if tier.kind == "s3"]
         if len(set(stores)) != len(stores):
             raise ValueError("tiers: two s3 tiers have the same bucket and prefix")

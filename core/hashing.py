@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 BlockHash = bytes
 """16 bytes."""
@@ -26,6 +26,18 @@ def root_hash(fingerprint: str, salt: str = "") -> BlockHash:
     return digest.digest()
 
 
+def each_block_hash(
+    tokens: Sequence[int], block_tokens: int, parent: BlockHash, start_block: int = 0
+) -> Iterator[BlockHash]:
+    """`block_hashes`, each made when it is asked for."""
+    pack = struct.Struct(f"<{block_tokens}I").pack
+    blake2b = hashlib.blake2b
+    for block in range(start_block, len(tokens) // block_tokens):
+        first = block * block_tokens
+        parent = blake2b(parent + pack(*tokens[first : first + block_tokens]), digest_size=HASH_BYTES).digest()
+        yield parent
+
+
 def block_hashes(tokens: Sequence[int], block_tokens: int, parent: BlockHash, start_block: int = 0) -> list[BlockHash]:
     """Keys of the full blocks of ``tokens`` from ``start_block`` on.
 
@@ -37,11 +49,9 @@ def block_hashes(tokens: Sequence[int], block_tokens: int, parent: BlockHash, st
     Returns:
         one 16-byte key a full block.
     """
-    pack = struct.Struct(f"<{block_tokens}I").pack
-    blake2b = hashlib.blake2b
-    keys = []
-    for block in range(start_block, len(tokens) // block_tokens):
-        first = block * block_tokens
-        parent = blake2b(parent + pack(*tokens[first : first + block_tokens]), digest_size=HASH_BYTES).digest()
-        keys.append(parent)
-    return keys
+    return list(each_block_hash(tokens, block_tokens, parent, start_block))
+
+
+def split_hashes(data: bytes) -> list[BlockHash]:
+    """Hashes that lie one after the other; a rest that is shorter than a hash is left out."""
+    return [data[at : at + HASH_BYTES] for at in range(0, len(data) - HASH_BYTES + 1, HASH_BYTES)]

@@ -7,6 +7,8 @@
     decode  ── Hello, Prefill, Renew, Release ──────────────────────► prefill
     decode  ◄─ HelloReply, Accepted, BlocksReady, Prefilled, PrefillFailed ── prefill
     any     ── Report ──► gateways          gateway ── Scrape ──► worker ── Scraped ──► gateway
+    gateway ── KVClear, KVPin, KVUnpin ──► worker ── KVControlled ──► gateway
+    gateway ── KVWatch ──► worker ── KVSnapshot, then KVEvents ──► gateway
 
 `decode` either returns a message that satisfies every bound below, or raises: no half-checked value gets further.
 """
@@ -19,28 +21,27 @@ from typing import Annotated, Final, TypeVar
 import msgspec
 from msgspec import Meta, Struct
 
+from .bounds import (
+    MAX_CHILDREN,
+    MAX_LOGPROBS,
+    MAX_RANKS,
+    MAX_TOKENS,
+    Count,
+    FileName,
+    Name,
+    Seconds,
+    Seed,
+    Text,
+    TokenId,
+    TokenIds,
+)
+from .kv_messages import KVClear, KVControlled, KVEvents, KVPin, KVReport, KVSnapshot, KVUnpin, KVWatch
+
 PROTOCOL_VERSION: Final = 2
 """Peers of one protocol version interoperate, whatever their package versions."""
 
 MAX_MESSAGE_BYTES: Final = 64 << 20
 """Largest frame that a message socket accepts."""
-
-MAX_TOKENS: Final = 1 << 22
-MAX_CHILDREN: Final = 128
-MAX_LOGPROBS: Final = 20
-MAX_RANKS: Final = 1024
-
-MAX_TEXT: Final = 4096
-
-Name = Annotated[str, Meta(max_length=256)]
-Text = Annotated[str, Meta(max_length=MAX_TEXT)]
-FileName = Annotated[str, Meta(pattern=r"^([0-9a-f]{32})?\Z")]
-"""Made by a gateway, never by a client; empty: none."""
-Count = Annotated[int, Meta(ge=0, le=1 << 40)]
-TokenId = Annotated[int, Meta(ge=0, lt=1 << 31)]
-TokenIds = Annotated[list[TokenId], Meta(max_length=MAX_TOKENS)]
-Seed = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
-Seconds = Annotated[float, Meta(ge=0, le=1e12)]
 
 
 class FinishReason(enum.StrEnum):
@@ -380,6 +381,10 @@ class Report(Struct, tag=True, frozen=True):
     """Prefill peers whose handshake this decode worker has accepted."""
     refused: Annotated[dict[Name, Text], Meta(max_length=4096)] = {}
     """Prefill peers that it cannot read from, and why."""
+    cached_tokens: Count = 0
+    """Prompt tokens found in the prefix cache since the worker started."""
+    kv: Annotated[list[KVReport], Meta(max_length=64)] = []
+    """Of the prefix cache, and of each tier."""
 
 
 class Subscribe(Struct, tag=True, frozen=True):
@@ -416,11 +421,14 @@ class Membership(Struct, tag=True, frozen=True):
 
     version: Count
     members: Annotated[list[Member], Meta(max_length=1 << 16)]
+    host_tiers: Annotated[list[Member], Meta(max_length=1 << 16)] = []
+    """Nodes' host tiers that other nodes may read. No processes: nobody sends them messages."""
 
 
 Message = (
     Generate | Abort | Update | Refused | Hello | HelloReply | Prefill | Accepted | BlocksReady | Prefilled
-    | PrefillFailed | Renew | Release | Report | Subscribe | Scrape | Scraped | Membership
+    | PrefillFailed | Renew | Release | Report | Subscribe | Scrape | Scraped | KVWatch | KVSnapshot | KVEvents
+    | KVClear | KVPin | KVUnpin | KVControlled | Membership
 )  # fmt: skip
 
 _encoder = msgspec.msgpack.Encoder()

@@ -98,6 +98,27 @@ class WorkerMetrics:
         self.offload_blocks = Counter(
             "tandem_offload_blocks", "Blocks of a tier by what became of them", ["tier", "event"], registry=r
         )
+        self.offload_lookups = Counter(
+            "tandem_offload_lookups", "Blocks of prompts that a tier was asked for", ["tier"], registry=r
+        )
+        self.offload_hits = Counter(
+            "tandem_offload_hits", "Blocks of prompts that a tier was asked for, and had", ["tier"], registry=r
+        )
+        self.offload_bytes = Counter(
+            "tandem_offload_bytes", "KV bytes that a tier gave and took", ["tier", "direction"], registry=r
+        )
+        self.offload_copy_s = Counter(
+            "tandem_offload_copy_seconds",
+            "Time with loads from, or stores to, a tier under way",
+            ["tier", "direction"],
+            registry=r,
+        )
+        self.offload_oldest_at_s = Gauge(
+            "tandem_offload_oldest_timestamp_seconds",
+            "When the oldest block of a tier was stored",
+            ["tier"],
+            registry=r,
+        )
         self.offload_failures = Counter(
             "tandem_offload_failures",
             "Blocks that a tier did not store, or lost, by cause",

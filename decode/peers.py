@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+from ..core.bounds import MAX_TEXT
 from ..core.errors import TransferError
 from ..core.ids import PeerId
 from ..core.log import logger
-from ..core.messages import MAX_TEXT, FailureReason, HelloReply, Membership, Message
+from ..core.messages import FailureReason, HelloReply, Membership, Message
 from ..core.metrics import WorkerMetrics
 from ..kv_transfer.connector import Connector
 from .stream import Stream

@@ -101,6 +101,7 @@ class DecodeWorker:
         self._order = 0
         self._output_tokens = 0
         self._prompt_tokens = 0
+        self._cached_tokens = 0
         self._received_bytes = 0
 
     # ---- messages ---------------------------------------------------------------------------------------------------
@@ -167,6 +168,7 @@ class DecodeWorker:
             output_tokens=self._output_tokens,
             prompt_tokens=self._prompt_tokens,
             received_bytes=self._received_bytes,
+            cached_tokens=self._cached_tokens,
             peers=self._connector.peers(),
             refused=self._peers.refusals(),
         )
@@ -216,6 +218,7 @@ class DecodeWorker:
         if not stream.begun:
             stream.queue_s += now_s - stream.arrived_s
             stream.cached_tokens = sequence.num_computed
+            self._cached_tokens += sequence.num_computed
             self._metrics.cached_tokens.inc(sequence.num_computed)
         stream.started_s = now_s
         stream.sources = MultiConnector(sequence.num_tokens, self._engine.block_tokens, self._sources(stream))

@@ -13,6 +13,7 @@ from collections.abc import Sequence as Several
 from ..core.hashing import BlockHash
 from ..kv_transfer.layout import KVGroup
 from .block_pool import BlockPool
+from .prefixes import Part, group_key, group_keys, longest_window
 from .sequence import Sequence
 
 
@@ -64,26 +65,35 @@ class Allocator:
         Returns:
             tokens that need not be computed.
         """
-        num_blocks = (sequence.num_tokens - 1) // self._block_tokens
-        keys = sequence.keys(num_blocks, self._block_tokens)
-        tables: dict[int, list[int]] = {}
-        for group in self._whole:
-            tables[group] = self._pool.match([_key(key, group) for key in keys[:num_blocks]] if group else keys)
-            num_blocks = min(num_blocks, len(tables[group]))
-        if self._windowed:
-            num_blocks = self._longest(keys, num_blocks)
+        keys = sequence.keys((sequence.num_tokens - 1) // self._block_tokens, self._block_tokens)
+        num_blocks, tables = self._cached(keys)
         for group in range(len(self._groups)):
             if group in tables:
                 start, blocks = 0, tables[group][:num_blocks]
             else:
                 start = self._groups[group].first_block(num_blocks * self._block_tokens, self._block_tokens)
-                found = [self._pool.find(_key(key, group)) for key in keys[start:num_blocks]]
+                found = [self._pool.find(group_key(key, group)) for key in keys[start:num_blocks]]
                 blocks = [block for block in found if block is not None]
             self._pool.acquire(blocks)
             sequence.add_blocks(blocks, group, range(start, num_blocks) if start else None)
         sequence.num_computed = sequence.num_reserved = num_blocks * self._block_tokens
         sequence.num_committed = sequence.num_matched_blocks = num_blocks
         return sequence.num_computed
+
+    def num_cached(self, keys: Several[BlockHash]) -> int:
+        """How many blocks the longest cached prefix of ``keys`` has. Takes no reference."""
+        return self._cached(keys)[0]
+
+    def num_lacking(self, num_tokens: int, num_matched: int) -> int:
+        """Blocks that `reserve_prompt` takes, apart from those that a reader is told of, for a sequence that the
+        prefix cache has ``num_matched`` blocks of."""
+        total = -(-num_tokens // self._block_tokens)
+        return sum(
+            min(total - num_matched, _num_ahead(group, self._max_chunk, self._block_tokens))
+            if group.window
+            else total - num_matched
+            for group in self._groups
+        )
 
     def reserve(self, sequence: Sequence, num_tokens: int, first_token: int | None = None) -> bool:
         """Give a sequence blocks for ``num_tokens`` tokens in all, more than it has, and take its dead ones back.
@@ -189,7 +199,7 @@ class Allocator:
             for group, table in enumerate(sequence.tables):
                 for index in range(sequence.num_committed, min(full, len(table))):
                     if table[index] >= 0:
-                        self._pool.commit(table[index], _key(keys[index], group))
+                        self._pool.commit(table[index], group_key(keys[index], group), sequence.root)
             sequence.num_committed = full
 
     def fork(self, parent: Sequence, fork: Sequence) -> list[tuple[int, int]] | None:
@@ -223,7 +233,7 @@ class Allocator:
         self._pool.uncache(block for table in sequence.tables for block in table if block >= 0)
         if self._windowed and sequence.num_committed:
             keys = sequence.keys(sequence.num_committed, self._block_tokens)
-            found = [self._pool.find(_key(key, group)) for group in self._windowed for key in keys]
+            found = [self._pool.find(group_key(key, group)) for group in self._windowed for key in keys]
             self._pool.uncache(block for block in found if block is not None)
 
     def release(self, sequence: Sequence) -> None:
@@ -235,6 +245,19 @@ class Allocator:
         self.num_collected = step
         while self._busy and self._busy[0][0] <= step:
             self._pool.release(self._busy.popleft()[1])
+
+    def _cached(self, keys: Several[BlockHash]) -> tuple[int, dict[int, list[int]]]:
+        """How many blocks the longest cached prefix has, and those of groups that see everything, or more."""
+        num_blocks = len(keys)
+        tables: dict[int, list[int]] = {}
+        for group in self._whole:
+            tables[group] = self._pool.match(group_keys(keys[:num_blocks], group))
+            num_blocks = min(num_blocks, len(tables[group]))
+
+        def has(part: Part) -> bool:
+            return self._pool.find(group_key(keys[part.position], part.group)) is not None
+
+        return longest_window(self._groups, num_blocks, self._block_tokens, has), tables
 
     def _take_back(self, sequence: Sequence, blocks: list[int]) -> None:
         if sequence.last_step > self.num_collected:
@@ -296,26 +319,3 @@ class Allocator:
                 end = next((p for p in range(first, end) if table[p] < 0), end)
             ends.append(end)
         sequence.num_reserved = min(ends) * self._block_tokens
-
-    def _longest(self, keys: Several[BlockHash], num_blocks: int) -> int:
-        """The longest prefix, of at most ``num_blocks`` blocks, whose last window all groups with one have cached."""
-        known = dict.fromkeys(self._windowed, num_blocks)  # from here to the prefix's end, nothing is missing
-        complete = False
-        while num_blocks and not complete:
-            complete = True
-            for group in self._windowed:
-                first = self._groups[group].first_block(num_blocks * self._block_tokens, self._block_tokens)
-                at = min(known[group], num_blocks)
-                while at > first and self._pool.find(_key(keys[at - 1], group)) is not None:
-                    at -= 1
-                known[group] = at
-                if at > first:  # a block is missing: only prefixes that end before it can be complete
-                    num_blocks = at - 1
-                    complete = False
-                    break
-        return num_blocks
-
-
-def _key(key: BlockHash, group: int) -> BlockHash:
-    """A prefix's key in a group."""
-    return key + group.to_bytes(2, "little") if group else key

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from ..core.hashing import BlockHash
+from ..core.hashing import HASH_BYTES, BlockHash
 
 
 class BlockPool:
@@ -29,6 +29,14 @@ class BlockPool:
         self.generations = generations
         self.on_reuse: Callable[[Sequence[int]], None] = lambda blocks: None
         """Called with blocks that are about to hold something else, once their generations have moved on."""
+        self.on_evict: Callable[[Sequence[tuple[int, BlockHash]]], None] | None = None
+        """Called with cached blocks, and their keys, that are about to be reused, while they hold what they held."""
+        self.journal: dict[BlockHash, bool] | None = None
+        """Keys that can be found now (true), or not any more; kept for whoever puts a dict here, and takes it away."""
+        self.num_evicted = 0
+        """Cached prefixes' blocks that made way for others."""
+        self._roots: list[BlockHash] = [b""] * num_blocks
+        self._pinned: frozenset[BlockHash] = frozenset()
         self._prefix_cache = prefix_cache
         self._references = [0] * num_blocks
         self._keys: list[BlockHash | None] = [None] * num_blocks
@@ -36,16 +44,18 @@ class BlockPool:
         # In order of reuse. Blocks without content come first, then cached ones, the longest unused first.
         self._empty: list[int] = list(range(num_blocks - 1, -1, -1))
         self._cached: OrderedDict[int, None] = OrderedDict()
+        # Cached ones that are pinned: reused when nothing else is left, so that a pin never keeps anybody waiting.
+        self._kept: OrderedDict[int, None] = OrderedDict()
 
     @property
     def num_free(self) -> int:
         """Blocks that can be allocated now, cached ones included."""
-        return len(self._empty) + len(self._cached)
+        return len(self._empty) + len(self._cached) + len(self._kept)
 
     @property
     def num_cached(self) -> int:
         """Free blocks that still hold a cached prefix."""
-        return len(self._cached)
+        return len(self._cached) + len(self._kept)
 
     def match(self, keys: Sequence[BlockHash]) -> list[int]:
         """The blocks that hold the longest cached prefix of ``keys``. Takes no reference: `acquire` before anything
@@ -63,11 +73,17 @@ class BlockPool:
         """The block that holds the prefix's end that ``key`` names, if one does. Takes no reference, as `match`."""
         return self._by_key.get(key)
 
+    def find_free(self, key: BlockHash) -> int | None:
+        """`find` a block that nobody uses: no step writes to it, its content is whole."""
+        block = self._by_key.get(key)
+        return block if block is not None and self._references[block] == 0 else None
+
     def acquire(self, blocks: Iterable[int]) -> None:
         """Take a reference to each block."""
         for block in blocks:
             if self._references[block] == 0:
                 self._cached.pop(block, None)
+                self._kept.pop(block, None)
             self._references[block] += 1
 
     def allocate(self, count: int) -> list[int] | None:
@@ -75,15 +91,22 @@ class BlockPool:
         if count > self.num_free:
             return None
         blocks = []
+        evicted = []
         for _ in range(count):
             if self._empty:
                 block = self._empty.pop()
             else:
-                block, _none = self._cached.popitem(last=False)
+                block, _none = (self._cached or self._kept).popitem(last=False)
+                key = self._keys[block]
+                assert key is not None, "a cached block has a key"
+                evicted.append((block, key))
+                self.num_evicted += 1
                 self._forget(block)
             self._references[block] = 1
             self.generations[block] += 1
             blocks.append(block)
+        if evicted and self.on_evict is not None:
+            self.on_evict(evicted)
         self.on_reuse(blocks)
         return blocks
 
@@ -98,25 +121,52 @@ class BlockPool:
                 raise ValueError(f"block {block} is released once too often")
             self._references[block] -= 1
             if self._references[block] == 0:
-                if self._keys[block] is None:
+                key = self._keys[block]
+                if key is None:
                     self._empty.append(block)
                 else:
-                    self._cached[block] = None
+                    self._place(block, key)
 
-    def commit(self, block: int, key: BlockHash) -> None:
-        """A used block is full and holds the prefix that ``key`` names. The first block of a key is the one that is
-        found."""
+    def commit(self, block: int, key: BlockHash, root: BlockHash) -> None:
+        """A used block is full and holds the prefix that ``key`` names, in the chain that begins with ``root``. The
+        first block of a key is the one that is found."""
         if self._prefix_cache and self._keys[block] is None and key not in self._by_key:
-            self._keys[block] = key
+            self._keys[block], self._roots[block] = key, root
             self._by_key[key] = block
+            if self.journal is not None:
+                self.journal[key] = True
+
+    def keys(self) -> list[BlockHash]:
+        """All keys that can be found."""
+        return list(self._by_key)
 
     def uncache(self, blocks: Iterable[int]) -> None:
         """Make blocks unfindable: their content is not to be trusted."""
         for block in blocks:
             self._forget(block)
-            if block in self._cached:
-                del self._cached[block]
-                self._empty.append(block)
+            for free in (self._cached, self._kept):
+                if block in free:
+                    del free[block]
+                    self._empty.append(block)
+
+    def clear(self, root: BlockHash | None = None) -> int:
+        """Make all blocks unfindable, or those of the chains that begin with ``root``. Returns how many. Looks at every
+        block."""
+        blocks = [block for block in self._by_key.values() if root is None or self._roots[block] == root]
+        self.uncache(blocks)
+        return len(blocks)
+
+    def pin(self, keys: Iterable[BlockHash]) -> None:
+        """These are pinned, and no others: what they name, in every KV group, is kept as long as there is anything else
+        to reuse, whether it is there by now or comes later. Looks at every cached block."""
+        self._pinned = frozenset(keys)
+        free = [*self._cached, *self._kept]
+        self._cached.clear()
+        self._kept.clear()
+        for block in free:
+            key = self._keys[block]
+            assert key is not None, "a cached block has a key"
+            self._place(block, key)
 
     def generations_of(self, blocks: Sequence[int]) -> list[int]:
         """Present generation of each block."""
@@ -128,17 +178,23 @@ class BlockPool:
         Raises:
             AssertionError: the pool is inconsistent.
         """
-        free = set(self._empty) | set(self._cached)
+        free = set(self._empty) | set(self._cached) | set(self._kept)
         assert len(free) == self.num_free, "a block is free twice"
         for block in range(self.num_blocks):
             assert (self._references[block] == 0) == (block in free), f"block {block}: free and used disagree"
             key = self._keys[block]
             assert key is None or self._by_key[key] == block, f"block {block}: its key leads elsewhere"
-        assert all(self._keys[block] is not None for block in self._cached), "a cached block has no key"
+        assert all(self._keys[block] is not None for block in (*self._cached, *self._kept)), "a cached block has no key"
         assert all(self._keys[block] is None for block in self._empty), "an empty block has a key"
+
+    def _place(self, block: int, key: BlockHash) -> None:
+        free = self._kept if self._pinned and key[:HASH_BYTES] in self._pinned else self._cached
+        free[block] = None
 
     def _forget(self, block: int) -> None:
         key = self._keys[block]
         if key is not None:
             del self._by_key[key]
             self._keys[block] = None
+            if self.journal is not None:
+                self.journal[key] = False

@@ -9,10 +9,11 @@ import numpy as np
 import psutil
 import torch
 
+from ..core.bounds import MAX_CHILDREN
 from ..core.config import Config, model_folder
 from ..core.errors import ConfigError
 from ..core.hashing import root_hash
-from ..core.messages import MAX_CHILDREN, Child, Sampling
+from ..core.messages import Child, Sampling
 from ..kernels import copy_runs
 from ..kernels.compiled import set_num_threads
 from ..kernels.linear import MAX_COMPILED_WEIGHTS

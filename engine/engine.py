@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..core.hashing import BlockHash
 from ..core.messages import Child, SampledToken, TokenLogprobs
 from .allocator import Allocator
 from .batch import Work, lay_out
@@ -98,6 +99,7 @@ class Engine:
         self._allocator = Allocator(self.pool, self.groups, self.block_tokens, max_chunk)
         self.forward_s = 0.0
         """Time of the forward pass of the step that was collected last; on a GPU, of all its work."""
+        self._first_after_copy = 0
         self._rows = rows
         self._penalty_slots = PenaltySlots()
 
@@ -111,6 +113,12 @@ class Engine:
         """Whether a step may be submitted before the one before it is collected."""
         return self._rows is not None
 
+    @property
+    def copying(self) -> bool:
+        """Whether other ranks may still be copying blocks, which nobody may write to: until a step that they take part
+        in after that has ended."""
+        return self._allocator.num_collected < self._first_after_copy
+
     def match_prefix(self, sequence: Sequence) -> int:
         """Give a sequence that has no blocks those of its longest cached prefix, leaving at least one token to compute.
 
@@ -120,6 +128,14 @@ class Engine:
         if sequence.prompt_logprobs >= 0 or sequence.hidden_states:  # something of every prompt token is wanted
             return 0
         return self._allocator.match(sequence)
+
+    def num_cached(self, keys: Several[BlockHash]) -> int:
+        """How many blocks the longest cached prefix of ``keys`` has, in every group."""
+        return self._allocator.num_cached(keys)
+
+    def num_lacking(self, num_tokens: int, num_matched: int) -> int:
+        """Blocks that a prompt takes when the prefix cache has its first ``num_matched``."""
+        return self._allocator.num_lacking(num_tokens, num_matched)
 
     def reserve(self, sequence: Sequence, num_tokens: int, first_token: int | None = None) -> bool:
         """Give a sequence blocks for ``num_tokens`` tokens in all; False, and nothing, when there are not enough.
@@ -174,6 +190,8 @@ class Engine:
             return None
         for source, target in copies:
             self.runner.copy_block(source, target)
+        if copies and self.model.group.size > 1:
+            self._first_after_copy = self._allocator.num_submitted + 1
         return fork
 
     def submit(self, plan: Several[Work], publish: Callable[[int], None] | None = None) -> Step:

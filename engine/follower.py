@@ -22,12 +22,13 @@ from ..core.frames import send_frame
 from ..core.log import logger
 from ..core.wire import SecureContext
 from ..kv_transfer.ends import BLOCKS, open_transports
+from ..kv_transfer.memory import Buffer
 from ..kv_transfer.transports import Region, Transport
 from ..kv_transfer.transports.base import Notify
 from ..kv_transfer.transports.mover import Mover
 from .build import build_engine, use_threads
 from .engine import Engine
-from .rank_wire import Built, Capture, Compute, CopyBlock, Message, PeerAccess, Task, encode, receive, step_of
+from .rank_wire import Built, Capture, Compute, CopyBlock, Holds, Message, PeerAccess, Task, encode, receive, step_of
 from .ranks import device_of
 from .runner import Runner
 from .tensor_parallel import TorchGroup
@@ -50,6 +51,9 @@ def main(connection: socket.socket, orders: socket.socket) -> None:
         engine = _build(connection, task)
         if engine is None:
             return
+        blocks = engine.cache.blocks
+        holds = Holds(blocks.shared) if isinstance(blocks, Buffer) else Holds(None, blocks.handle)
+        send_frame(connection, encode(holds))
         kv = Config.model_validate_json(task.config).kv
         follower = Follower(engine.runner, lambda access: _move(engine, kv, access, orders))
         while True:

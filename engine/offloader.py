@@ -11,19 +11,21 @@ import functools
 from collections.abc import Callable
 from typing import Generic, NamedTuple, TypeVar
 
-import numpy as np
-
 from ..core.clock import Clock
 from ..core.hashing import BlockHash
+from ..core.kv_messages import KVReport
 from ..core.log import logger
 from ..core.metrics import WorkerMetrics
-from ..kv_transfer.memory import Buffer
-from ..kv_transfer.offload.base import HostBlocks, Lookup
-from ..kv_transfer.offload.keys import KeySpace, key_space
-from ..kv_transfer.offload.stack import OffloadStack, StackResult
+from ..kv_transfer.offload.base import Lookup
+from ..kv_transfer.offload.device import DeviceBlocks
+from ..kv_transfer.offload.keys import KeySpace, TierKey, key_space, tenant_tag
+from ..kv_transfer.offload.stack import StackResult, Write
 from .engine import Engine
 from .load_cost import LoadCost
-from .sequence import Sequence
+from .prefixes import Part, group_key, group_keys, longest_window
+from .sequence import NO_BLOCK, Sequence
+from .tiers import Tiers, whole_layout
+from .write_back import WriteBack
 
 _Owner = TypeVar("_Owner")
 
@@ -36,12 +38,11 @@ _KNOWN_TENANTS = 1024
 
 
 class InTiers(NamedTuple):
-    """What the tiers have of a prompt."""
+    """What the prefix cache and the tiers have of a prompt."""
 
-    start: int
-    """Blocks that the prefix cache had."""
-    levels: tuple[int, ...]
-    """For each block that follows, the number of the nearest tier that has it."""
+    num_blocks: int
+    levels: dict[Part, int]
+    """For each block that was not in the prefix cache, the number of the nearest tier that has it."""
 
 
 class Fetched(NamedTuple, Generic[_Owner]):
@@ -55,11 +56,16 @@ class Fetched(NamedTuple, Generic[_Owner]):
 
 
 class _Fetch(Generic[_Owner]):
-    def __init__(self, owner: _Owner, prefix: list[int], blocks: list[int], keys: list[BlockHash]) -> None:
+    def __init__(self, owner: _Owner, start: int, hashes: list[BlockHash], root: BlockHash) -> None:
         self.owner: _Owner | None = owner
-        self.prefix = prefix
-        self.blocks = blocks
-        self.keys = keys
+        self.start = start
+        self.hashes = hashes
+        self.root = root
+        self.forgotten = False
+        """What is loaded was meant to be forgotten meanwhile."""
+        self.held: list[int] = []
+        self.parts: list[Part] = []
+        self.blocks: list[int] = []
         self.num_lacking = 0
         self.started_s = self.deadline_s = 0.0
 
@@ -68,8 +74,8 @@ class Offloader(Generic[_Owner]):
     """See the module. Owned by the engine thread.
 
     Args:
-        engine: whose blocks go out and come back; one KV group.
-        stack: the tiers; None: there are none, and nothing here does anything.
+        engine: whose blocks go out and come back.
+        tiers: None: there are none, and nothing here does anything.
         clock: for durations and deadlines.
         metrics: counts.
         cost: what loads take; default: measured.
@@ -78,26 +84,31 @@ class Offloader(Generic[_Owner]):
     def __init__(
         self,
         engine: Engine,
-        stack: OffloadStack | None,
+        tiers: Tiers | None,
         clock: Clock,
         metrics: WorkerMetrics,
         cost: LoadCost | None = None,
     ) -> None:
+        self._engine = engine
         self._pool = engine.pool
-        self._layout = engine.cache.layout
+        self._groups = engine.groups
         self._block_tokens = engine.block_tokens
-        self._stack = stack
+        self._stack = None if tiers is None else tiers.stack
+        self._memory = None if tiers is None else tiers.memory
+        self._write_back: WriteBack | None = None
+        if tiers is not None and tiers.stack.levels[0].write is Write.BACK:
+            self._write_back = WriteBack(engine.pool, tiers)
         self._clock = clock
         self._metrics = metrics
-        block_bytes = self._layout.block_bytes
-        self._cost = cost or LoadCost(len(stack.levels) if stack is not None else 0, block_bytes)
-        # `open_tiers` has seen to it that the cache is in the host's memory.
-        array = engine.cache.blocks.array if isinstance(engine.cache.blocks, Buffer) else np.empty(0, np.uint8)
-        self._memory = HostBlocks(array, block_bytes)
-        self._space: Callable[[str], KeySpace] = functools.lru_cache(_KNOWN_TENANTS)(
-            lambda salt: key_space(salt, self._layout)
+        layout = whole_layout(engine)
+        num_tiers = 0 if tiers is None else len(tiers.stack.levels)
+        self._cost = cost or LoadCost(num_tiers, layout.block_bytes)
+        self._spaces: Callable[[str], list[KeySpace]] = functools.lru_cache(_KNOWN_TENANTS)(
+            lambda salt: [key_space(salt, layout, group) for group in range(len(self._groups))]
         )
-        self._max_held = max(engine.pool.num_blocks // _HELD_SHARE, 1)
+        self._max_held = max(engine.pool.num_blocks // _HELD_SHARE, len(self._groups))
+        self._whole = [number for number, group in enumerate(self._groups) if not group.window]
+        self._windowed = [number for number, group in enumerate(self._groups) if group.window]
         self._num_held = 0
         self._stores: dict[int, list[int]] = {}
         self._fetches: dict[int, _Fetch[_Owner]] = {}
@@ -105,12 +116,14 @@ class Offloader(Generic[_Owner]):
     @property
     def num_open(self) -> int:
         """Stores and loads under way."""
-        return len(self._stores) + len(self._fetches)
+        num_saved = self._write_back.num_open if self._write_back is not None else 0
+        return len(self._stores) + len(self._fetches) + num_saved
 
     # ---- out --------------------------------------------------------------------------------------------------------
 
     def offer(self, sequence: Sequence, salt: str, num_tokens: int) -> None:
-        """Store a sequence's full blocks, those that came from a cache too, which counts as a use of them.
+        """Store a sequence's full blocks, those that came from a cache too, which counts as a use of them. Of layers
+        that see a window, also what is dead already and nobody has reused: another prompt may part from this one there.
 
         What is more than stores may hold now is left for the next call.
 
@@ -119,41 +132,78 @@ class Offloader(Generic[_Owner]):
             salt: its tenant's.
             num_tokens: whose KV is in the blocks, whatever steps are in flight.
         """
-        start = sequence.num_offered
-        stop = min(num_tokens // self._block_tokens, start + self._max_held - self._num_held)
-        if self._stack is None or stop <= start:
+        start, full = sequence.num_offered, num_tokens // self._block_tokens
+        stop = min(full, start + (self._max_held - self._num_held) // len(self._groups))
+        known = stop if self._write_back is None else full
+        if self._stack is None or known <= start:
             return
-        blocks = sequence.tables[0][start:stop]
-        keys = self._space(salt).of(sequence.keys(stop, self._block_tokens)[start:])
-        self._pool.acquire(blocks)
-        self._num_held += len(blocks)
-        self._stores[self._stack.store(keys, self._memory, blocks)] = blocks
+        hashes = sequence.keys(known, self._block_tokens)
+        parts, blocks = self._filled(sequence, hashes, range(start, known))
+        keys = self._keys(salt, hashes, parts)
+        if self._write_back is not None:
+            self._write_back.name(blocks, [group_key(hashes[part.position], part.group) for part in parts], keys)
+        if stop <= start:
+            return
+        count = sum(part.position < stop for part in parts)
+        self._pool.acquire(blocks[:count])
+        self._num_held += count
+        self._stores[self._stack.store(keys[:count], self._memory, blocks[:count])] = blocks[:count]
         sequence.num_offered = stop
 
     def forget(self, sequence: Sequence, salt: str) -> None:
         """What a sequence computed is not to be trusted: no tier gives it to anybody."""
         num_blocks = max(sequence.num_offered, sequence.num_committed)
         if self._stack is not None and num_blocks:
-            self._stack.remove(self._space(salt).of(sequence.keys(num_blocks, self._block_tokens)))
+            hashes = sequence.keys(num_blocks, self._block_tokens)
+            self._stack.remove([key for space in self._spaces(salt) for key in space.of(hashes)])
+
+    def clear(self, salt: str | None, root: BlockHash | None) -> None:
+        """The tiers forget everything, or one tenant's blocks; ``root`` is its chains' beginning."""
+        if self._stack is not None:
+            self._stack.clear(None if salt is None else tenant_tag(salt))
+            for fetch in self._fetches.values():
+                fetch.forgotten |= root is None or fetch.root == root
+
+    def pin(self, salt: str, hashes: list[BlockHash], *, on: bool) -> None:
+        """The tiers keep blocks, as far as they have them, or need not any more."""
+        if self._stack is not None:
+            keys = [key for space in self._spaces(salt) for key in space.of(hashes)]
+            (self._stack.pin if on else self._stack.unpin)(keys)
 
     # ---- back -------------------------------------------------------------------------------------------------------
 
     def look(self, sequence: Sequence, salt: str) -> InTiers | None:
         """What the tiers have of a sequence beyond the prefix cache; None: nothing, or it is of no use. Does no I/O;
-        when no tier has the first block, no other is looked up."""
+        when no tier has the first block of layers that see everything, no other is looked up."""
         if self._stack is None or sequence.prompt_logprobs >= 0 or sequence.hidden_states:
             return None
-        hashes = sequence.keys((sequence.num_tokens - 1) // self._block_tokens, self._block_tokens)
-        start = len(self._pool.match(hashes))
-        keys = self._space(salt).of(hashes[start:])
-        if not keys or self._stack.lookup(keys[:1])[0].state is not Lookup.HIT:
+        size = self._block_tokens
+        hashes = sequence.keys((sequence.num_tokens - 1) // size, size)
+        start, stop = self._engine.num_cached(hashes), len(hashes)
+        levels: dict[Part, int] = {}
+        for group in self._whole:
+            if stop <= start:
+                return None
+            first = len(self._pool.match(group_keys(hashes[:stop], group)))
+            if not self._find(salt, hashes, [Part(first, group)][: stop - first]):
+                stop = first
+                continue
+            parts = [Part(position, group) for position in range(first, stop)]
+            levels |= self._find(salt, hashes, parts)
+            stop = next((part.position for part in parts if part not in levels), stop)
+
+        def has(part: Part) -> bool:
+            return part in levels or self._cached(hashes, part) is not None
+
+        for group in self._windowed if stop > start else ():
+            first = self._groups[group].first_block((start + 1) * size, size)
+            parts = [Part(position, group) for position in range(first, stop)]
+            levels |= self._find(salt, hashes, [part for part in parts if self._cached(hashes, part) is None])
+        stop = longest_window(self._groups, stop, size, has)
+        if stop <= start:
             return None
-        levels = []
-        for found in self._stack.lookup(keys):
-            if found.state is not Lookup.HIT:
-                break
-            levels.append(found.level)
-        return InTiers(start, tuple(levels)) if levels else None
+        firsts = [group.first_block(stop * size, size) for group in self._groups]
+        return InTiers(stop, {part: at for part, at in levels.items() if firsts[part.group] <= part.position < stop})
 
     def fetch(
         self, owner: _Owner, sequence: Sequence, salt: str, known: InTiers, spare: int, s_per_token: float
@@ -172,30 +222,34 @@ class Offloader(Generic[_Owner]):
         Returns:
             whether there is something to wait for.
         """
-        if self._stack is None:
+        start, stop = sequence.num_matched_blocks, known.num_blocks
+        if self._stack is None or stop <= start or self._engine.copying:
             return False
-        start, stop = sequence.num_matched_blocks, known.start + len(known.levels)
-        levels = known.levels[max(start - known.start, 0) :]
-        if start < known.start or not levels:  # what the cache had is gone, or it has all
+        fetch = _Fetch(owner, start, sequence.keys(stop, self._block_tokens), sequence.root)
+        fetch.held, fetch.parts = self._split(fetch.hashes)
+        if not known.levels.keys() >= set(fetch.parts):  # what the cache had is gone
             return False
-        num_lacking = -(-sequence.num_tokens // self._block_tokens) - start
-        promised = sum(fetch.num_lacking for fetch in self._fetches.values())
-        if num_lacking + promised + spare > self._pool.num_free:
+        fetch.num_lacking = self._engine.num_lacking(sequence.num_tokens, stop)
+        promised = sum(other.num_lacking for other in self._fetches.values())
+        self._pool.acquire(fetch.held)
+        if len(fetch.parts) + fetch.num_lacking + promised + spare > self._pool.num_free:
+            self._pool.release(fetch.held)
             return False
-        compute_s = len(levels) * self._block_tokens * s_per_token
+        compute_s = (stop - start) * self._block_tokens * s_per_token
+        levels = [known.levels[part] for part in fetch.parts]
         if self._cost.load_s(levels) > compute_s:
+            self._pool.release(fetch.held)
             self._cost.declined(levels)
             self._metrics.offload_loads.labels("declined").inc()
             return False
-        blocks = self._pool.allocate(stop - start)
-        assert blocks is not None, "a prompt's room is less than that of its beginning"
-        hashes = sequence.keys(stop, self._block_tokens)[start:]
-        fetch = _Fetch(owner, sequence.tables[0][:start], blocks, hashes)
-        self._pool.acquire(fetch.prefix)
-        fetch.num_lacking = num_lacking - len(blocks)
+        blocks = self._pool.allocate(len(fetch.parts))
+        assert blocks is not None, "so many were free"
+        fetch.blocks = blocks
         fetch.started_s = self._clock.monotonic_s()
         fetch.deadline_s = fetch.started_s + max(_PATIENCE * compute_s, _LEAST_WAIT_S)
-        self._fetches[self._stack.load(self._space(salt).of(hashes), self._memory, blocks)] = fetch
+        keys = self._keys(salt, fetch.hashes, fetch.parts)
+        memory = self._memory.ordered() if isinstance(self._memory, DeviceBlocks) else self._memory
+        self._fetches[self._stack.load(keys, memory, blocks)] = fetch
         return True
 
     def poll(self) -> list[Fetched[_Owner]]:
@@ -209,7 +263,7 @@ class Offloader(Generic[_Owner]):
             if blocks is not None:
                 self._num_held -= len(blocks)
                 self._pool.release(blocks)
-            else:
+            elif self._write_back is None or not self._write_back.ended(result.number):
                 over += self._landed(self._fetches.pop(result.number), result)
         if results:
             self._stack.publish(self._metrics)
@@ -217,7 +271,7 @@ class Offloader(Generic[_Owner]):
         for fetch in self._fetches.values():
             if fetch.owner is not None and fetch.deadline_s <= now_s:
                 self._metrics.offload_loads.labels("slow").inc()
-                over.append(Fetched(fetch.owner, len(fetch.prefix) * self._block_tokens, 0))
+                over.append(Fetched(fetch.owner, fetch.start * self._block_tokens, 0))
                 fetch.owner = None
                 fetch.num_lacking = 0
         return over
@@ -230,6 +284,10 @@ class Offloader(Generic[_Owner]):
         if (at_s := self._stack.next_event_s()) is not None:
             times.append(at_s)
         return min(times, default=None)
+
+    def reports(self) -> list[KVReport]:
+        """Each tier's figures."""
+        return [] if self._stack is None else self._stack.reports()
 
     def publish(self) -> None:
         """Bring the tiers' metrics up to date."""
@@ -245,16 +303,61 @@ class Offloader(Generic[_Owner]):
     def _landed(self, fetch: _Fetch[_Owner], result: StackResult) -> list[Fetched[_Owner]]:
         """Give what was loaded to the prefix cache."""
         self._cost.loaded(result.levels, self._clock.monotonic_s() - fetch.started_s)
-        for block, key, good in zip(fetch.blocks, fetch.keys, result.good, strict=True):
-            if good:
-                self._pool.commit(block, key)
-        self._pool.release(fetch.prefix + fetch.blocks)
-        num_good = result.good.index(False) if False in result.good else len(result.good)
+        for block, part, good in zip(fetch.blocks, fetch.parts, result.good, strict=True):
+            if good and not fetch.forgotten:
+                self._pool.commit(block, group_key(fetch.hashes[part.position], part.group), fetch.root)
+        num_good = max(self._engine.num_cached(fetch.hashes) - fetch.start, 0)
+        self._pool.release(fetch.held + fetch.blocks)
         self._metrics.offload_tokens.inc(num_good * self._block_tokens)
         if fetch.owner is None:
             return []
-        self._metrics.offload_loads.labels("loaded" if num_good == len(result.good) else "failed").inc()
+        self._metrics.offload_loads.labels("loaded" if all(result.good) else "failed").inc()
         if result.error:
-            logger.info("%d of %d blocks came from the tiers: %s", num_good, len(result.good), result.error)
+            logger.info("%d of %d blocks came from the tiers: %s", sum(result.good), len(result.good), result.error)
         size = self._block_tokens
-        return [Fetched(fetch.owner, len(fetch.prefix) * size, num_good * size)]
+        return [Fetched(fetch.owner, fetch.start * size, num_good * size)]
+
+    def _filled(self, sequence: Sequence, hashes: list[BlockHash], positions: range) -> tuple[list[Part], list[int]]:
+        """The blocks that there are at some positions, in every group."""
+        parts, blocks = [], []
+        for part in (Part(position, group) for position in positions for group in range(len(self._groups))):
+            block: int | None = sequence.tables[part.group][part.position]
+            if block == NO_BLOCK:
+                block = self._pool.find_free(group_key(hashes[part.position], part.group))
+            if block is not None:
+                parts.append(part)
+                blocks.append(block)
+        return parts, blocks
+
+    def _find(self, salt: str, hashes: list[BlockHash], parts: list[Part]) -> dict[Part, int]:
+        """The nearest tier of each block that one has."""
+        if self._stack is None or not parts:
+            return {}
+        found = self._stack.lookup(self._keys(salt, hashes, parts))
+        return {part: at.level for part, at in zip(parts, found, strict=True) if at.state is Lookup.HIT}
+
+    def _split(self, hashes: list[BlockHash]) -> tuple[list[int], list[Part]]:
+        """Of what a prefix needs, the blocks that the prefix cache has, and the parts that it lacks."""
+        held: list[int] = []
+        lacking: list[Part] = []
+        for group in self._whole:
+            cached = self._pool.match(group_keys(hashes, group))
+            held += cached
+            lacking += [Part(position, group) for position in range(len(cached), len(hashes))]
+        size = self._block_tokens
+        for group in self._windowed:
+            first = self._groups[group].first_block(len(hashes) * size, size)
+            for part in (Part(position, group) for position in range(first, len(hashes))):
+                block = self._cached(hashes, part)
+                if block is None:
+                    lacking.append(part)
+                else:
+                    held.append(block)
+        return held, sorted(lacking)
+
+    def _cached(self, hashes: list[BlockHash], part: Part) -> int | None:
+        return self._pool.find(group_key(hashes[part.position], part.group))
+
+    def _keys(self, salt: str, hashes: list[BlockHash], parts: list[Part]) -> list[TierKey]:
+        suffixes = [space.suffix for space in self._spaces(salt)]
+        return [hashes[position] + suffixes[group] for position, group in parts]

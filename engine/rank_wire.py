@@ -10,6 +10,7 @@ import numpy as np
 
 from ..core.frames import receive_frame
 from ..core.wire import ClusterKeys
+from ..kv_transfer.memory import SharedMemory
 from .batch import StepInput
 from .draws import Fill
 
@@ -39,6 +40,15 @@ class Built(msgspec.Struct, frozen=True, tag=True):
 
     num_blocks: int
     error: str = ""
+
+
+class Holds(msgspec.Struct, frozen=True, tag=True):
+    """Where a follower's KV is; told by it when it is built."""
+
+    host: SharedMemory | None
+    """None on a GPU, and where the system cannot share memory."""
+    handle: bytes = b""
+    """On a GPU, of an allocation (cudaIpcMemHandle_t)."""
 
 
 class Capture(msgspec.Struct, frozen=True, tag=True):
@@ -82,7 +92,7 @@ class Compute(msgspec.Struct, frozen=True, tag=True):
     eager: bool
 
 
-Message = Task | Built | Capture | CopyBlock | PeerAccess | Compute
+Message = Task | Built | Holds | Capture | CopyBlock | PeerAccess | Compute
 
 _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
 _encoder = msgspec.msgpack.Encoder()

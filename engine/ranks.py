@@ -15,11 +15,14 @@ import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from ..core.config import ColocatedPool, Config, DecodePool, PrefillPool
-from ..core.errors import ConfigError
+from ..core.errors import ConfigError, TransferError
 from ..core.frames import send_frame
+from ..kernels import cuda_memory
+from ..kv_transfer.memory import map_shared
 from ..kv_transfer.transports import Transport
 from ..kv_transfer.transports.base import Notify
 from ..kv_transfer.transports.forwarded import forwarded
@@ -27,7 +30,7 @@ from ..kv_transfer.transports.mover_link import MoverLink
 from .batch import StepInput
 from .build import Built as BuiltEngine
 from .build import Progress, build_engine
-from .rank_wire import Built, Capture, CopyBlock, Message, PeerAccess, Task, encode, encode_step, receive
+from .rank_wire import Built, Capture, CopyBlock, Holds, Message, PeerAccess, Task, encode, encode_step, receive
 from .tensor_parallel import TorchGroup
 
 
@@ -177,6 +180,30 @@ class Ranks:
             whose = f"rank {rank} of {self.size}"
             self._links.append(MoverLink(orders, whose, notify, lambda: self._num_copies, on_bad_frame))
         return [forwarded(link) for link in self._links]
+
+    def memory(self) -> list[np.ndarray | int]:
+        """The others' blocks, to be read and written: [bytes] uint8 each, or, on GPUs, where the first rank's GPU sees
+        them. Blocks until all are built. Once.
+
+        Raises:
+            ConfigError: they are not in memory that this process can map.
+        """
+        found: list[np.ndarray | int] = []
+        for rank, connection in enumerate(self._connections, 1):
+            try:
+                answer = receive(connection)
+                if isinstance(answer, Holds) and answer.handle:
+                    found.append(cuda_memory.open_handle(answer.handle, 0))
+                elif isinstance(answer, Holds) and answer.host is not None:
+                    found.append(map_shared(answer.host, writable=True))
+                else:
+                    raise TransferError("it is not in memory that processes of this system can share")
+            except (EOFError, OSError, TransferError) as error:
+                raise ConfigError(
+                    f"offload.tiers: KV of rank {rank} of {self.size} cannot be reached: {error}",
+                    fix="leave offload.tiers empty, or give each worker one rank",
+                ) from None
+        return found
 
     def watch(self, lost: Callable[[int], None]) -> None:
         """From now on, call ``lost`` with the number of a rank that has ended, in a thread of its own."""

@@ -10,6 +10,9 @@ import numpy as np
 from ..core.hashing import BlockHash, block_hashes
 from ..core.messages import Child, Sampling
 
+NO_BLOCK = -1
+"""In a table, where no token to come sees what would be there."""
+
 
 class Sequence:
     """What the engine knows of a request. Owned by the engine thread.
@@ -47,7 +50,7 @@ class Sequence:
         self.num_computed = 0
         """Tokens whose KV is in the blocks."""
         self.tables: list[list[int]] = [[]]
-        """For each KV group, its blocks by position; −1: none, as no token to come sees what is there."""
+        """For each KV group, its blocks by position, or `NO_BLOCK`."""
         self.arrays: list[np.ndarray] = [np.zeros(0, np.int64)]
         """`tables` as arrays, which may be longer."""
         self.num_reserved = 0

@@ -114,6 +114,28 @@ def close_handle(address: int, device: int) -> None:
         call("cudaIpcCloseMemHandle", address)
 
 
+def register_host(address: int, num_bytes: int, device: int) -> None:
+    """Let GPUs read and write memory of the host, whose pages stay where they are until `unregister_host`. Blocks while
+    they are made.
+
+    Raises:
+        ImportError: cuda-bindings is not installed.
+        OSError: CUDA refuses, or gives the memory another address.
+    """
+    with _current(device):
+        flags = runtime().cudaHostRegisterPortable | runtime().cudaHostRegisterMapped
+        call("cudaHostRegister", address, num_bytes, flags)
+        if int(call("cudaHostGetDevicePointer", address, 0)) != address:
+            call("cudaHostUnregister", address)
+            raise OSError("cudaHostRegister: the GPU sees the host's memory at addresses of its own")
+
+
+def unregister_host(address: int, device: int) -> None:
+    """Undo `register_host`. No copy may use the memory any more."""
+    with _current(device):
+        call("cudaHostUnregister", address)
+
+
 def uuid_of(device: int) -> str:
     """A GPU's name in the world, which does not depend on what a process sees."""
     return str(torch.cuda.get_device_properties(device).uuid)

@@ -40,13 +40,20 @@ class CopyQueue:
         self._plan = gather.Plan(programs)
         self._stream = torch.cuda.Stream(self._device, priority=-1)
 
-    def start(self, source: int, target: int, rows: gather.Rows) -> Copy:
+    def mark(self) -> torch.cuda.Event:
+        """What stands for all that the calling thread has given the GPU so far, on its current stream."""
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    def start(self, source: int, target: int, rows: gather.Rows, after: torch.cuda.Event | None = None) -> Copy:
         """Queue a copy. Does not wait for it.
 
         Args:
             source: address that the GPU can read; a multiple of 16.
             target: address that it can write; a multiple of 16.
             rows: of `gather.lay_out`.
+            after: a `mark`: the GPU does that first, and all copies that are started later wait, too.
 
         Raises:
             RuntimeError: it could not be queued.
@@ -56,6 +63,8 @@ class CopyQueue:
             pinned = torch.empty(rows.lists.shape, dtype=torch.int64, pin_memory=True)
             pinned.numpy()[:] = rows.lists
             lists = pinned.to(self._device, non_blocking=True)
+            if after is not None:
+                self._stream.wait_event(after)
             gather.fused(source, target, rows, lists, self._plan)
             # One that lets its waiter sleep.
             ended = torch.cuda.Event(blocking=True)

@@ -54,6 +54,13 @@ class Buffer:
             self._map = mmap.mmap(-1, num_bytes)
         self.array = np.frombuffer(self._map, np.uint8)
 
+    @classmethod
+    def over(cls, array: np.ndarray) -> Buffer:
+        """Memory that somebody else has: [num_bytes] uint8. Peers cannot map it."""
+        buffer = cls.__new__(cls)
+        buffer.shared, buffer._descriptor, buffer.array = None, -1, array
+        return buffer
+
     def close(self) -> None:
         """Give the file up; the memory goes with the last array that refers to it. Idempotent."""
         if self._descriptor >= 0:
@@ -109,8 +116,8 @@ def host_id() -> str:
         return ""
 
 
-def map_shared(shared: SharedMemory) -> np.ndarray:
-    """Map a peer's buffer, for reading: [num_bytes] uint8.
+def map_shared(shared: SharedMemory, *, writable: bool = False) -> np.ndarray:
+    """Map another process's buffer: [num_bytes] uint8, for reading unless ``writable``.
 
     Raises:
         TransferError: it cannot be opened from here: the owner is gone, or lives on another host or in another
@@ -120,12 +127,13 @@ def map_shared(shared: SharedMemory) -> np.ndarray:
     try:
         if os.readlink(path) != f"/memfd:tandem-{shared.token} (deleted)":
             raise TransferError(f"{path} is not the peer's memory: the peer is on another host, or gone")
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
     except OSError as error:
         raise TransferError(f"{path} cannot be opened: {error.strerror}") from None
     try:
         if os.fstat(descriptor).st_size != shared.num_bytes:
             raise TransferError(f"{path} has {os.fstat(descriptor).st_size} bytes, expected {shared.num_bytes}")
-        return np.frombuffer(mmap.mmap(descriptor, shared.num_bytes, prot=mmap.PROT_READ), np.uint8)
+        access = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+        return np.frombuffer(mmap.mmap(descriptor, shared.num_bytes, prot=access), np.uint8)
     finally:
         os.close(descriptor)

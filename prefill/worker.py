@@ -95,6 +95,7 @@ class PrefillWorker:
         self._scheduler = PrefillScheduler(engine, pool.max_batched_tokens, pool.max_running, clock, self._fetch)
         self._watermarks = Watermarks(engine.model.device)
         self._prompt_tokens = 0
+        self._cached_tokens = 0
         self._s_per_token = _FIRST_S_PER_TOKEN
 
     # ---- messages ---------------------------------------------------------------------------------------------------
@@ -196,6 +197,7 @@ class PrefillWorker:
             num_blocks=pool.num_blocks,
             leases=len(self._leases),
             prompt_tokens=self._prompt_tokens,
+            cached_tokens=self._cached_tokens,
         )
 
     def close(self) -> None:
@@ -261,6 +263,7 @@ class PrefillWorker:
             first = max(job.skip_tokens, group.first_needed(sequence.num_tokens)) // size
             blocks = table[first:]
             tables.append(Table(first * size, blocks, self._engine.pool.generations_of(blocks)))
+        self._cached_tokens += sequence.num_computed
         self._metrics.cached_tokens.inc(sequence.num_computed)
         self._send(job.transfer.reader, Accepted(job.transfer.number, tables, sequence.num_computed))
         if sequence.num_computed > job.skip_tokens:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing.util
 import os
 import shutil
 import sys
@@ -48,7 +49,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(skip)
     minutes = config.getoption("--soak")
     for item in items:
-        if minutes and "seeds" in getattr(item, "fixturenames", ()):
+        if minutes and "soak_minutes" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.timeout(60 * minutes + 600))
     if not minutes:
         skip = pytest.mark.skip(reason="a soak; run it with --soak MINUTES")
@@ -61,7 +62,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def temporary_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """What this process's runs leave behind is not what those of another do, beside it. Ray's sockets live in this
     folder, and their paths must be short."""
-    tmp_path_factory.getbasetemp()  # is where it always was
+    # These stay where they always were; the second is removed at the very end.
+    tmp_path_factory.getbasetemp()
+    multiprocessing.util.get_temp_dir()
     folder = tempfile.mkdtemp(prefix="t")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TMPDIR", folder)

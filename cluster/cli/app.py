@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import enum
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
 from ... import __version__
-from ...deploy.machines import Provider
+from .deploy import deploy_app
+from .kv import DEFAULT_URL, KeyOption, UrlOption, kv_app
 
 app = typer.Typer(
     name="tandem",
@@ -48,8 +48,8 @@ app.add_typer(config_app, name="config")
 app.add_typer(bench_app, name="bench")
 trace_app = typer.Typer(no_args_is_help=True, help="Traces: recorded load for `tandem tune` and `tandem bench serve`.")
 app.add_typer(trace_app, name="trace")
-deploy_app = typer.Typer(no_args_is_help=True, help="Files that start a cluster, from the one YAML.")
 app.add_typer(deploy_app, name="deploy")
+app.add_typer(kv_app, name="kv")
 
 # typer evaluates these at run time: Optional, not "| None", keeps the help's types readable.
 FileArgument = Annotated[
@@ -66,13 +66,6 @@ AddressOption = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option(metavar="HOST:PORT", help="The Ray cluster. Default: RAY_ADDRESS, or the one on this host."),
 ]
-
-
-class DeployTarget(enum.StrEnum):
-    """What starts the cluster."""
-
-    RAY = "ray"
-    KUBERAY = "kuberay"
 
 
 @app.callback(invoke_without_command=True)
@@ -121,12 +114,17 @@ def down(address: AddressOption = None) -> None:
 @app.command()
 def status(
     address: AddressOption = None,
+    kv: Annotated[bool, typer.Option("--kv", help="Each worker's prefix cache and tiers instead.")] = False,
     json_: Annotated[bool, typer.Option("--json", help="One JSON object a worker instead of a table.")] = False,
 ) -> None:
-    """Show every worker: role, node, state, sequences, blocks, leases, and rates over one second."""
+    """Show every worker: role, node, state, sequences, blocks, leases, and rates over one second.
+
+    With --kv, what each prefix cache and tier holds and has done since its worker started: blocks, hits, bytes and the
+    speed of copies, evictions, the oldest block's age, failures, and whether it is away.
+    """
     from .cluster import status as run
 
-    run(address, as_json=json_)
+    run(address, kv=kv, as_json=json_)
 
 
 @app.command()
@@ -255,6 +253,26 @@ def trace_synth(
             requests, seed, rate, turns, pause_s, input_tokens=input_tokens, output_tokens=output_tokens
         ),
     )  # fmt: skip
+
+
+@trace_app.command("record")
+def trace_record(
+    output: Annotated[Path, typer.Option(metavar="FILE", help="Where to write it.")],
+    duration_s: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(min=0.1, help="For so long. Default: until Ctrl-C."),
+    ] = None,
+    max_requests: Annotated[int, typer.Option(min=1, max=100_000, help="So many at most.")] = 100_000,
+    url: UrlOption = DEFAULT_URL,
+    admin_key: KeyOption = "",
+) -> None:
+    """Record what a running gateway serves: arrivals, lengths and shared beginnings, no text.
+
+    Requests that arrive and are answered meanwhile are written in Mooncake's JSONL format.
+    """
+    from .record import record
+
+    record(output, duration_s, max_requests, url, admin_key)
 
 
 @config_app.command("schema")
@@ -393,81 +411,3 @@ def bench_kv(
 
     if not run(transport or [], block_kib or [16, 64, 256], region_mib, repeats, out):
         raise typer.Exit(1)
-
-
-@deploy_app.command("render")
-def deploy_render(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="The YAML file.")],
-    target: Annotated[DeployTarget, typer.Option(help="ray: for `ray up`. kuberay: for Kubernetes.")],
-    output: Annotated[Path, typer.Option(metavar="FOLDER", help="Where to write.")],
-    provider: Annotated[Provider, typer.Option(help="For ray: whose machines.")] = Provider.ONPREM,
-    name: Annotated[str, typer.Option(help="The cluster's.")] = "tandem",
-    gpus_per_node: Annotated[int, typer.Option(min=1, max=64, help="kuberay, onprem: GPUs of one machine.")] = 8,
-    image: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="kuberay: made from deploy/image/Dockerfile. Default: tandem:VERSION."),
-    ] = None,
-    model_claim: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(metavar="CLAIM", help="kuberay: the PersistentVolumeClaim with the checkpoint."),
-    ] = None,
-    worker_memory: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(metavar="SIZE", help="kuberay: limit of a worker pod. Default: an estimate."),
-    ] = None,
-    head: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(metavar="HOST", help="onprem: the first node, for Ray's head and the gateway."),
-    ] = None,
-    worker: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Option(metavar="HOST", help="onprem: another node. Repeatable."),
-    ] = None,
-    machine: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(metavar="TYPE", help="aws, gcp: nodes with GPUs. Default: p5.48xlarge, a3-highgpu-8g."),
-    ] = None,
-    region: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="aws, gcp. Default: us-west-2, us-central1."),
-    ] = None,
-    zone: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="aws, gcp. Default: Ray's choice, the region's a."),
-    ] = None,
-    project: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(metavar="ID", help="gcp: needed."),
-    ] = None,
-    ssh_user: Annotated[str, typer.Option(help="ray: on all nodes.")] = "ubuntu",
-    ssh_key: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(metavar="FILE", help="ray: a private key."),
-    ] = None,
-    source: Annotated[
-        Path, typer.Option(metavar="FOLDER", help="ray: the clone of Tandem that nodes install. Default: this one.")
-    ] = Path(__file__).resolve().parents[2],
-) -> None:
-    """Write the files that start a cluster for a configuration: its nodes, and what they need.
-
-    The nodes are as many as the pools' workers fill. No secret is written: neither Ray's token nor the YAML, which may
-    hold API keys. docs/deploy.md goes from nothing to a served model.
-    """
-    from ...core.units import parse_bytes
-    from ...deploy.kuberay import KubeOptions
-    from ...deploy.ray_up import Site
-    from .deploy import render_kube, render_ray
-
-    if target is DeployTarget.RAY:
-        site = Site(
-            provider, name, file, source, head, tuple(worker or ()), gpus_per_node, machine, region, zone, project,
-            ssh_user, ssh_key,
-        )  # fmt: skip
-        render_ray(site, output)
-        return
-    try:
-        memory_bytes = None if worker_memory is None else parse_bytes(worker_memory)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--worker-memory") from None
-    options = KubeOptions(name, image or f"tandem:{__version__}", gpus_per_node, model_claim, memory_bytes)
-    render_kube(file, options, output)

@@ -74,10 +74,10 @@ def tune(file: Path, overrides: list[str], options: Options, *, as_json: bool) -
     # Only the offload section differs between them.
     model = _model(configs[0], options, links)
     # What can be refused is refused before anything takes its time.
-    costs = [cost_of(config.offload, prices) for config in configs]
-    check_budget(costs, options.budget)
     for config in configs:
         plan_slots(config.offload, model, options.trace_block_tokens)
+    costs = [cost_of(config.offload, prices) for config in configs]
+    check_budget(costs, options.budget)
     trace = read_trace(options.trace, options.trace_block_tokens)
     judged = []
     console = Console(stderr=True, highlight=False)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from starlette.applications import Starlette
@@ -16,28 +15,19 @@ from starlette.types import Receive, Scope, Send
 
 from ...core.clock import Clock
 from ...core.config import GatewayConfig
-from ...core.errors import AuthError, CapacityError, NotFoundError, TandemError, TooLargeError
+from ...core.errors import AuthError, NotFoundError, TandemError
 from ...core.ids import new_request_id
-from ...core.log import RequestLog, logger
+from ...core.log import logger
 from ...core.metrics import GatewayMetrics
 from ...engine.limits import check_ids
 from .dispatcher import Dispatcher
 from .generation import Generation, Model
-from .responses import error_body, event, to_json
+from .guard import Endpoint, Json, guarded_route, has_key, read_body
+from .responses import error_body, event
 from .schema import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, parse
 from .timeline import Timelines
 
 _STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
-Endpoint = Callable[[Request], Awaitable[Response]]
-
-
-class Json(Response):
-    """A JSON response."""
-
-    media_type = "application/json"
-
-    def __init__(self, value: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
-        super().__init__(to_json(value), status, headers)
 
 
 class Gone(Response):
@@ -85,6 +75,7 @@ class Api:
         clock: tells the time.
         ready: why requests cannot be served now, or "".
         scrape: every process's metrics, as text.
+        operators: routes of their own.
     """
 
     def __init__(
@@ -97,6 +88,7 @@ class Api:
         clock: Clock,
         ready: Callable[[], str],
         scrape: Callable[[], Awaitable[str]],
+        operators: Sequence[Route] = (),
     ) -> None:
         self._config = config
         self._model = model
@@ -119,6 +111,7 @@ class Api:
                 Route("/livez", self.livez),
                 Route("/readyz", self.readyz),
                 Route("/metrics", self.metrics),
+                *operators,
             ],
             exception_handlers={HTTPException: _http_error, Exception: _broken},
         )
@@ -201,42 +194,14 @@ class Api:
         return Gone() if answer is None else Json(answer, headers=headers)
 
     def _route(self, path: str, endpoint: Endpoint, method: str) -> Route:
-        """A route that checks the key, counts, and turns errors into answers."""
-
-        async def guarded(request: Request) -> Response:
-            try:
-                self._authenticate(request)
-                response = await endpoint(request)
-            except TandemError as error:
-                request_id = getattr(request.state, "request_id", "")
-                RequestLog(request_id).info("%s %s: %s", path, error.status, error)
-                response = Json(error_body(error), error.status, _error_headers(error, request_id))
-            self._metrics.requests.labels(path, response.status_code).inc()
-            return response
-
-        return Route(path, guarded, methods=[method])
+        return guarded_route(path, endpoint, method, self._authenticate, self._metrics)
 
     def _authenticate(self, request: Request) -> None:
-        if not self._config.api_keys:
-            return
-        given = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
-        # Compare with every key, whatever the outcome: the time tells nothing.
-        matches = [hmac.compare_digest(given, key.encode()) for key in self._config.api_keys]
-        if not any(matches):
+        if self._config.api_keys and not has_key(request, self._config.api_keys):
             raise AuthError("a valid API key is needed", fix="send it as `Authorization: Bearer …`")
 
     async def _body(self, request: Request) -> bytes:
-        limit = self._config.max_body
-        declared = request.headers.get("content-length", "0")
-        body = bytearray()
-        if not declared.isdigit() or int(declared) <= limit:
-            async for chunk in request.stream():
-                body += chunk
-                if len(body) > limit:
-                    break
-            else:
-                return bytes(body)
-        raise TooLargeError(f"the body is larger than gateway.max_body, {limit} bytes")
+        return await read_body(request, self._config.max_body)
 
     def _check_model(self, name: str | None) -> None:
         if name is not None and name != self._model.name:
@@ -259,13 +224,6 @@ async def _watch(receive: Receive, generation: Generation) -> None:
         if message["type"] == "http.disconnect":
             generation.cancel()
             return
-
-
-def _error_headers(error: TandemError, request_id: str) -> dict[str, str]:
-    headers = {"x-request-id": request_id} if request_id else {}
-    if isinstance(error, CapacityError):
-        headers["retry-after"] = str(max(1, round(error.retry_after_s)))
-    return headers
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

@@ -50,6 +50,8 @@ class Dispatcher:
         self._homeless: dict[LiveRequest, asyncio.TimerHandle] = {}
         """Requests that wait for a worker to appear."""
         self._tickets = itertools.count(1)
+        self.on_finish: Callable[[LiveRequest], None] = lambda live: None
+        """Called with each request when the client has everything, or is gone."""
 
     @property
     def num_live(self) -> int:
@@ -80,6 +82,7 @@ class Dispatcher:
             return
         self._live.discard(live)
         self._metrics.in_flight.set(len(self._live))
+        self.on_finish(live)
         live.cancel()
         timer = self._homeless.pop(live, None)
         if timer is not None:
@@ -206,16 +209,16 @@ class Dispatcher:
         groups = [fresh] if fresh else []
         groups += [[output] for output in open_outputs if output.tokens]
         for group in groups:
-            placement = self._router.place()
+            tokens = live.tokens + group[0].tokens
+            placement = self._router.place(tokens, live.salt)
             if placement is None:
                 self._wait(live)
                 return
             ticket = next(self._tickets)
-            tokens = live.tokens + group[0].tokens
-            attempt = Attempt(ticket, placement, [output.child.index for output in group], len(tokens))
+            attempt = Attempt(ticket, placement, [output.child.index for output in group], placement.num_left)
             live.attempts[ticket] = attempt
             self._by_ticket[ticket] = live
-            self._router.sent(placement, len(group), len(tokens))
+            self._router.sent(placement, len(group), placement.num_left)
             live.timeline.mark("gateway.sent", f"to {placement.decode}, prompt to {placement.prefill or 'the same'}")
             logprobs = -1 if live.prompt_logprobs_known else live.wants_prompt_logprobs
             self._send(

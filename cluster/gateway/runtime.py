@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import os
 import threading
 from collections.abc import Callable
@@ -17,21 +16,27 @@ from ...core.clock import SystemClock
 from ...core.config import Config, model_folder, model_name
 from ...core.errors import ConfigError
 from ...core.ids import PeerId, worker_of
+from ...core.kv_messages import KVControlled, KVEvents, KVSnapshot
 from ...core.log import logger
 from ...core.messages import Member, Membership, Message, Report, Scrape, Scraped, Subscribe
 from ...core.metrics import GatewayMetrics, merge, render
 from ...core.wire import ClusterKeys, SecureContext
 from ...engine.models.spec import context_length, read_spec
+from ..kv_view import KVView
 from ..mesh import Mesh
 from ..router import Router
 from .app import Api
 from .dispatcher import Dispatcher
+from .gather import Gather
 from .generation import Model
 from .listener import listen
+from .operators import Operators
+from .recorder import TraceRecorder
 from .timeline import Timelines
 from .tokenizer import Tokenizer
 
 _SCRAPE_TIMEOUT_S = 1.0
+_CONTROL_TIMEOUT_S = 10.0
 _RECONNECT_S = 0.5
 
 
@@ -76,12 +81,12 @@ class GatewayRuntime:
         self._progress = progress
         self._metrics = GatewayMetrics(CollectorRegistry())
         self._clock = SystemClock()
-        self._router = Router(config.routing.policy)
+        self._view = KVView(lambda peer, message: self._mesh.send(peer, message))
+        self._router = Router(config.routing.policy, self._view)
         self._membership: Membership | None = None
         self._linked: dict[PeerId, str] = {}
-        self._scrapes: dict[int, asyncio.Future[None]] = {}
-        self._scraped: dict[int, dict[str, str]] = {}
-        self._scrape_numbers = itertools.count(1)
+        self._scrapes: Gather[str] = Gather(lambda peer, message: self._mesh.send(peer, message))
+        self._controlled: Gather[KVControlled] = Gather(lambda peer, message: self._mesh.send(peer, message))
         self._stopped = threading.Event()
         self._loop = self._new_loop()
         self._thread = threading.Thread(target=self._serve, name="gateway")
@@ -107,7 +112,10 @@ class GatewayRuntime:
             lambda peer: self._call(self._lost, peer),
             self._metrics.bad_frames.labels("mesh").inc,
         )
+        recorder = TraceRecorder(self._clock)
         self._dispatcher = Dispatcher(self._config.gateway, self._router, self._clock, self._metrics, self._mesh.send)
+        self._dispatcher.on_finish = recorder.finished
+        operators = Operators(self._config.gateway, self._model, self._control, recorder, self._metrics)
         api = Api(
             self._config.gateway,
             self._model,
@@ -117,6 +125,7 @@ class GatewayRuntime:
             self._clock,
             self._why_not_ready,
             self._scrape,
+            operators.routes(),
         )
         self._server = uvicorn.Server(
             uvicorn.Config(
@@ -170,18 +179,17 @@ class GatewayRuntime:
 
     def _receive(self, sender: PeerId, message: Message) -> None:
         if isinstance(message, Scraped):
-            texts = self._scraped.get(message.number)
-            if texts is not None:
-                texts[worker_of(sender)] = message.text
-                if len(texts) >= len(self._linked) + 1:
-                    waiting = self._scrapes[message.number]
-                    if not waiting.done():
-                        waiting.set_result(None)
+            self._scrapes.answered(sender, message.number, message.text)
+        elif isinstance(message, KVControlled):
+            self._controlled.answered(sender, message.number, message)
+        elif isinstance(message, KVSnapshot | KVEvents):
+            self._view.receive(sender, message)
         else:
             self._dispatcher.receive(sender, message)
 
     def _follow(self, membership: Membership) -> None:
         self._membership = membership
+        self._view.follow(membership)
         self._link()
         self._dispatcher.follow(membership)
         roles = [member.role for member in membership.members]
@@ -199,11 +207,14 @@ class GatewayRuntime:
         for peer in wanted.keys() - self._linked.keys():
             self._mesh.connect(peer, wanted[peer])
             self._mesh.send(peer, Subscribe())
+            if self._config.routing.policy == "kv_aware":
+                self._view.watch(peer)
         self._linked = wanted
 
     def _lost(self, peer: PeerId) -> None:
         logger.warning("lost %s", peer)
         self._linked.pop(peer, None)
+        self._view.forget(peer)
         self._dispatcher.lost(peer)
         self._loop.call_later(_RECONNECT_S, self._relink)
 
@@ -219,18 +230,16 @@ class GatewayRuntime:
         return "waiting for workers" if not self._router.members() else "prefill and decode do not know each other yet"
 
     async def _scrape(self) -> str:
-        number = next(self._scrape_numbers)
-        texts = self._scraped[number] = {self.peer.partition("#")[0]: render(self._metrics.registry)}
-        waiting = self._scrapes[number] = self._loop.create_future()
-        try:
-            for peer in self._linked:
-                self._mesh.send(peer, Scrape(number))
-            if self._linked:
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(waiting, _SCRAPE_TIMEOUT_S)
-        finally:
-            del self._scraped[number], self._scrapes[number]
+        answers = await self._scrapes.ask(list(self._linked), Scrape, _SCRAPE_TIMEOUT_S)
+        texts = {worker_of(self.peer): render(self._metrics.registry)}
+        texts |= {worker_of(peer): text for peer, text in answers.items()}
         return await asyncio.to_thread(merge, texts)
+
+    async def _control(self, order: Callable[[int], Message]) -> dict[PeerId, KVControlled | None]:
+        """Give all workers an order; who did not answer has None."""
+        peers = list(self._linked)
+        answers = await self._controlled.ask(peers, order, _CONTROL_TIMEOUT_S)
+        return {peer: answers.get(peer) for peer in peers}
 
     @staticmethod
     def _new_loop() -> asyncio.AbstractEventLoop:

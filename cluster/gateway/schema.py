@@ -12,8 +12,9 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from ...core.bounds import MAX_CHILDREN, MAX_LOGPROBS, MAX_TOKENS
 from ...core.errors import RequestError
-from ...core.messages import MAX_CHILDREN, MAX_LOGPROBS, MAX_TOKENS, Sampling
+from ...core.messages import Sampling
 
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 256

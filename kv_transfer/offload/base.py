@@ -68,15 +68,15 @@ class HostBlocks:
 
 
 class Spill:
-    """Places for blocks between the tier that gives them up and the next, and a bound on how many there are at a time.
-    Thread-safe.
+    """Places for blocks between the cache or tier that gives them up and the next, and a bound on how many there are at
+    a time. Thread-safe.
 
     Args:
         num_blocks: places.
         memory: of as many blocks; None where nothing is copied, as in a simulation.
     """
 
-    def __init__(self, num_blocks: int, memory: BlockMemory | None) -> None:
+    def __init__(self, num_blocks: int, memory: HostBlocks | None) -> None:
         self.memory = memory
         self.num_blocks = num_blocks
         self._free = deque(range(num_blocks))
@@ -143,6 +143,32 @@ class JobResult(NamedTuple):
     spilled: tuple[Spilled, ...] = ()
 
 
+class Change(NamedTuple):
+    """What can be found in a tier has changed."""
+
+    key: TierKey
+    """b"": of all keys."""
+    found: bool
+    """Whether it can be found from now on."""
+
+
+class _Busy:
+    """For how long there was something to do."""
+
+    def __init__(self) -> None:
+        self._num_open = 0
+        self._since_s = 0.0
+
+    def begin(self, now_s: float) -> None:
+        if not self._num_open:
+            self._since_s = now_s
+        self._num_open += 1
+
+    def end(self, now_s: float) -> float:
+        self._num_open -= 1
+        return 0.0 if self._num_open else now_s - self._since_s
+
+
 class TierStats:
     """What a tier counts. Changed by the tier alone."""
 
@@ -158,12 +184,32 @@ class TierStats:
         """Blocks that were not stored, or not found as promised, by cause."""
         self.away = ""
         """Why the tier answers nothing at present, or ""."""
+        self.load_s = 0.0
+        """For so long loads were under way."""
+        self.store_s = 0.0
+        self.oldest_at_s = 0.0
+        """Wall clock when the oldest block was stored, or found there at the start; 0: unknown, or none is there."""
+        self._loads = _Busy()
+        self._stores = _Busy()
+
+    def job_began(self, job: StoreJob | LoadJob, now_s: float) -> None:
+        """A job is under way, from ``now_s`` on the monotonic clock."""
+        (self._loads if isinstance(job, LoadJob) else self._stores).begin(now_s)
+
+    def job_ended(self, job: StoreJob | LoadJob, now_s: float) -> None:
+        """A job that began has ended."""
+        if isinstance(job, LoadJob):
+            self.load_s += self._loads.end(now_s)
+        else:
+            self.store_s += self._stores.end(now_s)
 
 
 class Tier(Protocol):
     """Keeps blocks by key."""
 
     name: str
+    shared: bool
+    """By all workers of the node."""
 
     def lookup(self, keys: Sequence[TierKey]) -> list[Lookup]:
         """What it knows of some keys. Does no I/O and waits for nobody; counts as no use."""
@@ -199,6 +245,14 @@ class Tier(Protocol):
 
     def clear(self, tenant: bytes | None = None) -> None:
         """Forget everything, or all keys with this `keys.tenant_tag`."""
+        ...
+
+    def watch(self) -> list[TierKey]:
+        """The keys that can be found now; from now on `changes` are kept."""
+        ...
+
+    def changes(self) -> list[Change]:
+        """What has changed since the last call, in order. Of a shared tier, what this process did."""
         ...
 
     def stats(self) -> TierStats:

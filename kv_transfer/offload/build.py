@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import subprocess
+import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import psutil
@@ -16,11 +17,15 @@ from ...core.errors import ConfigError
 from ...core.units import format_bytes
 from .base import HostBlocks, Notify, Spill, Tier
 from .disk import open_disk
+from .folders import check_room
 from .host import HostTier
 from .keeper import start_keeper
 from .objects import open_objects
 from .pool import slots_within
 from .stack import Level, OffloadStack, Write
+
+if TYPE_CHECKING:
+    from .network import Network
 
 _SOCKET = "host.socket"
 
@@ -31,9 +36,18 @@ class Place(NamedTuple):
     folder: Path
     """Where the node's workers meet; this user's alone."""
     worker: str
-    """A name that is the same after a restart, "decode-0"; with several ranks, one for each."""
+    """A name that is the same after a restart: "decode-0"."""
     num_workers: int
-    """Of the node, each rank counted, that open stacks."""
+    """Of the node, that open stacks."""
+    cluster: str = ""
+    """A name that no other cluster has, and that a worker's next life still has; "": nobody else is there."""
+    network: Network | None = None
+    """For a remote tier."""
+
+
+def host_socket(folder: Path) -> Path:
+    """Where a node's keeper listens; see `Place`."""
+    return folder / _SOCKET
 
 
 def start_host_tier(config: OffloadConfig, block_bytes: int, folder: Path) -> subprocess.Popen[bytes] | None:
@@ -41,7 +55,7 @@ def start_host_tier(config: OffloadConfig, block_bytes: int, folder: Path) -> su
 
     Args:
         config: which tiers.
-        block_bytes: of one rank's part of a block.
+        block_bytes: of a block, with the heads of all ranks.
         folder: see `Place`.
 
     Raises:
@@ -57,7 +71,7 @@ def start_host_tier(config: OffloadConfig, block_bytes: int, folder: Path) -> su
                 )
             if not slots_within(tier.capacity, block_bytes):
                 raise ConfigError(f"{key}: {format_bytes(tier.capacity)} holds no block of {format_bytes(block_bytes)}")
-            return start_keeper(folder / _SOCKET, tier.capacity, block_bytes, tier.policy)
+            return start_keeper(host_socket(folder), tier.capacity, block_bytes, tier.policy)
     return None
 
 
@@ -73,7 +87,7 @@ def open_stack(
 
     Args:
         config: which.
-        block_bytes: of this rank's part of a block.
+        block_bytes: of a block, with the heads of all ranks.
         place: whose they are.
         clock: for deadlines.
         notify: called, on any thread, when `OffloadStack.poll` has something new.
@@ -84,16 +98,20 @@ def open_stack(
     """
     if not config.tiers:
         return None
+    check_room(config.tiers)
     levels: list[Level] = []
     try:
         for number, tier in enumerate(config.tiers):
-            levels.append(Level(_open(number, tier, block_bytes, place, clock, notify, pin), Write(tier.write)))
+            write = None if tier.kind == "remote" else Write(tier.write)
+            levels.append(Level(_open(number, tier, block_bytes, place, clock, notify, pin), write))
     except ConfigError:
         for level in levels:
             level.tier.close()
         raise
     num_moving = config.moving // block_bytes
     memory = HostBlocks(np.zeros(num_moving * block_bytes, np.uint8), block_bytes)
+    if pin is not None and num_moving:
+        weakref.finalize(memory, pin(memory.array.reshape(-1))).atexit = False
     return OffloadStack(levels, Spill(num_moving, memory))
 
 
@@ -109,10 +127,18 @@ def _open(
     name, capacity = f"{tier.kind}-{number}", tier.capacity // place.num_workers
     try:
         if tier.kind == "host":
-            return HostTier(place.folder / _SOCKET, block_bytes, clock, tier.timeout_s, notify, pin, name)
+            return HostTier(host_socket(place.folder), block_bytes, clock, tier.timeout_s, notify, pin, name)
+        if tier.kind == "remote":
+            # Imported here: who owns a host tier needs neither torch nor transports.
+            from .remote import RemoteTier
+
+            assert place.network is not None
+            return RemoteTier(place.network, block_bytes, clock, tier.timeout_s, notify, name)
         if tier.kind == "disk":
             paths = [Path(path).expanduser() / place.worker for path in tier.path]
-            return open_disk(paths, capacity, block_bytes, tier.policy, clock, tier.timeout_s, notify, name)
+            return open_disk(
+                paths, capacity, block_bytes, tier.policy, clock, tier.timeout_s, notify, name, place.cluster
+            )
         return open_objects(
             str(tier.bucket),
             f"{tier.prefix}/{place.worker}",

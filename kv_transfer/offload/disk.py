@@ -24,6 +24,7 @@ from ...core.errors import ConfigError
 from ...core.log import logger
 from ...core.units import format_bytes
 from .base import Notify, Tier
+from .folders import SLOT_FILE, claim
 from .index import TierIndex
 from .keys import TierKey
 from .policies import make_policy
@@ -34,7 +35,6 @@ from .threaded import BadBlock, Frame, Lost, ThreadedTier
 PAGE_BYTES = 4096
 """Of which O_DIRECT wants multiples, everywhere."""
 THREADS_PER_PATH = 8
-_FILE = "blocks.tandem"
 _LOCK = "lock"
 _SUPERBLOCK = struct.Struct("<8sIQQ")
 _MAGIC = b"tandemKV"
@@ -51,6 +51,7 @@ def open_disk(
     timeout_s: float,
     notify: Notify,
     name: str = "disk",
+    cluster: str = "",
 ) -> Tier:
     """A tier over one or several folders, which share the blocks evenly. Takes the folders' locks; does not wait until
     what is there has been looked through.
@@ -64,6 +65,7 @@ def open_disk(
         timeout_s: after which a read or a write counts as failed.
         notify: see `base`.
         name: in logs and metrics.
+        cluster: whose workers alone may use the folders' parents; see `folders.claim`. "": anybody.
 
     Raises:
         ConfigError: a folder cannot be written to, is in use by another tier, or has no room; or the capacity is less
@@ -80,7 +82,7 @@ def open_disk(
         for path in paths:
             one = name if len(paths) == 1 else f"{name}:{path}"
             rule = make_policy(policy, slots)
-            io = SlotFile(path, block_bytes, slots)
+            io = SlotFile(path, block_bytes, slots, cluster)
             tiers.append(ThreadedTier(one, TierIndex(slots, rule), io, THREADS_PER_PATH, clock, timeout_s, notify))
     except ConfigError:
         for tier in tiers:
@@ -101,22 +103,27 @@ class SlotFile:
         folder: made if it is not there.
         block_bytes: of a block.
         num_slots: how many there are.
+        cluster: see `open_disk`.
 
     Raises:
         ConfigError: see `open_disk`.
     """
 
-    def __init__(self, folder: Path, block_bytes: int, num_slots: int) -> None:
+    def __init__(self, folder: Path, block_bytes: int, num_slots: int, cluster: str = "") -> None:
         self.direct = True
         """Whether the page cache is passed by."""
         self._folder = folder
-        self._path = folder / _FILE
+        self._path = folder / SLOT_FILE
         self._block_bytes = block_bytes
         self._slot_bytes = slot_bytes(block_bytes)
         self._num_slots = num_slots
         self._num_bytes = PAGE_BYTES + num_slots * self._slot_bytes
-        self._descriptor = -1
-        self._lock = self._take_folder()
+        self._descriptor = self._lock = self._claim = -1
+        try:
+            self._lock = self._take_folder(cluster)
+        except ConfigError:
+            self.close()
+            raise
 
     def frame(self) -> Frame:
         """See `BlockIO`. Pages of its own, as O_DIRECT wants them aligned."""
@@ -170,15 +177,17 @@ class SlotFile:
 
     def close(self) -> None:
         """See `BlockIO`. Gives the folder free."""
-        for descriptor in (self._descriptor, self._lock):
+        for descriptor in (self._descriptor, self._lock, self._claim):
             if descriptor >= 0:
                 os.close(descriptor)
-        self._descriptor = self._lock = -1
+        self._descriptor = self._lock = self._claim = -1
 
-    def _take_folder(self) -> int:
+    def _take_folder(self, cluster: str) -> int:
         lock = -1
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
+            if cluster:
+                self._claim = claim(self._folder.parent, cluster)
             lock = os.open(self._folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             room = os.statvfs(self._folder)

@@ -14,6 +14,7 @@ import select
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -22,7 +23,7 @@ import numpy as np
 
 from ...core.clock import Clock
 from ...core.log import RateLimited, logger
-from .base import JobResult, LoadJob, Lookup, Notify, Spilled, StoreJob, TierStats
+from .base import Change, JobResult, LoadJob, Lookup, Notify, Spilled, StoreJob, TierStats
 from .indexed import OpenJob
 from .keeper_wire import (
     KNOWN,
@@ -79,6 +80,8 @@ class HostTier:
         name: in logs and metrics.
     """
 
+    shared = True
+
     def __init__(
         self,
         path: Path,
@@ -105,6 +108,7 @@ class HostTier:
         self._closed = False
         # Of threads and owner: replaced, never changed.
         self._pool: MappedPool | None = None
+        self._changes: deque[Change] | None = None
         self._done: queue.SimpleQueue[OpenJob | _Forget] = queue.SimpleQueue()
         self._loads: queue.SimpleQueue[tuple[OpenJob, MappedPool, Places] | None] = queue.SimpleQueue()
         self._errands: queue.SimpleQueue[OpenJob | _Forget | Touch | Pin | None] = queue.SimpleQueue()
@@ -119,6 +123,16 @@ class HostTier:
         ]
         for thread in self._threads:
             thread.start()
+
+    @property
+    def pool(self) -> MappedPool | None:
+        """The keeper's memory; None: there is no keeper. Another object when there is another keeper."""
+        return self._pool
+
+    @property
+    def num_forgetting(self) -> int:
+        """Calls of `remove` and `clear` that the keeper has yet to hear of."""
+        return len(self._forgets)
 
     # ---- the owner's side -------------------------------------------------------------------------------------------
 
@@ -198,14 +212,25 @@ class HostTier:
         """See `Tier`. Of the whole node's engines."""
         self._forget(_Forget(None, tenant))
 
+    def watch(self) -> list[TierKey]:
+        """See `Tier`."""
+        self._changes = deque()
+        pool = self._pool
+        return [] if pool is None else pool.stored_keys()
+
+    def changes(self) -> list[Change]:
+        """See `Tier`."""
+        changes: list[Change] = []
+        while self._changes:
+            changes.append(self._changes.popleft())
+        return changes
+
     def stats(self) -> TierStats:
         """See `Tier`. Slots are the whole node's."""
         pool = self._pool
         self._stats.away = "" if pool is not None else "no keeper"
         self._stats.num_slots = 0 if pool is None else pool.num_slots
-        self._stats.num_used = 0
-        if pool is not None:
-            self._stats.num_used = pool.num_used()
+        self._stats.num_used, self._stats.oldest_at_s = (0, 0.0) if pool is None else pool.in_use()
         return self._stats
 
     def next_event_s(self) -> float | None:
@@ -235,6 +260,7 @@ class HostTier:
         self._number += 1
         open_job = OpenJob(self._number, job, num_keys, self._clock.monotonic_s() + self._timeout_s)
         self._jobs[self._number] = open_job
+        self._stats.job_began(job, self._clock.monotonic_s())
         return open_job
 
     def _refuse(self, job: OpenJob) -> int:
@@ -246,6 +272,8 @@ class HostTier:
         with job.lock:
             job.ended = True
         del self._jobs[job.number]
+        if job.job is not None:
+            self._stats.job_ended(job.job, self._clock.monotonic_s())
         good = sum(job.good)
         if isinstance(job.job, LoadJob):
             self._stats.loaded += good
@@ -337,6 +365,7 @@ class HostTier:
                     self._store(errand, errand.job)
             elif isinstance(errand, _Forget):
                 if self._socket is not None:
+                    self._note_forgotten(errand)
                     self._ask(Clear(errand.tenant) if errand.keys is None else Remove(list(errand.keys)))
             elif self._socket is not None:
                 self._ask(errand)
@@ -381,6 +410,7 @@ class HostTier:
             self._stats.stored += len(stored)
             for place, _ in stored:
                 job.good[place] = True
+                self._note(store.keys[place], found=True)
 
     def _fill(
         self, job: OpenJob, store: StoreJob, pool: MappedPool, places: Sequence[int], reserved: Reserved
@@ -390,7 +420,9 @@ class HostTier:
         for place, slot, evicted in zip(places, reserved.slots, reserved.evicted, strict=True):
             if slot >= 0:
                 mine.append((place, slot))
-                self._stats.evicted += bool(evicted)
+                if evicted:
+                    self._stats.evicted += 1
+                    self._note(evicted, found=False)
                 if evicted and store.spill is not None:
                     self._save(job, store, pool.block(slot), evicted)
             elif slot == KNOWN:
@@ -417,6 +449,17 @@ class HostTier:
             else:
                 job.spilled.append(Spilled(key, place))
 
+    def _note(self, key: TierKey, *, found: bool) -> None:
+        if self._changes is not None:
+            self._changes.append(Change(key, found))
+
+    def _note_forgotten(self, forget: _Forget) -> None:
+        if self._changes is None or self._pool is None:
+            return
+        for key in self._pool.stored_keys() if forget.keys is None else forget.keys:
+            if forget.covers(key):
+                self._note(key, found=False)
+
     def _attach(self) -> None:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         connection.settimeout(self._timeout_s)
@@ -442,6 +485,9 @@ class HostTier:
             return
         self._socket, self._pool = connection, pool
         self._started_s = math.inf
+        if self._changes is not None:
+            for key in pool.stored_keys():
+                self._note(key, found=True)
         logger.info("%s: %d slots at %s", self.name, pool.num_slots, self._path)
         self._notify()
 
@@ -449,6 +495,7 @@ class HostTier:
         if self._socket is not None:
             self._socket.close()
             self._socket = self._pool = None
+            self._note(b"", found=False)
             if reason and not self._closed:
                 self._stats.failures["keeper"] += 1
                 self._log.warning(

@@ -13,10 +13,11 @@ it. Sans-IO; owned by one thread.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from .base import Lookup
+from .base import Change, Lookup
 from .keys import TierKey, tenant_of
 from .policies import Priorities
 
@@ -37,7 +38,7 @@ class Reservation(NamedTuple):
 
 
 class _Slot:
-    __slots__ = ("generation", "key", "leaving", "number", "pins", "priority", "stored", "user_pins")
+    __slots__ = ("generation", "key", "leaving", "number", "pins", "priority", "stored", "stored_at_s", "user_pins")
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -45,6 +46,7 @@ class _Slot:
         self.key: TierKey = b""
         self.priority = 0
         self.stored = False
+        self.stored_at_s = 0.0
         self.leaving = False
         self.pins = 0
         self.user_pins = 0
@@ -60,10 +62,13 @@ class TierIndex:
 
     def __init__(self, num_slots: int, policy: Priorities) -> None:
         self.num_slots = num_slots
+        self.journal: list[Change] | None = None
+        """What can be found from now on, or not any more; kept for whoever puts a list here, and takes it away."""
         self._policy = policy
         self._slots = [_Slot(number) for number in range(num_slots)]
         self._free = list(range(num_slots - 1, -1, -1))
-        self._by_key: dict[TierKey, _Slot] = {}
+        # In order of reservation; a plain dict takes long to find its first key when many before it have gone.
+        self._by_key: OrderedDict[TierKey, _Slot] = OrderedDict()
         self._generation = 0
 
     def __len__(self) -> int:
@@ -76,11 +81,8 @@ class TierIndex:
 
     def lookup(self, keys: Sequence[TierKey]) -> list[Lookup]:
         """What is known of some keys."""
-        answers = []
-        for key in keys:
-            slot = self._by_key.get(key)
-            answers.append(Lookup.MISS if slot is None else Lookup.HIT if slot.stored else Lookup.PENDING)
-        return answers
+        get, miss, pending, hit = self._by_key.get, Lookup.MISS, Lookup.PENDING, Lookup.HIT
+        return [miss if (slot := get(key)) is None else hit if slot.stored else pending for key in keys]
 
     def reserve(self, key: TierKey, priority: int = 0) -> Reservation | None:
         """A slot for a key that is not there; None: all slots are pinned or hold what is more important."""
@@ -92,6 +94,7 @@ class TierIndex:
             if victim is None:
                 return None
             slot = self._by_key.pop(victim)
+            self._note(slot, found=False)
             evicted = Evicted(victim, slot.generation)
         self._generation += 1
         slot.generation = self._generation
@@ -100,9 +103,12 @@ class TierIndex:
         self._policy.pin(key)
         return Reservation(slot.number, slot.generation, evicted)
 
-    def commit(self, slot: int) -> None:
-        """A reserved slot has its content, and may be found. It is held until `release`."""
+    def commit(self, slot: int, at_s: float = 0.0) -> None:
+        """A reserved slot has its content, from ``at_s`` on, and may be found. It is held until `release`."""
         self._slots[slot].stored = True
+        self._slots[slot].stored_at_s = at_s
+        if not self._slots[slot].leaving:
+            self._note(self._slots[slot], found=True)
 
     def is_leaving(self, slot: int) -> bool:
         """Whether the key of a slot that is reserved or held was removed."""
@@ -167,6 +173,14 @@ class TierIndex:
             self._free.append(slot.number)
         return slot.number
 
+    def oldest_at_s(self) -> float:
+        """When the oldest block was stored, as told; 0: there is none."""
+        return next((slot.stored_at_s for slot in self._by_key.values() if slot.stored), 0.0)
+
+    def stored_keys(self) -> list[TierKey]:
+        """All keys that can be found."""
+        return [key for key, slot in self._by_key.items() if slot.stored]
+
     def keys_of(self, tenant: bytes | None = None) -> list[TierKey]:
         """All keys, or those of one tenant. Looks at every key."""
         return [key for key in self._by_key if tenant is None or tenant_of(key) == tenant]
@@ -176,7 +190,7 @@ class TierIndex:
         slot = self._by_key.get(key)
         return None if slot is None else slot.generation
 
-    def restore(self, found: Sequence[tuple[int, TierKey, int]]) -> None:
+    def restore(self, found: Sequence[tuple[int, TierKey, int]], at_s: float = 0.0) -> None:
         """Fill an index that has no keys with what slots were found to hold: (slot, key, generation) each. What was
         stored last counts as used last, and of several slots with one key it is the one that is kept."""
         for number, key, generation in sorted(found, key=lambda entry: entry[2]):
@@ -187,7 +201,8 @@ class TierIndex:
             if slot.pins == 0:
                 slot.generation = generation
                 self._fill(slot, key, 0)
-                slot.stored = True
+                slot.stored, slot.stored_at_s = True, at_s
+                self._note(slot, found=True)
         taken = {slot.number for slot in self._by_key.values()}
         self._free = [slot.number for slot in reversed(self._slots) if not slot.pins and slot.number not in taken]
 
@@ -215,6 +230,10 @@ class TierIndex:
         self._by_key[key] = slot
         self._policy.insert(key, priority)
 
+    def _note(self, slot: _Slot, *, found: bool) -> None:
+        if self.journal is not None:
+            self.journal.append(Change(slot.key, found))
+
     def _pin(self, slot: _Slot) -> None:
         if slot.pins == 0:
             self._policy.pin(slot.key)
@@ -222,6 +241,8 @@ class TierIndex:
 
     def _leave(self, slot: _Slot) -> None:
         if not slot.leaving:
+            if slot.stored:
+                self._note(slot, found=False)
             slot.leaving = True
             slot.pins -= slot.user_pins
             slot.user_pins = 0

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 
 from ...core.clock import Clock
 from ...core.log import RateLimited, logger
-from .base import JobResult, LoadJob, Lookup, Spilled, StoreJob, TierStats
+from .base import Change, JobResult, LoadJob, Lookup, Spilled, StoreJob, TierStats
 from .index import Evicted, TierIndex
 from .keys import TierKey
 
@@ -48,6 +48,17 @@ class OpenJob:
         """Held while a thread touches the caller's blocks, and while ``ended`` is set."""
         self.ended = False
         """Its caller has been told: nobody may touch the caller's blocks any more."""
+        self._num_unfinished = num_keys
+
+    def expect(self, num_items: int) -> None:
+        """It is made of so many items."""
+        self.remaining = self._num_unfinished = num_items
+
+    def finish_one(self) -> bool:
+        """An item has been carried out; whether it was the last. Thread-safe."""
+        with self.lock:
+            self._num_unfinished -= 1
+            return self._num_unfinished == 0
 
 
 class Item:
@@ -81,6 +92,8 @@ class IndexedTier(abc.ABC):
         clock: for deadlines.
         timeout_s: after which a job ends with what it has, and the tier counts as slow.
     """
+
+    shared = False
 
     def __init__(self, name: str, index: TierIndex, clock: Clock, timeout_s: float) -> None:
         self.name = name
@@ -198,9 +211,22 @@ class IndexedTier(abc.ABC):
         """See `Tier`."""
         self.remove(self._index.keys_of(tenant))
 
+    def watch(self) -> list[TierKey]:
+        """See `Tier`."""
+        self._index.journal = []
+        return self._index.stored_keys()
+
+    def changes(self) -> list[Change]:
+        """See `Tier`."""
+        if not self._index.journal:
+            return []
+        changes, self._index.journal = self._index.journal, []
+        return changes
+
     def stats(self) -> TierStats:
         """See `Tier`."""
         self._stats.num_used = self._index.num_used
+        self._stats.oldest_at_s = self._index.oldest_at_s()
         if not self.away:
             self._stats.away = ""
         return self._stats
@@ -235,6 +261,7 @@ class IndexedTier(abc.ABC):
         self._number += 1
         open_job = OpenJob(self._number, job, num_keys, self._clock.monotonic_s() + self._timeout_s)
         self._jobs[self._number] = open_job
+        self._stats.job_began(job, self._clock.monotonic_s())
         return open_job
 
     def _refuse(self, job: OpenJob) -> int:
@@ -243,7 +270,7 @@ class IndexedTier(abc.ABC):
         return job.number
 
     def _begin(self, job: OpenJob, items: Sequence[Item]) -> None:
-        job.remaining = len(items)
+        job.expect(len(items))
         if items:
             self._start(items)
         else:
@@ -258,7 +285,7 @@ class IndexedTier(abc.ABC):
                 # It was removed while it was written.
                 self._start([Item(item.job, Kind.ERASE, 0, item.key, item.slot, item.generation)])
             else:
-                self._index.commit(item.slot)
+                self._index.commit(item.slot, self._clock.wall_s())
                 self._let_go(item)
                 self._stats.stored += 1
             self._settle_spill(item)
@@ -300,6 +327,8 @@ class IndexedTier(abc.ABC):
         for _, slot in sorted(job.held, reverse=True):
             self._index.release(slot)
         del self._jobs[job.number]
+        if job.job is not None:
+            self._stats.job_ended(job.job, self._clock.monotonic_s())
         self._ended.append(JobResult(job.number, tuple(job.good), job.error, tuple(job.spilled)))
 
     def _fail(self, item: Item) -> None:

@@ -17,6 +17,7 @@ import socket
 import struct
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -140,7 +141,7 @@ class Keeper:
             if not engine.attached:
                 raise ValueError("a question before Attach")
             answer = self._answer(engine, question)
-            self._pool.count(self._index.num_used)
+            self._pool.count(self._index.num_used, self._index.oldest_at_s())
             if answer is not None:
                 engine.connection.send(encode(answer))
         except (OSError, ValueError, msgspec.MsgspecError) as error:
@@ -213,7 +214,7 @@ class Keeper:
         for slot in question.stored:
             if not self._index.is_leaving(slot):
                 self._pool.store(slot)
-            self._index.commit(slot)
+            self._index.commit(slot, time.time())
             self._index.release(slot)
         for slot in question.dropped:
             self._drop(slot)
@@ -237,7 +238,7 @@ class Keeper:
         for key, generation in engine.pinned.elements():
             if self._index.generation_of(key) == generation:
                 self._index.unpin([key])
-        self._pool.count(self._index.num_used)
+        self._pool.count(self._index.num_used, self._index.oldest_at_s())
 
 
 def main() -> None:

@@ -3,10 +3,10 @@
 ::
 
     block hash (16)          tenant (8)               layout (8)
-    model, salt, tokens      the salt alone           shape, type, KV group, part of the heads
+    model, salt, tokens      the salt alone           shape, type, KV group
 
 The hash alone is unique to model, tenant and tokens. The tenant stands in it once more so that all of a tenant's blocks
-can be found and dropped; the layout, because the bytes of equal tokens differ between KV groups, types and ranks.
+can be found and dropped; the layout, because the bytes of equal tokens differ between KV groups and types.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _TENANT = slice(HASH_BYTES, HASH_BYTES + _TAG_BYTES)
 
 
 class KeySpace(NamedTuple):
-    """The keys of one tenant, KV group and rank."""
+    """The keys of one tenant and KV group."""
 
     suffix: bytes
 
@@ -38,16 +38,15 @@ class KeySpace(NamedTuple):
         return [block_hash + self.suffix for block_hash in hashes]
 
 
-def key_space(salt: str, layout: KVLayout, group: int = 0, first_head: int = 0) -> KeySpace:
+def key_space(salt: str, layout: KVLayout, group: int = 0) -> KeySpace:
     """Where the blocks of one kind have their keys. Pure: equal on every host.
 
     Args:
         salt: the tenant's, as in `core.hashing.root_hash`.
-        layout: of the blocks of one rank.
+        layout: of the blocks, with the heads of all ranks.
         group: index of the KV group whose layers the blocks hold.
-        first_head: of the model's KV heads, the first that the rank holds.
     """
-    fields = msgspec.msgpack.encode((msgspec.structs.astuple(layout), group, first_head))
+    fields = msgspec.msgpack.encode((msgspec.structs.astuple(layout), group))
     return KeySpace(
         tenant_tag(salt) + hashlib.blake2b(fields, digest_size=_TAG_BYTES, person=b"tandem-layout").digest()
     )

@@ -5,7 +5,7 @@ little-endian uint64.
 
 ::
 
-    records    page 0     num_slots, num_heads, block bytes, slots in use
+    records    page 0     num_slots, num_heads, block bytes, slots in use, microseconds of the oldest, changes so far
                heads      [num_heads]: slot + 1 of the first record of a chain, or 0
                records    [num_slots, 8]: key (4), generation, state, next slot + 1 in its chain, 0
 
@@ -30,11 +30,11 @@ from .keys import KEY_BYTES, TierKey
 
 _PAGE_BYTES = 4096
 _RECORD_WORDS = 8
-_RECORD_BYTES = 8 * _RECORD_WORDS
+RECORD_BYTES = 8 * _RECORD_WORDS
 _LINE_BYTES = 64
 _GENERATION, _STATE, _NEXT = 4, 5, 6
 _RESERVED, _STORED = 1, 2
-_NUM_SLOTS, _NUM_HEADS, _BLOCK_BYTES, _USED = range(4)
+_NUM_SLOTS, _NUM_HEADS, _BLOCK_BYTES, _USED, _OLDEST_US, _CHANGES = range(6)
 _LONGEST_CHAIN = 64
 # linux/fcntl.h: not in every Python's fcntl.
 _F_ADD_SEALS = 1033
@@ -79,7 +79,7 @@ def _num_heads(num_slots: int) -> int:
 
 
 def _records_bytes(num_slots: int) -> int:
-    return _PAGE_BYTES + 8 * _num_heads(num_slots) + _RECORD_BYTES * num_slots
+    return _PAGE_BYTES + 8 * _num_heads(num_slots) + RECORD_BYTES * num_slots
 
 
 class OwnedPool:
@@ -127,6 +127,7 @@ class OwnedPool:
     def store(self, slot: int) -> None:
         """A reserved slot has its bytes."""
         self._words[self._first + slot * _RECORD_WORDS + _STATE] = _STORED
+        self._words[_CHANGES] += 1
 
     def remove(self, slot: int, generation: int) -> None:
         """A slot's key is not to be found any more, and whoever copies it now must notice."""
@@ -137,10 +138,12 @@ class OwnedPool:
         while words[link] != slot + 1:
             link = self._first + (words[link] - 1) * _RECORD_WORDS + _NEXT
         words[link] = words[at + _NEXT]
+        words[_CHANGES] += 1
 
-    def count(self, num_used: int) -> None:
+    def count(self, num_used: int, oldest_at_s: float) -> None:
         """What engines show as statistics."""
         self._words[_USED] = num_used
+        self._words[_OLDEST_US] = round(oldest_at_s * 1e6)
 
 
 class MappedPool:
@@ -176,6 +179,9 @@ class MappedPool:
         self._heads = words[first : first + num_heads]
         self._table = words[first + num_heads :].reshape(num_slots, _RECORD_WORDS)
         self._mask = np.uint64(num_heads - 1)
+        self.memory = memory
+        """All slots: [bytes] uint8."""
+        self.slot_bytes = size
         self._blocks = memory.reshape(num_slots, size)[:, :block_bytes]
 
     def __del__(self) -> None:
@@ -189,10 +195,28 @@ class MappedPool:
 
     def still(self, keys: Sequence[TierKey], slots: np.ndarray, generations: np.ndarray) -> np.ndarray:
         """Whether slots are still those that `find` found: [keys] bool. Keys first: the owner writes them last."""
-        wanted = np.frombuffer(b"".join(keys), np.uint64).reshape(len(keys), KEY_BYTES // 8)
-        same = (self._table[slots, : KEY_BYTES // 8] == wanted).all(axis=1)
-        unchanged: np.ndarray = same & (self._table[slots, _GENERATION] == generations)
-        return unchanged
+        return unchanged(self.records(slots), keys, generations)
+
+    def records(self, slots: np.ndarray) -> bytes:
+        """What the index says of some slots now; see `unchanged`."""
+        octets: bytes = self._table[slots].tobytes()
+        return octets
+
+    def num_changes(self) -> int:
+        """Grows after every change of what can be found."""
+        return int(self._words[_CHANGES])
+
+    def stored(self) -> np.ndarray:
+        """The generation of each slot that can be found, 0 for the others: [slots] uint64. Looks at every slot."""
+        generations = self._table[:, _GENERATION].copy()
+        # Generations first: with one that is current still, the state is its own.
+        generations[self._table[:, _STATE] != _STORED] = 0
+        return generations
+
+    def keys(self, slots: np.ndarray) -> bytes:
+        """The keys of some slots, one after the other."""
+        octets: bytes = self._table[slots, : KEY_BYTES // 8].tobytes()
+        return octets
 
     def find(self, keys: Sequence[TierKey]) -> Places:
         """Look keys up, a thousand in about a tenth of a millisecond."""
@@ -219,9 +243,29 @@ class MappedPool:
             open_, chain = open_[~same], records[~same, _NEXT].astype(np.int64)
         return Places(states, slots, generations)
 
-    def num_used(self) -> int:
-        """Slots that hold something, or wait for it, of all engines."""
-        return int(self._words[_USED])
+    def stored_keys(self) -> list[TierKey]:
+        """All keys that can be found."""
+        stored = self._table[self._table[:, _STATE] == _STORED, : KEY_BYTES // 8].tobytes()
+        return [stored[at : at + KEY_BYTES] for at in range(0, len(stored), KEY_BYTES)]
+
+    def in_use(self) -> tuple[int, float]:
+        """Slots that hold something, or wait for it, of all engines; and when the oldest was stored, on the wall
+        clock."""
+        return int(self._words[_USED]), int(self._words[_OLDEST_US]) / 1e6
+
+
+def unchanged(records: bytes, keys: Sequence[TierKey], generations: np.ndarray) -> np.ndarray:
+    """Which slots still hold what was found in them: [keys] bool.
+
+    Args:
+        records: of the slots, read after their bytes.
+        keys: what was found.
+        generations: [keys] uint64.
+    """
+    table = np.frombuffer(records, np.uint64).reshape(len(keys), _RECORD_WORDS)
+    wanted = np.frombuffer(b"".join(keys), np.uint64).reshape(len(keys), KEY_BYTES // 8)
+    same: np.ndarray = (table[:, : KEY_BYTES // 8] == wanted).all(axis=1) & (table[:, _GENERATION] == generations)
+    return same
 
 
 def _nothing() -> None:

@@ -100,13 +100,19 @@ def plan_slots(config: OffloadConfig, model: Model, trace_block_tokens: int) -> 
     """How many of a trace's blocks each tier has room for, all that it keeps beside them counted. Pure.
 
     Raises:
-        ConfigError: no tiers are configured, or one has room for none; names the key.
+        ConfigError: no tiers are configured, one has room for none, or one is remote; names the key.
     """
     if not config.tiers:
         raise ConfigError("offload.tiers: there are none", fix="list at least one tier, for example a host tier")
     block_bytes = model.token_bytes * model.block_tokens
     slots = []
     for number, tier in enumerate(config.tiers):
+        if tier.kind == "remote":
+            raise ConfigError(
+                f"offload.tiers.{number}.kind: remote: a trace is replayed on one node, and there is no other",
+                fix="leave the remote tier out; with the host capacity of all nodes together, the host tier shows what "
+                "it could give at most",
+            )
         if tier.kind == "host":
             blocks = slots_within(tier.capacity, block_bytes)
         else:

@@ -14,8 +14,9 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from ...core.kv_messages import KVReport
 from ...core.metrics import WorkerMetrics
-from .base import BlockMemory, JobResult, LoadJob, Lookup, Spill, Spilled, StoreJob, Tier
+from .base import BlockMemory, Change, JobResult, LoadJob, Lookup, Spill, Spilled, StoreJob, Tier
 from .keys import TierKey, tenant_of
 
 _REMEMBERED_PER_SLOT = 4
@@ -38,7 +39,8 @@ class Level(NamedTuple):
     """A tier and which blocks it takes."""
 
     tier: Tier
-    write: Write
+    write: Write | None
+    """None: nothing is stored in it, others fill it."""
 
 
 class Found(NamedTuple):
@@ -47,6 +49,10 @@ class Found(NamedTuple):
     state: Lookup
     level: int
     """The nearest tier that has it; −1 unless it is a hit."""
+
+
+_NOWHERE = Found(Lookup.MISS, -1)
+_COMING = Found(Lookup.PENDING, -1)
 
 
 class StackResult(NamedTuple):
@@ -102,14 +108,15 @@ class OffloadStack:
 
     Args:
         levels: nearest first, at least one.
-        spill: for blocks that move down; with memory if the tiers have any.
+        spill: for blocks that move down, from the engine's cache too; with memory if the tiers have any.
     """
 
     def __init__(self, levels: Sequence[Level], spill: Spill) -> None:
         self.levels = list(levels)
+        self._found = [Found(Lookup.HIT, number) for number in range(len(levels))]
         self.moved_down = 0
         """Blocks that were given to the tier below."""
-        self._spill = spill
+        self.spill = spill
         self._number = 0
         self._order = 0
         self._parts: list[dict[int, _Part]] = [{} for _ in levels]
@@ -119,24 +126,34 @@ class OffloadStack:
         self._seen: list[OrderedDict[TierKey, None]] = [OrderedDict() for _ in levels]
         self._closed = False
         self._told: list[Counter[str]] = [Counter() for _ in levels]
+        self._lookups = [0] * len(self.levels)
+        self._hits = [0] * len(self.levels)
+        self._counted: dict[tuple[str, str], float] = {}
 
     def lookup(self, keys: Sequence[TierKey]) -> list[Found]:
         """Where some keys are. Does no I/O; counts as no use."""
-        found = [Found(Lookup.MISS, -1)] * len(keys)
-        open_ = list(range(len(keys)))
+        hit, pending = Lookup.HIT, Lookup.PENDING
+        found = [_NOWHERE] * len(keys)
+        open_: Sequence[int] = range(len(keys))
+        asked = keys
         for number, level in enumerate(self.levels):
-            if not open_:
-                break
-            for place, state in zip(open_, level.tier.lookup([keys[place] for place in open_]), strict=True):
-                if state is Lookup.HIT:
-                    found[place] = Found(state, number)
-                elif state is Lookup.PENDING:
-                    found[place] = Found(state, -1)
-            open_ = [place for place in open_ if found[place].state is not Lookup.HIT]
+            rest = []
+            for place, state in zip(open_, level.tier.lookup(asked), strict=True):
+                if state is hit:
+                    found[place] = self._found[number]
+                else:
+                    rest.append(place)
+                    if state is pending:
+                        found[place] = _COMING
+            self._lookups[number] += len(asked)
+            self._hits[number] += len(asked) - len(rest)
+            if not rest:
+                return found
+            open_, asked = rest, [keys[place] for place in rest]
         if self._moving:
             for place in open_:
                 if keys[place] in self._moving:
-                    found[place] = Found(Lookup.PENDING, -1)
+                    found[place] = _COMING
         return found
 
     def store(
@@ -233,10 +250,43 @@ class OffloadStack:
         for level in self.levels:
             level.tier.clear(tenant)
 
+    def watch(self) -> list[tuple[Tier, list[TierKey]]]:
+        """Each tier and the keys that can be found in it now; from now on `changes` are kept."""
+        return [(level.tier, level.tier.watch()) for level in self.levels]
+
+    def changes(self) -> list[tuple[Tier, list[Change]]]:
+        """Each tier and what has changed in it since the last call."""
+        return [(level.tier, level.tier.changes()) for level in self.levels]
+
     def next_event_s(self) -> float | None:
         """When `poll` has something to do although nobody was notified, on the clock's monotonic scale."""
         times = [at_s for level in self.levels if (at_s := level.tier.next_event_s()) is not None]
         return min(times, default=None)
+
+    def reports(self) -> list[KVReport]:
+        """Each tier's figures."""
+        block_bytes = self.spill.memory.block_bytes if self.spill.memory is not None else 0
+        reports = []
+        for number, level in enumerate(self.levels):
+            stats = level.tier.stats()
+            reports.append(
+                KVReport(
+                    medium=level.tier.name,
+                    num_blocks=stats.num_slots,
+                    num_used=stats.num_used,
+                    lookups=self._lookups[number],
+                    hits=self._hits[number],
+                    loaded_bytes=stats.loaded * block_bytes,
+                    stored_bytes=stats.stored * block_bytes,
+                    load_s=stats.load_s,
+                    store_s=stats.store_s,
+                    evicted=stats.evicted,
+                    oldest_at_s=stats.oldest_at_s,
+                    failures=sum(stats.failures.values()),
+                    away=stats.away,
+                )
+            )
+        return reports
 
     def publish(self, metrics: WorkerMetrics) -> None:
         """Bring the tiers' numbers up to date in a worker's metrics."""
@@ -251,6 +301,18 @@ class OffloadStack:
             for cause, count in stats.failures.items():
                 metrics.offload_failures.labels(name, cause).inc(count - told["!" + cause])
                 told["!" + cause] = count
+        for report in self.reports():
+            metrics.offload_oldest_at_s.labels(report.medium).set(report.oldest_at_s)
+            for field, counter in (
+                ("lookups", metrics.offload_lookups.labels(report.medium)),
+                ("hits", metrics.offload_hits.labels(report.medium)),
+                ("loaded_bytes", metrics.offload_bytes.labels(report.medium, "load")),
+                ("stored_bytes", metrics.offload_bytes.labels(report.medium, "store")),
+                ("load_s", metrics.offload_copy_s.labels(report.medium, "load")),
+                ("store_s", metrics.offload_copy_s.labels(report.medium, "store")),
+            ):
+                counter.inc(max(getattr(report, field) - self._counted.get((report.medium, field), 0), 0))
+                self._counted[report.medium, field] = getattr(report, field)
 
     def close(self) -> None:
         """Close all tiers; a last `poll` tells how jobs in flight ended. Blocks. Idempotent."""
@@ -260,7 +322,9 @@ class OffloadStack:
 
     # ---- stores -----------------------------------------------------------------------------------------------------
 
-    def _wanted(self, number: int, write: Write, keys: Sequence[TierKey], evicted: bool) -> list[int]:
+    def _wanted(self, number: int, write: Write | None, keys: Sequence[TierKey], evicted: bool) -> list[int]:
+        if write is None:
+            return []
         if write is Write.BACK:
             return list(range(len(keys))) if evicted and number == 0 else []
         if write is Write.SECOND_USE:
@@ -285,10 +349,14 @@ class OffloadStack:
         )
         self._add(number, part, job, places, ())
 
+    def _below(self, number: int) -> int | None:
+        """The next tier that anything is stored in."""
+        below = range(number + 1, len(self.levels))
+        return next((level for level in below if self.levels[level].write is not None), None)
+
     def _spill_below(self, number: int) -> Spill | None:
-        if number + 1 == len(self.levels) or self.levels[number + 1].write is Write.THROUGH:
-            return None
-        return self._spill
+        below = self._below(number)
+        return None if below is None or self.levels[below].write is Write.THROUGH else self.spill
 
     def _move_down(self, number: int, order: int, spilled: Iterable[Spilled]) -> None:
         """Give what a tier pushed out to this one."""
@@ -302,13 +370,13 @@ class OffloadStack:
                 or (level.write is Write.SECOND_USE and not self._seen_before(number, block.key))
             )
             if unwanted:
-                self._spill.give(block.place)
+                self.spill.give(block.place)
             else:
                 moving.append(block)
         if moving:
             keys, places = [block.key for block in moving], [block.place for block in moving]
             self._moving.update(keys)
-            job = StoreJob(keys, self._spill.memory, places, 0, self._spill_below(number))
+            job = StoreJob(keys, self.spill.memory, places, 0, self._spill_below(number))
             self._add(number, level.tier.submit_store(job), None, (), moving)
             self.moved_down += len(moving)
 
@@ -344,12 +412,13 @@ class OffloadStack:
 
     def _settle(self, number: int, part: _Part, result: JobResult) -> None:
         for block in part.moving:
-            self._spill.give(block.place)
+            self.spill.give(block.place)
             self._moving[block.key] -= 1
             if not self._moving[block.key]:
                 del self._moving[block.key]
-        if result.spilled:
-            self._move_down(number + 1, part.order, result.spilled)
+        below = self._below(number)
+        if result.spilled and below is not None:
+            self._move_down(below, part.order, result.spilled)
         job = part.job
         if job is None:
             return

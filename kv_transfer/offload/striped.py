@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 
-from .base import JobResult, LoadJob, Lookup, Spilled, StoreJob, Tier, TierStats
+from .base import Change, JobResult, LoadJob, Lookup, Spilled, StoreJob, Tier, TierStats
 from .keys import TierKey
 
 _STATES = ("num_slots", "num_used", "stored", "loaded", "evicted", "refused")
@@ -25,6 +26,8 @@ class StripedTier:
         name: in logs and metrics.
         tiers: of equal size, always in this order.
     """
+
+    shared = False
 
     def __init__(self, name: str, tiers: Sequence[Tier]) -> None:
         self.name = name
@@ -103,6 +106,14 @@ class StripedTier:
         for tier in self._tiers:
             tier.clear(tenant)
 
+    def watch(self) -> list[TierKey]:
+        """See `Tier`."""
+        return [key for tier in self._tiers for key in tier.watch()]
+
+    def changes(self) -> list[Change]:
+        """See `Tier`."""
+        return [change for tier in self._tiers for change in tier.changes()]
+
     def stats(self) -> TierStats:
         """See `Tier`; a new object each time."""
         total = TierStats()
@@ -110,8 +121,12 @@ class StripedTier:
             part = tier.stats()
             for name in _STATES:
                 setattr(total, name, getattr(total, name) + getattr(part, name))
+            # Stripes work side by side.
+            total.load_s, total.store_s = max(total.load_s, part.load_s), max(total.store_s, part.store_s)
+            total.oldest_at_s = min(total.oldest_at_s or math.inf, part.oldest_at_s or math.inf)
             total.failures += part.failures
             total.away = total.away or part.away
+        total.oldest_at_s = total.oldest_at_s if math.isfinite(total.oldest_at_s) else 0.0
         return total
 
     def next_event_s(self) -> float | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol
@@ -22,6 +23,7 @@ from .indexed import IndexedTier, Item, Kind, OpenJob
 from .keys import TierKey
 
 _STOP_S = 10.0
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class BadBlock(Exception):
@@ -121,10 +123,10 @@ class ThreadedTier(IndexedTier):
         self._ready = False
         self._stats.away = "starting"
         self._recovering = False
-        # Loads first: somebody waits for them.
+        # Loads first: somebody waits for them. For each item there is a turn, and as many as threads at the end.
         self._loads: deque[Item] = deque()
         self._others: deque[Item] = deque()
-        self._wake = threading.Condition()
+        self._turns: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._stopping = False
         self._done: queue.SimpleQueue[Item | _Found] = queue.SimpleQueue()
         self._since_s: list[float | None] = [None] * num_threads
@@ -157,10 +159,9 @@ class ThreadedTier(IndexedTier):
             self._start([Item(OpenJob(0, None, 0, 0.0), Kind.RECOVER, 0, b"", 0, 0)])
 
     def _start(self, items: Sequence[Item]) -> None:
-        with self._wake:
-            for item in items:
-                (self._loads if item.kind is Kind.LOAD else self._others).append(item)
-            self._wake.notify(len(items))
+        for item in items:
+            (self._loads if item.kind is Kind.LOAD else self._others).append(item)
+            self._turns.put(None)
 
     def _finished(self) -> Iterable[Item]:
         items: list[Item] = []
@@ -176,7 +177,7 @@ class ThreadedTier(IndexedTier):
             if done.error:
                 self._go_away("unusable", done.error)
             else:
-                self._index.restore(done.entries)
+                self._index.restore(done.entries, self._clock.wall_s())
                 self._ready = True
 
     def _fail(self, item: Item) -> None:
@@ -187,11 +188,12 @@ class ThreadedTier(IndexedTier):
             self._ready = False
 
     def _stop(self) -> None:
-        with self._wake:
-            self._stopping = True
-            self._wake.notify_all()
+        self._stopping = True
+        for _ in self._threads:
+            self._turns.put(None)
+        stop_by_s = time.monotonic() + _STOP_S
         for thread in self._threads:
-            thread.join(_STOP_S)
+            thread.join(max(stop_by_s - time.monotonic(), 0.0))
         if self._threads and not any(thread.is_alive() for thread in self._threads):
             self._io.close()
         self._threads = []
@@ -205,11 +207,14 @@ class ThreadedTier(IndexedTier):
             if item.kind is Kind.RECOVER:
                 self._since_s[number] = None
                 self._done.put(self._find())
+                self._notify()
             else:
                 self._carry_out(item, frame)
                 self._done.put(item)
+                # The owner has nothing to tell before: one that is woken for every block does little else.
+                if item.job.finish_one():
+                    self._notify()
             self._since_s[number] = None
-            self._notify()
 
     def _find(self) -> _Found:
         try:
@@ -218,17 +223,19 @@ class ThreadedTier(IndexedTier):
             return _Found([], str(error))
 
     def _next(self) -> Item | None:
-        with self._wake:
-            self._wake.wait_for(lambda: self._stopping or self._loads or self._others)
-            if self._stopping:
-                for items in (self._loads, self._others):
-                    while items:
-                        item = items.popleft()
-                        item.error = "dropped"
-                        if item.kind is not Kind.RECOVER:
-                            self._done.put(item)
+        self._turns.get()
+        while True:
+            try:
+                item = (self._loads or self._others).popleft()
+            except IndexError:  # another thread took it, or it is the end
+                if self._loads or self._others:
+                    continue
                 return None
-            return (self._loads or self._others).popleft()
+            if not self._stopping:
+                return item
+            item.error = "dropped"
+            if item.kind is not Kind.RECOVER:
+                self._done.put(item)
 
     def _carry_out(self, item: Item, frame: Frame) -> None:
         try:
@@ -246,7 +253,7 @@ class ThreadedTier(IndexedTier):
         except Lost as lost:
             item.error, item.detail = "lost", str(lost)
         except OSError as error:
-            item.error = "full" if error.errno == errno.ENOSPC else "io"
+            item.error = "full" if error.errno in _FULL else "io"
             item.detail = str(error)
 
     def _load(self, item: Item, frame: Frame) -> None:

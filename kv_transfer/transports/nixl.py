@@ -22,10 +22,10 @@ import msgspec
 import numpy as np
 from msgspec import Meta
 
+from ...core.bounds import Count, Name
 from ...core.errors import ConfigError, TransferError
 from ...core.ids import PeerId
 from ...core.log import RateLimited
-from ...core.messages import Count, Name
 from ..layout import Runs
 from .base import Notify, Read, Region, TransferResult, check_runs
 from .pieces import Piece, Pieces

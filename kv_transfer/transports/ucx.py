@@ -25,10 +25,11 @@ import numpy as np
 import psutil
 from msgspec import Meta
 
+from ...core.bounds import Count, Name, Text
 from ...core.errors import ConfigError
 from ...core.ids import PeerId
 from ...core.log import RateLimited
-from ...core.messages import Count, Name, Text, decode_with
+from ...core.messages import decode_with
 from ...core.wire import SecureContext
 from ...kernels import copy_runs
 from ..rdma import rdma_devices

@@ -22,6 +22,7 @@ import zmq
 from support.checkpoints import make_checkpoint
 from tandem.cluster.mesh import Mesh
 from tandem.core import messages as wire
+from tandem.core.kv_messages import KVClear, KVControlled, KVEvents, KVPin, KVSnapshot, KVUnpin, KVWatch
 from tandem.core.wire import ClusterKeys, SecureContext, make_cluster_keys
 
 pytestmark = pytest.mark.chaos
@@ -152,7 +153,9 @@ def seeds() -> list[bytes]:
         wire.BlocksReady(1, 0, 16), wire.Prefilled(1, [wire.SampledToken(1)], 0.0, 0.0, 0.0), wire.Release([1]),
         wire.Renew([1]), wire.PrefillFailed(1, wire.FailureReason.EXPIRED, "x"), wire.Subscribe(), wire.Scrape(1),
         wire.Report(0, 0, 0, 0, 0), wire.Membership(1, [wire.Member("prefill-0#1", "prefill", "n",
-        "tcp://127.0.0.1:1")]), wire.Refused(1, 500, "x"),
+        "tcp://127.0.0.1:1")]), wire.Refused(1, 500, "x"), KVWatch(), KVSnapshot(True, 0, "f", 16, "", False, b"x" * 32),
+        KVEvents(0, "host-0", True, False, b"x" * 16, b"y" * 16), KVClear(1, "a"), KVPin(2, "a", [1] * 20, 1.0),
+        KVUnpin(3, None, []), KVControlled(4, 1),
     ]  # fmt: skip
     frames = [wire.encode(message) for message in known]
     offsets = (0).to_bytes(8, "little")

@@ -19,7 +19,7 @@ import pytest
 from support.tiers import BLOCK_BYTES, Engine, content_of, keys_of, ready
 from tandem.core.clock import SystemClock
 from tandem.core.errors import ConfigError
-from tandem.kv_transfer.offload import record
+from tandem.kv_transfer.offload import record, threaded
 from tandem.kv_transfer.offload.base import HostBlocks, LoadJob, Lookup, Tier
 from tandem.kv_transfer.offload.disk import PAGE_BYTES, SlotFile, open_disk, slot_bytes
 from tandem.kv_transfer.offload.index import TierIndex
@@ -306,6 +306,23 @@ def test_a_slow_disk(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert len(warnings(caplog)) == 1
     assert engine.load(keys).good == (True,) * 4
     tier.close()
+
+
+def test_reads_that_hang_keep_nobody_from_ending(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All threads together are waited for as long as one."""
+    monkeypatch.setattr(threaded, "_STOP_S", 0.3)
+    file, news = SluggishFile(tmp_path / "kv"), threading.Event()
+    tier = ThreadedTier("disk", TierIndex(SLOTS, make_policy("lru", SLOTS)), file, 8, SystemClock(), 30.0, news.set)
+    ready(tier)
+    engine, keys = Engine(tier, news), keys_of(*range(8))
+    engine.store(keys)
+    file.gate.clear()
+    number = tier.submit_load(LoadJob(keys, engine.memory, range(8)))
+    start_s = time.monotonic()
+    tier.close()
+    assert time.monotonic() - start_s < 8 * 0.3
+    assert [result.number for result in tier.poll()] == [number]
+    file.gate.set()
 
 
 def test_more_stores_than_the_disk_can_take(tmp_path: Path) -> None:

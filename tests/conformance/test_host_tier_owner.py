@@ -10,9 +10,11 @@ import tempfile
 import threading
 from pathlib import Path
 
+import msgspec
 import psutil
 import pytest
 from support.gateway import wait_for
+from support.remote import OtherNode
 from support.tiers import BLOCK_BYTES, ready
 from tandem.cluster.host_tier import HostTierOwner
 from tandem.core.clock import SystemClock
@@ -23,9 +25,9 @@ from tandem.kv_transfer.offload.host import HostTier
 CONFIG = Config.model_validate({"offload": {"tiers": [{"kind": "host", "capacity": "64KiB"}]}}).model_dump_json()
 
 
-def keepers() -> list[psutil.Process]:
+def keepers(module: str = "offload.keeper") -> list[psutil.Process]:
     alive = [child for child in psutil.Process().children() if child.status() != "zombie"]
-    return [child for child in alive if any("offload.keeper" in argument for argument in child.cmdline())]
+    return [child for child in alive if any(module in argument for argument in child.cmdline())]
 
 
 def test_a_keeper_that_dies_is_replaced_and_nothing_is_left(tmp_path: Path) -> None:
@@ -44,6 +46,26 @@ def test_a_keeper_that_dies_is_replaced_and_nothing_is_left(tmp_path: Path) -> N
     owner.stop()
     assert not folder.exists()
     wait_for(lambda: not keepers(), 10, "the end of the second")
+
+
+def test_a_server_that_dies_is_replaced_where_it_was(tmp_path: Path) -> None:
+    tiers = [{"kind": "host", "capacity": "1MiB"}, {"kind": "remote"}]
+    config = Config.model_validate({"offload": {"tiers": tiers}, "kv": {"transport": "zmq"}}).model_dump_json()
+    node = OtherNode({})
+    owner = HostTierOwner(config, str(tmp_path), msgspec.msgpack.encode(node.keys), "127.0.0.1")
+    owner.start(BLOCK_BYTES)
+    endpoint = owner.endpoint()
+    node.servers.follow({"node": endpoint})
+    tier = node.tier(lambda: None, 5.0)
+    wait_for(lambda: tier.stats().num_slots, 20, "the first")
+    [server] = keepers("offload.remote_server")
+    server.kill()
+    wait_for(lambda: tier.stats().away, 10, "its end")
+    wait_for(lambda: tier.stats().num_slots, 30, "the next")
+    assert owner.endpoint() == endpoint
+    node.close()
+    owner.stop()
+    wait_for(lambda: not keepers("offload."), 10, "the end of both")
 
 
 def test_what_cannot_be_leaves_nothing(tmp_path: Path) -> None:

@@ -10,9 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.gateway import wait_for
+from support.remote import Elsewhere, OtherNode, ServerThread
 from support.s3 import S3Server, allow
 from support.tiers import BLOCK_BYTES, LAYOUT, Engine, content_of, end, keys_of, ready
 from tandem.core.clock import SystemClock
+from tandem.core.wire import make_cluster_keys
 from tandem.kv_transfer.offload.base import HostBlocks, LoadJob, Lookup, Spill, StoreJob, Tier
 from tandem.kv_transfer.offload.disk import open_disk, slot_bytes
 from tandem.kv_transfer.offload.host import HostTier
@@ -65,6 +68,15 @@ class Kit:
                 keeper = start_keeper(self._socket, pool_bytes(SLOTS, BLOCK_BYTES), BLOCK_BYTES, policy)
                 self._closers.append(lambda: end(keeper))
                 return HostTier(self._socket, BLOCK_BYTES, SystemClock(), TIMEOUT_S, self.news.set)
+            case "remote":
+                keeper = start_keeper(self._socket, pool_bytes(SLOTS, BLOCK_BYTES), BLOCK_BYTES, policy)
+                self._closers.append(lambda: end(keeper))
+                server = ServerThread(self._socket, make_cluster_keys())
+                self._closers.append(server.close)
+                node = OtherNode({"that node": server.endpoint}, server.keys)
+                self._closers.append(node.close)
+                home = HostTier(self._socket, BLOCK_BYTES, SystemClock(), TIMEOUT_S, self.news.set)
+                return Elsewhere(home, node.tier(self.news.set, TIMEOUT_S))
             case "s3":
                 # Each test has a part of the bucket for itself.
                 prefix, capacity = self._folder.name, SLOTS * (HEADER_BYTES + BLOCK_BYTES)
@@ -97,7 +109,7 @@ def last_of_all() -> Iterator[None]:
         s3_server().close()
 
 
-@pytest.fixture(params=["simulated", "disk", "host", "s3"])
+@pytest.fixture(params=["simulated", "disk", "host", "remote", "s3"])
 def kit(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Kit]:
     allow(monkeypatch)
     kit = Kit(request.param, tmp_path)
@@ -128,13 +140,12 @@ def test_only_what_was_stored_is_found(kit: Kit) -> None:
     assert engine.load([strangers[0], key, strangers[1]]).good == (False, True, False)
 
 
-def test_tenants_groups_and_ranks_never_meet(kit: Kit) -> None:
+def test_tenants_and_groups_never_meet(kit: Kit) -> None:
     engine = kit.engine()
     spaces = [
         key_space("", LAYOUT),
         key_space("a", LAYOUT),
         key_space("", LAYOUT, group=1),
-        key_space("", LAYOUT, first_head=2),
     ]
     engine.store(keys_of(1, space=spaces[0]))
     for space in spaces[1:]:
@@ -194,6 +205,32 @@ def test_every_policy_serves(kit: Kit, policy: str) -> None:
         assert list(engine.load(keys).good) == hits
         engine.store(keys)
         assert engine.tier.stats().num_used <= SLOTS
+
+
+def test_what_comes_and_goes_is_told(kit: Kit) -> None:
+    if kit.name == "remote":
+        pytest.skip("what other nodes do with a host tier, that node's processes do not tell")
+    engine = kit.engine()
+    keys = keys_of(*range(12))
+    engine.store(keys[:3])
+    held = set(engine.tier.watch())
+    assert held == set(keys[:3])
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        some = [keys[n] for n in rng.choice(12, 3, replace=False)]
+        if rng.random() < 0.2:
+            engine.tier.remove(some)
+        else:
+            engine.store(some)
+    engine.tier.clear(tenant_tag("nobody's"))
+    engine.store(keys[:1])  # what was asked before it is done
+    for change in engine.tier.changes():
+        (held.add if change.found else held.discard)(change.key)
+    found = [key for key, answer in zip(keys, engine.tier.lookup(keys), strict=True) if answer is Lookup.HIT]
+    assert held == set(found)
+    engine.tier.clear()
+    wait_for(lambda: not engine.tier.poll() and not engine.tier.stats().num_used, 10, "an empty tier")
+    assert {change.key for change in engine.tier.changes()} == set(found)
 
 
 def test_pins_and_priorities(kit: Kit) -> None:

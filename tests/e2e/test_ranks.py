@@ -17,7 +17,8 @@ from support.served import Served, wait_for
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     pools = "pools={colocated: {tensor_parallel: 2, threads: 1}}"
-    served = Served(tmp_path_factory.mktemp("ranks"), "--set", pools)
+    tiers = "offload.tiers=[{kind: host, capacity: 64MiB}]"
+    served = Served(tmp_path_factory.mktemp("ranks"), "--set", pools, "--set", tiers)
     try:
         served.wait_ready()
         yield served
@@ -48,14 +49,17 @@ def test_two_ranks_say_what_one_says(shared: Served, served: Served) -> None:
 
 
 def test_a_dead_rank_is_a_dead_worker(shared: Served) -> None:
-    wanted = complete(shared)
+    prompts = [f"{number} libraries have a room for every book. " * 24 for number in range(4)]
+    wanted = [complete(shared, prompt=prompt) for prompt in prompts]
+    wait_for(lambda: shared.metric("tandem_offload_blocks_total", event="stored") > 0, 20, "a store")
     [before] = followers(shared)
     os.kill(before.pid, signal.SIGKILL)
     after = wait_for(
         lambda: [child for child in followers(shared) if child.pid != before.pid], 60, "the worker starts again"
     )
-    assert complete(shared) == wanted
+    assert [complete(shared, prompt=prompt) for prompt in prompts] == wanted
     assert len(after) == 1
+    wait_for(lambda: shared.metric("tandem_offload_tokens_total") > 0, 20, "what both ranks stored outlives them")
 
 
 def test_the_other_ranks_end_with_the_first(tmp_path: Path) -> None:

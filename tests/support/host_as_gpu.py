@@ -19,9 +19,12 @@ import torch
 from tandem.core.errors import TransferError
 from tandem.kernels import cuda_memory, gather
 from tandem.kv_transfer.memory import Buffer, DeviceBuffer, SharedMemory, map_shared
+from tandem.kv_transfer.offload import device
 from tandem.kv_transfer.transports import cuda_ipc
 
 PLAN = gather.Plan(programs=1, warps=1, tile_bytes=256 << 10)
+_interpreter = threading.Lock()
+"""Triton's interpreter serves one thread at a time."""
 mapped: dict[int, np.ndarray] = {}
 """What is open, by address."""
 
@@ -105,7 +108,10 @@ class CopyQueue:
         self._work: queue.SimpleQueue[tuple[int, int, gather.Rows, Copy]] = queue.SimpleQueue()
         threading.Thread(target=self._run, daemon=True).start()
 
-    def start(self, source: int, target: int, rows: gather.Rows) -> Copy:
+    def mark(self) -> None:
+        pass
+
+    def start(self, source: int, target: int, rows: gather.Rows, after: None = None) -> Copy:
         copy = Copy()
         self._work.put((source, target, rows, copy))
         return copy
@@ -124,7 +130,8 @@ class CopyQueue:
         while True:
             source, target, rows, copy = self._work.get()
             time.sleep(self.delay_s)
-            gather.fused(source, target, rows, torch.from_numpy(rows.lists), PLAN)
+            with _interpreter:
+                gather.fused(source, target, rows, torch.from_numpy(rows.lists), PLAN)
             copy.end()
 
 
@@ -138,7 +145,10 @@ def install() -> list[Any]:
         mock.patch.object(cuda_memory, "can_read", return_value=True),
         mock.patch.object(cuda_memory, "read_from"),
         mock.patch("tandem.kv_transfer.memory.Allocation", Allocation),
+        mock.patch.object(cuda_memory, "register_host"),
+        mock.patch.object(cuda_memory, "unregister_host"),
         mock.patch.object(cuda_ipc, "CopyQueue", CopyQueue),
+        mock.patch.object(device, "CopyQueue", CopyQueue),
     ]
     for patch in patches:
         patch.start()

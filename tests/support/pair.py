@@ -38,10 +38,11 @@ from tandem.engine.kv_cache import KVCache
 from tandem.engine.load_cost import LoadCost
 from tandem.engine.models.shard import kv_heads_of
 from tandem.engine.offloader import Offloader
+from tandem.engine.ranks import Ranks, build_on_ranks
+from tandem.engine.tiers import Tiers
 from tandem.kv_transfer.connector import GENERATIONS, Connector
 from tandem.kv_transfer.ends import End, first_end
 from tandem.kv_transfer.hidden_states import open_writer
-from tandem.kv_transfer.offload.stack import OffloadStack
 from tandem.kv_transfer.transports import Transport
 from tandem.kv_transfer.transports.faulty import FaultyTransport
 from tandem.kv_transfer.transports.inproc import InprocTransport
@@ -81,8 +82,10 @@ class Node:
             case _:
                 pool = config.pools.colocated or ColocatedPool()
         self.device = pair.device_of(role)
-        self.ranks: ThreadRanks | None = None
-        if pool.tensor_parallel > 1:
+        self.ranks: ThreadRanks | Ranks | None = None
+        if pair.processes:
+            built, self.ranks = build_on_ranks(config, pool, 1, lambda *_: None)
+        elif pool.tensor_parallel > 1:
             built, self.ranks = build_on_threads(
                 config, pool.max_running, pool.max_batched_tokens, pool.tensor_parallel, pair.overlap
             )
@@ -99,18 +102,18 @@ class Node:
         self.writer = open_writer(config.hidden_states, model.spec.hidden, model.dtype, self.metrics)
         heads = [kv_heads_of(model.spec, rank, pool.tensor_parallel) for rank in range(pool.tensor_parallel)]
         ends = [first_end(heads[0], {self.transport.name: self.transport}, cache.blocks, cache.generations_buffer)]
-        if self.ranks is not None:
+        if isinstance(self.ranks, ThreadRanks):
             ends += [End(*others) for others in zip(heads[1:], self.ranks.transports, strict=True)]
         self.connector = Connector(
             peer, built.fingerprint, layout, self.engine.groups, self.engine.runner.layer_groups, ends,
             "auto", config.kv.lease_s, pair.clock, self.metrics, config.kv.checksums,
         )  # fmt: skip
 
-        stack = pair.stack_of(pair, self, role)
+        tiers = pair.tiers_of(pair, self, role)
         # Time stands still: nothing is measured, and every load is worth it.
-        num_tiers = 0 if stack is None else len(stack.levels)
+        num_tiers = 0 if tiers is None else len(tiers.stack.levels)
         free = LoadCost(num_tiers, layout.block_bytes, latency_s=0.0, s_per_byte=0.0)
-        self.offloader: Offloader[Any] = Offloader(self.engine, stack, pair.clock, self.metrics, free)
+        self.offloader: Offloader[Any] = Offloader(self.engine, tiers, pair.clock, self.metrics, free)
 
         def send(to: str, message: Message) -> None:
             pair.post(peer, to, message)
@@ -154,7 +157,8 @@ class Pair:
         prefill: the configuration of the prefill workers, where it is another.
         device_of: where a role computes.
         transport_of: what reads into a cache, and out of it.
-        stack_of: makes the tiers of a worker, which call `news.set`; None: it has none.
+        tiers_of: makes the tiers of a worker, which call `news.set`; None: it has none.
+        processes: ranks are processes, as they are in service; of workers that do both, as no other reads from them.
     """
 
     def __init__(
@@ -164,9 +168,11 @@ class Pair:
         prefill: Config | None = None,
         device_of: Callable[[str], torch.device] = lambda role: torch.device("cpu"),
         transport_of: Callable[[KVCache], Any] = lambda cache: InprocTransport(lambda: None),
-        stack_of: Callable[[Pair, Node, str], OffloadStack | None] = lambda pair, node, role: None,
+        tiers_of: Callable[[Pair, Node, str], Tiers | None] = lambda pair, node, role: None,
+        processes: bool = False,
     ) -> None:
-        self.stack_of = stack_of
+        self.tiers_of = tiers_of
+        self.processes = processes
         self.news = threading.Event()
         self.overlap = overlap
         self.device_of = device_of

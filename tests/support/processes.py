@@ -46,10 +46,21 @@ class Process:
         folder: for its log.
         address: where it listens.
         network: path of the network namespace that it lives in; "" for this one.
+        host_tier: see `Processes`.
+        environment: likewise.
     """
 
     def __init__(
-        self, worker: str, life: int, config: Sections, keys: ClusterKeys, folder: Path, address: str, network: str
+        self,
+        worker: str,
+        life: int,
+        config: Sections,
+        keys: ClusterKeys,
+        folder: Path,
+        address: str,
+        network: str,
+        host_tier: Path,
+        environment: Mapping[str, str],
     ) -> None:
         self.worker = worker
         self.role = worker.rpartition("-")[0]
@@ -58,7 +69,7 @@ class Process:
         self.log = folder / f"{self.peer}.log"
         self.member: Member | None = None
         self._pipe, far_end = _context.Pipe()
-        who = Who(self.peer, self.role, dict(config), keys, address, self.log, network)
+        who = Who(self.peer, self.role, dict(config), keys, address, self.log, network, host_tier, dict(environment))
         self._process = _context.Process(target=main, args=(who, far_end), name=self.peer, daemon=True)
         self._process.start()
         far_end.close()
@@ -98,6 +109,8 @@ class Processes(Gateway):
         workers: each worker's name, and what it has of its own.
         address: where all listen.
         elsewhere: of some, the network namespace that they live in, and where they listen in it.
+        host_tier: folder of the node's host tier, which the test owns.
+        environment: variables of all processes.
     """
 
     def __init__(
@@ -107,6 +120,8 @@ class Processes(Gateway):
         workers: Mapping[str, Sections],
         address: str = "127.0.0.1",
         elsewhere: Mapping[str, tuple[str, str]] | None = None,
+        host_tier: Path | None = None,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(free_port(), address)
         self.folder = folder
@@ -115,6 +130,8 @@ class Processes(Gateway):
         self._own = dict(workers)
         self._address = address
         self._elsewhere = elsewhere or {}
+        self._host_tier = host_tier or folder
+        self._environment = environment or {}
         self._keys = make_cluster_keys()
         self._version = 0
         self._told: list[str] = []
@@ -137,7 +154,9 @@ class Processes(Gateway):
         """Start a life of a worker; nobody is told of it."""
         config = merged(self._config, self._own.get(worker, {}))
         network, address = self._elsewhere.get(worker, ("", self._address))
-        return Process(worker, life, config, self._keys, self.folder, address, network)
+        return Process(
+            worker, life, config, self._keys, self.folder, address, network, self._host_tier, self._environment
+        )
 
     def announce(self, *workers: str, leaving: tuple[str, ...] = ()) -> None:
         """Tell all processes that these workers, or all, and the gateway are the members; some may be about to leave."""

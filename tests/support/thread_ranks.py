@@ -7,6 +7,7 @@ import socket
 import threading
 from collections.abc import Callable, Mapping
 
+import numpy as np
 import torch
 from tandem.core.config import Config
 from tandem.core.frames import send_frame
@@ -16,6 +17,7 @@ from tandem.engine.build import Built, build_engine
 from tandem.engine.follower import Follower
 from tandem.engine.rank_wire import Capture, CopyBlock, PeerAccess, encode, encode_step, receive
 from tandem.kv_transfer.ends import BLOCKS, converting
+from tandem.kv_transfer.memory import Buffer
 from tandem.kv_transfer.transports import Region, Transport
 from tandem.kv_transfer.transports.base import Notify
 from tandem.kv_transfer.transports.forwarded import forwarded
@@ -97,6 +99,10 @@ class ThreadRanks:
 
     def capture(self) -> None:
         self._tell(encode(Capture()))
+
+    def memory(self) -> list[np.ndarray]:
+        buffers = [cache.blocks for cache in self.caches]
+        return [buffer.array for buffer in buffers if isinstance(buffer, Buffer)]
 
     def close(self) -> None:
         for link in self._links:

@@ -34,11 +34,16 @@ class Who(NamedTuple):
     log: Path
     network: str
     """Path of a network namespace to live in; "" for this one."""
+    host_tier: Path
+    """Folder of the node's host tier, where one is configured."""
+    environment: dict[str, str]
+    """Variables beside those that the fork server has."""
 
 
 def main(who: Who, controller: Connection) -> None:
     """Send an encoded `Member` once requests can be served; then take encoded memberships, until the number of seconds
     that are left for what is under way."""
+    os.environ.update(who.environment)
     if who.network:
         descriptor = os.open(who.network, os.O_RDONLY)
         if ctypes.CDLL(None, use_errno=True).setns(descriptor, _CLONE_NEWNET) != 0:
@@ -52,7 +57,9 @@ def main(who: Who, controller: Connection) -> None:
     if who.role == "gateway":
         runtime = GatewayRuntime(who.peer, config, who.keys, who.address, lambda phase: None)
     else:
-        runtime = WorkerRuntime(who.peer, who.role, config, who.keys, who.address, "node", lambda phase: None)
+        runtime = WorkerRuntime(
+            who.peer, who.role, config, who.keys, who.address, "node", lambda phase: None, lambda _: who.host_tier
+        )
     controller.send(msgspec.msgpack.encode(runtime.start()))
     grace_s = 0.0
     try:

@@ -227,7 +227,7 @@ def test_the_longest_prefix_of_which_every_group_has_what_it_needs(
     for group, index in cached:
         [block] = pool.allocate(1) or []
         key = sequence.keys(whole, 2)[index]
-        pool.commit(block, key + group.to_bytes(2, "little") if group else key)
+        pool.commit(block, key + group.to_bytes(2, "little") if group else key, b"")
         pool.release([block])
 
     def complete(length: int) -> bool:

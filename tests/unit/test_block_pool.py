@@ -52,9 +52,20 @@ class PoolMachine(RuleBasedStateMachine):
             return
         for block, key in zip(holder, keys_of(len(holder), salt), strict=True):
             known = key in self.content.values()
-            self.pool.commit(block, key)
+            self.pool.commit(block, key, bytes([salt]))
             if block not in self.content and not known:
                 self.content[block] = key
+
+    @rule(salt=st.integers(0, 2), length=st.integers(0, 5))
+    def pin(self, salt: int, length: int) -> None:
+        self.pool.pin(keys_of(length, salt))
+
+    @rule(salt=st.integers(0, 2))
+    def clear(self, salt: int) -> None:
+        mine = {block for block, key in self.content.items() if key in keys_of(BLOCKS, salt)}
+        assert self.pool.clear(bytes([salt])) == len(mine)
+        for block in mine:
+            del self.content[block]
 
     @rule(target=held, salt=st.integers(0, 2), length=st.integers(1, 5))
     def match(self, salt: int, length: int) -> list[int]:
@@ -97,7 +108,7 @@ def test_the_longest_unused_goes_first_and_tails_before_heads() -> None:
     assert second is not None
     for blocks, salt in ((first, 0), (second, 1)):
         for block, key in zip(blocks, keys_of(2, salt), strict=True):
-            p.commit(block, key)
+            p.commit(block, key, b"")
     p.release(first)
     p.release(second)
     assert p.allocate(1) == [first[1]]
@@ -125,7 +136,26 @@ def test_without_a_prefix_cache_nothing_is_found() -> None:
     blocks = p.allocate(2)
     assert blocks is not None
     for block, key in zip(blocks, keys_of(2, 0), strict=True):
-        p.commit(block, key)
+        p.commit(block, key, b"")
     assert p.match(keys_of(2, 0)) == []
     p.release(blocks)
     p.check()
+
+
+def test_what_is_pinned_goes_last_and_goes_all_the_same() -> None:
+    p = BlockPool(6, np.zeros(6, np.uint64))
+    pinned, other = keys_of(2, 0), keys_of(2, 1)
+    p.pin(pinned[:1])
+    for keys in (pinned, other):
+        blocks = p.allocate(2)
+        assert blocks is not None
+        for block, key in zip(blocks, [keys[0], keys[0] + b"\1\0"], strict=True):  # in two KV groups
+            p.commit(block, key, b"")
+        p.release(blocks)
+    assert p.allocate(4) is not None
+    assert p.match(other) == []
+    assert p.find(pinned[0]) is not None
+    assert p.find(pinned[0] + b"\1\0") is not None
+    assert p.num_free == p.num_cached == 2
+    assert p.allocate(2) is not None
+    assert p.match(pinned) == []

@@ -155,14 +155,17 @@ def test_offload_tiers(tmp_path: Path) -> None:
 offload:
   tiers:
     - {kind: host, capacity: 1GiB, policy: s3fifo}
+    - {kind: remote}
     - {kind: disk, path: /a, capacity: 8GiB, policy: lru, write: write_back}
     - {kind: disk, path: [/b, /c], capacity: 8GiB}
     - {kind: s3, bucket: kv, capacity: 1TiB}
 """
     tiers = load_config(write(tmp_path, text)).offload.tiers
-    assert [tier.kind for tier in tiers] == ["host", "disk", "disk", "s3"]
-    assert [tier.path for tier in tiers] == [(), ("/a",), ("/b", "/c"), ()]
+    assert [tier.kind for tier in tiers] == ["host", "remote", "disk", "disk", "s3"]
+    assert [tier.path for tier in tiers] == [(), (), ("/a",), ("/b", "/c"), ()]
     assert load_config().offload.tiers == ()
+    config = load_config(write(tmp_path, text))
+    assert Config.model_validate_json(config.model_dump_json()) == config
 
 
 def test_policies_are_those_that_there_are() -> None:
@@ -175,7 +178,7 @@ def test_policies_are_those_that_there_are() -> None:
 @pytest.mark.parametrize(
     ("tiers", "complaints"),
     [
-        ("[{kind: tape, capacity: 1GiB}]", ["offload.tiers.0.kind", "'host', 'disk' or 's3'"]),
+        ("[{kind: tape, capacity: 1GiB}]", ["offload.tiers.0.kind", "'host', 'disk', 's3' or 'remote'"]),
         ("[{kind: host, capacity: 1GiB, policy: mru}]", ["offload.tiers.0.policy", "'tinylfu'"]),
         ("[{kind: host, capacity: 1GiB, write: never}]", ["offload.tiers.0.write"]),
         ("[{kind: host}]", ["offload.tiers.0.capacity"]),
@@ -187,6 +190,12 @@ def test_policies_are_those_that_there_are() -> None:
         ("[{kind: host, capacity: 1GiB}, {kind: host, capacity: 1GiB}]", ["offload: tiers: a node has one host tier"]),
         ("[{kind: s3, bucket: a, capacity: 1GiB}, {kind: s3, bucket: a, capacity: 2GiB}]", ["same bucket and prefix"]),
         ("[{kind: disk, path: [/a/b, /a], capacity: 1GiB}]", ["the folders /a/b and /a overlap"]),
+        ("[{kind: remote}, {kind: host, capacity: 1GiB}]", ["offload: tiers: a remote tier", "put a host tier before"]),
+        ("[{kind: host, capacity: 1GiB}, {kind: remote}, {kind: remote}]", ["one remote tier stands for all"]),
+        ("[{kind: remote, capacity: 1GiB}]", ["offload.tiers.0.capacity: a remote tier has none"]),
+        ("[{kind: remote, policy: lru}]", ["offload.tiers.0.policy: a remote tier has none"]),
+        ("[{kind: remote, write: second_use}]", ["offload.tiers.0.write: a remote tier has none"]),
+        ("[{kind: remote, path: /a}]", ["offload.tiers.0: path: a remote tier has none"]),
         ("[{kind: disk, pth: /a, capacity: 1GiB}]", ["unknown key offload.tiers.0.pth; did you mean", ".path?"]),
     ],
 )

@@ -97,6 +97,27 @@ def test_all_are_told_of_all() -> None:
     asyncio.run(run())
 
 
+def test_host_tiers_that_come_and_go_are_told() -> None:
+    async def run() -> None:
+        launched = Launched()
+        controller = Controller(Config(), launched, ManualClock())
+        await controller.start()
+        tier = Member("tandem-host-a", "host", "10.0.0.1", "tcp://10.0.0.1:7")
+        told = launched.processes["decode-0#1"].memberships
+        for tiers in ([tier], []):
+            version = told[-1].version
+            await controller.follow_host_tiers(tiers)
+            assert told[-1].host_tiers == tiers
+            assert told[-1].version > version
+        await controller.follow_host_tiers([tier])
+        launched.processes["prefill-0#1"].die()
+        await settle()
+        assert told[-1].host_tiers == [tier], "whatever else changes"
+        await controller.stop(1)
+
+    asyncio.run(run())
+
+
 def test_progress_is_told() -> None:
     async def run() -> None:
         launched = Launched(hold=True)

@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 from tandem.core import errors
+from tandem.core.bounds import MAX_CHILDREN
 from tandem.core.clock import ManualClock, SystemClock
 from tandem.core.hashing import block_hashes, root_hash
 from tandem.core.ids import incarnation_of, new_request_id, peer_id, worker_of
 from tandem.core.log import RateLimited, RequestLog, configure_logging, logger
 from tandem.core.messages import (
-    MAX_CHILDREN,
     Child,
     ChildUpdate,
     Generate,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import threading
 from pathlib import Path
 
@@ -13,6 +15,8 @@ from tandem.core.config import Config, OffloadConfig
 from tandem.core.errors import ConfigError
 from tandem.kv_transfer.offload.base import HostBlocks
 from tandem.kv_transfer.offload.build import Place, open_stack, start_host_tier
+from tandem.kv_transfer.offload.folders import check_room, claim
+from tandem.kv_transfer.offload.stack import OffloadStack
 
 
 def offload(*tiers: dict[str, object]) -> OffloadConfig:
@@ -80,8 +84,9 @@ def test_two_workers_of_a_node(tmp_path: Path) -> None:
             {"kind": "disk", "capacity": "4KiB", "path": "/tmp/x"},
             "offload.tiers.0.capacity: 4.0 KiB in 1 folders holds no",
         ),
-        ({"kind": "disk", "capacity": "1MiB", "path": "/proc/x"}, "offload.tiers.0.path: /proc/x/decode-0 cannot be"),
-        ({"kind": "disk", "capacity": "9999TiB", "path": "."}, "are needed"),
+        ({"kind": "disk", "capacity": "1MiB", "path": "/proc/x"}, "offload.tiers.0.path: /proc/x cannot be"),
+        ({"kind": "disk", "capacity": "9999TiB", "path": "."}, "offload.tiers.0.capacity: 9999.0 TiB, and"),
+        ({"kind": "disk", "capacity": "1MiB", "path": "/dev/null"}, "offload.tiers.0.path: /dev/null cannot be"),
     ],
 )
 def test_tiers_that_cannot_be(tier: dict[str, object], complaint: str, tmp_path: Path) -> None:
@@ -90,6 +95,72 @@ def test_tiers_that_cannot_be(tier: dict[str, object], complaint: str, tmp_path:
     with pytest.raises(ConfigError) as caught:
         open_for(offload({"kind": "host", "capacity": "1MiB"}, tier), tmp_path)
     assert complaint.replace("tiers.0", "tiers.1") in caught.value.message
+
+
+def test_workers_and_tiers_share_the_room_of_a_disk(tmp_path: Path) -> None:
+    """Each part alone would find room."""
+    room = os.statvfs(tmp_path)
+    free = room.f_bavail * room.f_frsize
+    one = {"kind": "disk", "capacity": free * 3 // 2, "path": str(tmp_path / "a")}
+    with pytest.raises(ConfigError, match=r"offload\.tiers\.0\.capacity: .* lacks"):
+        open_for(offload(one), tmp_path, num_workers=4)
+    two = [{"kind": "disk", "capacity": free * 3 // 4, "path": str(tmp_path / name)} for name in "ab"]
+    with pytest.raises(ConfigError, match=r"offload\.tiers\.1\.capacity: .* lacks"):
+        open_for(offload(*two), tmp_path, num_workers=100)
+
+
+def test_what_files_take_already_is_room(tmp_path: Path) -> None:
+    """A restart on a disk that is full but for them."""
+    kept = tmp_path / "a" / "decode-0" / "blocks.tandem"
+    kept.parent.mkdir(parents=True)
+    kept.write_bytes(bytes(8 << 20))
+    room = os.statvfs(tmp_path)
+    free = room.f_bavail * room.f_frsize
+    tier = {"kind": "disk", "capacity": free + (4 << 20), "path": str(tmp_path / "a")}
+    check_room(offload(tier).tiers)
+    kept.unlink()
+    with pytest.raises(ConfigError, match="lacks"):
+        check_room(offload(tier | {"capacity": free + (64 << 20)}).tiers)
+
+
+def test_a_folder_is_one_clusters(tmp_path: Path) -> None:
+    """Also where its workers have other names; the next cluster may have it."""
+    config = offload({"kind": "disk", "capacity": "1MiB", "path": str(tmp_path / "a")})
+
+    def open_as(cluster: str, worker: str) -> OffloadStack:
+        stack = open_stack(config, BLOCK_BYTES, Place(tmp_path, worker, 1, cluster), SystemClock(), lambda: None)
+        assert stack is not None
+        return stack
+
+    stacks = [open_as("one", "decode-0"), open_as("one", "prefill-0")]
+    for worker in ("colocated-0", "decode-0"):
+        with pytest.raises(ConfigError, match=r"offload\.tiers\.0\.path: \S+/a is in use by another cluster"):
+            open_as("another", worker)
+    with pytest.raises(ConfigError, match=r"offload\.tiers\.0\.path: \S+/decode-0 is in use by another tier"):
+        open_as("one", "decode-0")
+    for stack in stacks:
+        stack.close()
+    open_as("another", "colocated-0").close()
+
+
+def test_clusters_that_start_at_once(tmp_path: Path) -> None:
+    """One of them has the folder, with all of its workers."""
+    barrier = threading.Barrier(12)
+    taken: list[tuple[str, int]] = []
+
+    def run(cluster: str) -> None:
+        barrier.wait()
+        with contextlib.suppress(ConfigError):
+            taken.append((cluster, claim(tmp_path, cluster)))
+
+    threads = [threading.Thread(target=run, args=(name,)) for name in "abc" * 4]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({cluster for cluster, _ in taken}) <= 1
+    for _, descriptor in taken:
+        os.close(descriptor)
 
 
 def test_more_memory_than_there_is(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry
 from support.tiers import LAYOUT
 from tandem.core.clock import ManualClock
 from tandem.core.metrics import WorkerMetrics
-from tandem.kv_transfer.offload.base import HostBlocks, LoadJob, Lookup, Spill
+from tandem.kv_transfer.offload.base import HostBlocks, LoadJob, Lookup, Spill, StoreJob
 from tandem.kv_transfer.offload.keys import key_space, tenant_tag
 from tandem.kv_transfer.offload.simulated import Cost, SimulatedTier
 from tandem.kv_transfer.offload.stack import Level, OffloadStack, StackResult, Write
@@ -31,7 +31,7 @@ class World:
     """A stack of simulated tiers, and blocks to copy from and to."""
 
     def __init__(
-        self, sizes: list[int], writes: list[Write], num_spill: int = 100, timeout_s: float = float("inf")
+        self, sizes: list[int], writes: list[Write | None], num_spill: int = 100, timeout_s: float = float("inf")
     ) -> None:
         self.clock = ManualClock()
         self.tiers = [
@@ -268,6 +268,26 @@ def test_what_the_first_tier_gives_up_is_found_in_the_second() -> None:
     assert world.stack.lookup(KEYS[:1]) == [(Lookup.HIT, 0)]
 
 
+def test_nothing_is_stored_where_others_store() -> None:
+    """What the first tier gives up goes past it, and what it has is loaded from it."""
+    world = World([4, 4, 8], [Write.THROUGH, None, Write.BACK])
+    for start in range(0, 8, 4):
+        world.store(KEYS[start : start + 4])
+        world.drain()
+    assert world.held(0) == set(KEYS[4:8])
+    assert world.held(1) == set()
+    assert world.held(2) == set(KEYS[:4])
+    others = world.blocks(1)
+    world.memory.array[others[0]] = content(KEYS[9])
+    world.tiers[1].submit_store(StoreJob([KEYS[9]], world.memory, others))
+    while KEYS[9] not in world.held(1):
+        world.clock.advance(0.1)
+        world.tiers[1].poll()
+    number = world.stack.load([KEYS[0], KEYS[9], KEYS[5]], world.memory, world.blocks(3))
+    result = next(result for result in world.drain() if result.number == number)
+    assert result.levels == (2, 1, 0)
+
+
 def test_a_block_that_fails_comes_from_the_next_tier() -> None:
     world = World([4, 4], [Write.THROUGH, Write.THROUGH], timeout_s=60)
     world.store(KEYS[:2])
@@ -347,3 +367,30 @@ def test_what_is_late_does_not_keep_a_simulated_tier_busy() -> None:
         times.append(at_s)
     assert times[-1] == pytest.approx(8.25)
     assert tier.lookup(KEYS[:7]) == [Lookup.HIT] * 2 + [Lookup.MISS] * 4 + [Lookup.HIT]
+
+
+def test_figures_of_each_tier() -> None:
+    """What `tandem status --kv` and the metrics show, against a count by hand."""
+    world = World([4, 8], [Write.THROUGH, Write.THROUGH])
+    metrics = WorkerMetrics(CollectorRegistry())
+    world.clock.advance(100)
+    world.store(KEYS[:6])  # the first has room for four; a block takes a second, and half a one to arrive
+    world.drain()
+    world.stack.lookup(KEYS[:7])
+    world.stack.load(KEYS[2:6], world.memory, world.blocks(4))
+    world.drain()
+    near, far = world.stack.reports()
+    assert (near.num_used, near.num_blocks, near.lookups, near.hits) == (4, 4, 7, 4)
+    assert (far.num_used, far.num_blocks, far.lookups, far.hits) == (6, 8, 3, 2)
+    assert (near.stored_bytes, near.loaded_bytes, far.loaded_bytes) == (64, 32, 32)
+    assert (near.store_s, near.load_s, far.store_s, far.load_s) == (4.5, 2.5, 6.5, 2.5)
+    assert near.oldest_at_s == 101.5
+    world.stack.remove(KEYS[:1])
+    assert world.stack.reports()[0].oldest_at_s == 102.5
+    for _ in range(2):
+        world.stack.publish(metrics)
+    value = metrics.registry.get_sample_value
+    assert value("tandem_offload_hits_total", {"tier": "tier-1"}) == 2
+    assert value("tandem_offload_bytes_total", {"tier": "tier-0", "direction": "store"}) == 64
+    assert value("tandem_offload_copy_seconds_total", {"tier": "tier-1", "direction": "load"}) == 2.5
+    assert value("tandem_offload_oldest_timestamp_seconds", {"tier": "tier-0"}) == 102.5

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
+from tandem.cluster.kv_view import KVView
 from tandem.cluster.router import Placement, Router
+from tandem.core.hashing import block_hashes, root_hash
+from tandem.core.kv_messages import KVSnapshot
 from tandem.core.messages import Member, Membership, Report
 
 DECODES = ["decode-0#1", "decode-1#1"]
@@ -34,7 +37,7 @@ def placed(router: Router) -> Placement:
     return placement
 
 
-@pytest.mark.parametrize("policy", ["least_loaded", "round_robin"])
+@pytest.mark.parametrize("policy", ["kv_aware", "least_loaded", "round_robin"])
 def test_an_idle_cluster_is_used_evenly(policy: str) -> None:
     r = router(policy)
     placements = [placed(r) for _ in range(40)]
@@ -107,3 +110,82 @@ def test_reports_of_strangers_are_ignored() -> None:
     r = router()
     r.report("decode-7#1", report())
     assert {placed(r).decode for _ in range(4)} == set(DECODES)
+
+
+# ---- where the KV is ------------------------------------------------------------------------------------------------
+
+PROMPT = list(range(1000))
+
+
+def cluster(policy: str, *peers: str, held: dict[str, int]) -> Router:
+    """A router that knows who has how many blocks of `PROMPT`."""
+    view = KVView(lambda peer, message: None)
+    router = Router(policy, view)
+    members = membership(*peers)
+    view.follow(members)
+    router.follow(members)
+    hashes = block_hashes(PROMPT, 16, root_hash("f"))
+    prefills = [peer for peer in peers if peer.startswith("prefill")]
+    for peer in peers:
+        router.report(peer, report(*prefills))
+        blocks = b"".join(hashes[: held.get(peer, 0)])
+        view.receive(peer, KVSnapshot(True, 0, "f", 16, "", False, blocks))
+    return router
+
+
+def test_a_prompt_goes_where_most_of_it_is() -> None:
+    peers = [f"colocated-{n}#1" for n in range(64)]
+    r = cluster("kv_aware", *peers, held={peers[7]: 10, peers[40]: 50})
+    for _ in range(5):
+        placement = r.place(PROMPT)
+        assert placement == Placement(peers[40], "", 1000 - 50 * 16)
+    # Another tenant has nothing anywhere.
+    assert {r.place(PROMPT, "salt").decode for _ in range(64)} == set(peers)  # type: ignore[union-attr]
+
+
+def test_what_waits_there_may_be_too_much() -> None:
+    peers = [f"colocated-{n}#1" for n in range(4)]
+    r = cluster("kv_aware", *peers, held={peers[2]: 60})
+    counts: Counter[str] = Counter()
+    for _ in range(40):
+        placement = r.place(PROMPT)
+        assert placement is not None
+        r.sent(placement, 1, placement.num_left)
+        counts[placement.decode] += 1
+    assert counts[peers[2]] == max(counts.values())
+    assert min(counts[peer] for peer in peers) > 0
+    # What others send there counts, too.
+    r = cluster("kv_aware", *peers, held={peers[2]: 60})
+    r.report(peers[2], Report(0, 0, 5000, 10, 10))
+    assert r.place(PROMPT).decode != peers[2]  # type: ignore[union-attr]
+
+
+def test_both_ends_of_a_handoff_are_chosen_by_what_they_have() -> None:
+    r = cluster("kv_aware", *DECODES, *PREFILLS, held={DECODES[1]: 20, PREFILLS[0]: 60})
+    assert {r.place(PROMPT) for _ in range(4)} == {Placement(DECODES[1], PREFILLS[0], 1000 - 960)}
+
+
+def test_prompts_that_begin_alike_meet() -> None:
+    peers = [f"colocated-{n}#1" for n in range(8)]
+    r = cluster("prefix_hash", *peers, held={})
+    beginnings = [[n] * 256 for n in range(64)]
+    first = [r.place([*b, 1]).decode for b in beginnings]  # type: ignore[union-attr]
+    assert [r.place([*b, 2, 3]).decode for b in beginnings] == first  # type: ignore[union-attr]
+    assert len(set(first)) == 8
+    # Without one of them, the others keep theirs.
+    r.forget(peers[3])
+    after = [r.place([*b, 1]).decode for b in beginnings]  # type: ignore[union-attr]
+    assert all(new == old for old, new in zip(first, after, strict=True) if old != peers[3])
+    # One beginning alone does not fill one worker while the others are idle.
+    counts: Counter[str] = Counter()
+    for _ in range(80):
+        placement = placed_with(r, beginnings[0])
+        r.sent(placement, 1, placement.num_left)
+        counts[placement.decode] += 1
+    assert max(counts.values()) <= 1.25 * 80 / 7 + 5
+
+
+def placed_with(router: Router, tokens: list[int]) -> Placement:
+    placement = router.place(tokens)
+    assert placement is not None
+    return placement

@@ -332,6 +332,12 @@ def test_a_tier_without_room_is_refused_by_its_key() -> None:
         plan_slots(offload(), model(), 512)
 
 
+def test_a_remote_tier_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"offload\.tiers\.1\.kind: remote: .* one node") as error:
+        plan_slots(offload(host(), {"kind": "remote"}), model(), 512)
+    assert "host capacity of all nodes together" in str(error.value.fix)
+
+
 def judged(cost: float, ttft_s: float) -> Judged:
     nothing: dict[str, TierOutcome] = {}
     return Judged({}, cost, Outcome(1, 0, 1, 0, nothing, 0, np.full(3, ttft_s), 0.0), 0.0)

@@ -1,0 +1,175 @@
+"""Blocks in GPUs' memory: a batch of them is copied by one kernel, which reads and writes the host's memory itself.
+
+Every batch is one launch, on a stream of its direction, so that blocks go out while others come in. The host's memory
+has to be registered with CUDA; what is not goes through a block of memory that is, one for each thread.
+"""
+
+from __future__ import annotations
+
+import bisect
+import mmap
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ...kernels import cuda_memory, gather
+from ..copy_queue import CopyQueue
+from ..layout import KVLayout
+
+
+class RankMemory(NamedTuple):
+    """The blocks of one rank."""
+
+    heads: range
+    """Of the model's KV heads, those that it has."""
+    address: int
+    """Where the GPU that copies reads and writes them; a multiple of 16."""
+
+
+class DeviceBlocks:
+    """See `BlockMemory`. With several ranks, what is read looks as if one had all heads, as with `SplitBlocks`.
+
+    Blocks that are read were computed by steps that have ended; of blocks that are written, see `ordered`.
+
+    Args:
+        layout: of whole blocks.
+        ranks: all of a worker's.
+        device: the GPU that copies, its number in this process.
+        programs: of a copy at a time: processors of the GPU that it may take from others.
+    """
+
+    def __init__(self, layout: KVLayout, ranks: Sequence[RankMemory], device: int, programs: int) -> None:
+        self.block_bytes = layout.block_bytes
+        self._device = device
+        self._ranks = list(ranks)
+        self._sources = list({rank.heads.start: rank for rank in ranks}.values())
+        self._head_bytes = layout.layer_bytes // 2 // layout.num_kv_heads
+        self._num_heads = layout.num_kv_heads
+        self._planes = np.arange(2 * layout.num_layers)  # of a block: keys and values of each layer
+        self._base = ranks[0].address
+        self._out, self._in = CopyQueue(device, programs), CopyQueue(device, programs)
+        self._out.warm_up()
+        self._out_lock, self._in_lock = threading.Lock(), threading.Lock()
+        # Registered memory, by address; replaced, never changed.
+        self._pinned: list[tuple[int, int]] = []
+        self._pin_lock = threading.Lock()
+        self._own = threading.local()
+
+    def pin(self, array: np.ndarray) -> Callable[[], None]:
+        """Let the GPU reach host memory, [bytes] uint8. Blocks while its pages are made. Returns what undoes it.
+
+        Raises:
+            OSError: CUDA refuses.
+        """
+        place = array.ctypes.data, array.ctypes.data + array.nbytes
+        cuda_memory.register_host(place[0], array.nbytes, self._device)
+        with self._pin_lock:
+            self._pinned = sorted([*self._pinned, place])
+
+        def unpin() -> None:
+            with self._pin_lock:
+                self._pinned = [other for other in self._pinned if other != place]
+            cuda_memory.unregister_host(place[0], self._device)
+
+        return unpin
+
+    def ordered(self) -> OrderedBlocks:
+        """These blocks, to be written when the GPU has done all that the calling thread has given it so far: it may
+        still copy what a block held, or clear it."""
+        return OrderedBlocks(self, self._in.mark())
+
+    def read(self, blocks: Sequence[int], targets: Sequence[np.ndarray]) -> None:
+        """See `BlockMemory`."""
+        if self._are_pinned(targets):
+            self._read(blocks, targets)
+            return
+        own = self._own_block()
+        for block, target in zip(blocks, targets, strict=True):
+            self._read([block], [own])
+            target[:] = own
+
+    def write(self, blocks: Sequence[int], sources: Sequence[np.ndarray]) -> None:
+        """See `BlockMemory`."""
+        self.write_after(None, blocks, sources)
+
+    def write_after(self, mark: Any, blocks: Sequence[int], sources: Sequence[np.ndarray]) -> None:
+        """`write`, after what a `CopyQueue.mark` stands for."""
+        if self._are_pinned(sources):
+            self._write(mark, blocks, sources)
+            return
+        own = self._own_block()
+        for block, source in zip(blocks, sources, strict=True):
+            own[:] = source
+            self._write(mark, [block], [own])
+
+    def _read(self, blocks: Sequence[int], targets: Sequence[np.ndarray]) -> None:
+        here, there, sizes, base = self._runs(self._sources, blocks, targets)
+        with self._out_lock:
+            copy = self._out.start(self._base, base, gather.lay_out(here, there, sizes))
+        copy.synchronize()
+
+    def _write(self, mark: Any, blocks: Sequence[int], sources: Sequence[np.ndarray]) -> None:
+        here, there, sizes, base = self._runs(self._ranks, blocks, sources)
+        with self._in_lock:
+            copy = self._in.start(base, self._base, gather.lay_out(there, here, sizes), mark)
+        copy.synchronize()
+
+    def _runs(
+        self, ranks: Sequence[RankMemory], blocks: Sequence[int], arrays: Sequence[np.ndarray]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+        """Offsets on the GPU, offsets on the host, sizes, and the host's address that its offsets count from."""
+        numbers = np.asarray(blocks, np.int64)
+        addresses = np.array([array.ctypes.data for array in arrays], np.int64)
+        base = int(addresses.min()) & ~0xF
+        here, there, sizes = [], [], []
+        for rank in ranks:
+            num_heads = len(rank.heads)
+            size = num_heads * self._head_bytes
+            starts = rank.address - self._base + numbers * (len(self._planes) * size)
+            if num_heads == self._num_heads:  # the whole block is one run
+                here.append(starts)
+                there.append(addresses - base)
+                sizes.append(np.full(len(starts), self.block_bytes, np.int64))
+                continue
+            places = self._planes * (self._num_heads * self._head_bytes) + rank.heads.start * self._head_bytes
+            here.append((starts[:, None] + self._planes * size).reshape(-1))
+            there.append(((addresses - base)[:, None] + places).reshape(-1))
+            sizes.append(np.full(len(here[-1]), size, np.int64))
+        return np.concatenate(here), np.concatenate(there), np.concatenate(sizes), base
+
+    def _are_pinned(self, arrays: Sequence[np.ndarray]) -> bool:
+        pinned = self._pinned
+        for array in arrays:
+            start = array.ctypes.data
+            at = bisect.bisect_right(pinned, (start, 1 << 64)) - 1
+            if at < 0 or start + array.nbytes > pinned[at][1]:
+                return False
+        return True
+
+    def _own_block(self) -> np.ndarray:
+        """Registered memory for one block, of the calling thread."""
+        if not hasattr(self._own, "block"):
+            self._own.block = np.frombuffer(mmap.mmap(-1, self.block_bytes), np.uint8)
+            weakref.finalize(self._own.block, self.pin(self._own.block)).atexit = False
+        block: np.ndarray = self._own.block
+        return block
+
+
+class OrderedBlocks:
+    """See `DeviceBlocks.ordered`; a `BlockMemory`."""
+
+    def __init__(self, memory: DeviceBlocks, mark: Any) -> None:
+        self.block_bytes = memory.block_bytes
+        self._memory = memory
+        self._mark = mark
+
+    def read(self, blocks: Sequence[int], targets: Sequence[np.ndarray]) -> None:
+        """See `BlockMemory`."""
+        self._memory.read(blocks, targets)
+
+    def write(self, blocks: Sequence[int], sources: Sequence[np.ndarray]) -> None:
+        """See `BlockMemory`."""
+        self._memory.write_after(self._mark, blocks, sources)
