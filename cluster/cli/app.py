@@ -8,6 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from ... import __version__
+from .deploy import deploy_app
 from .kv import DEFAULT_URL, KeyOption, UrlOption, kv_app
 
 app = typer.Typer(
@@ -37,6 +38,8 @@ app = typer.Typer(
       tandem up my.yaml  ·  tandem status  ·  tandem down
 
       tandem drain decode-0  ·  tandem scale decode 3  ·  tandem watch
+
+      tandem deploy render my.yaml        files that start the cluster: on your machines, AWS, GCP, Kubernetes
     """,
 )
 config_app = typer.Typer(no_args_is_help=True, help="Look at, and check, the one YAML file.")
@@ -47,6 +50,7 @@ app.add_typer(config_app, name="config")
 app.add_typer(bench_app, name="bench")
 trace_app = typer.Typer(no_args_is_help=True, help="Traces: recorded load for `tandem tune` and `tandem bench serve`.")
 app.add_typer(trace_app, name="trace")
+app.add_typer(deploy_app, name="deploy")
 app.add_typer(kv_app, name="kv")
 experts_app = typer.Typer(no_args_is_help=True, help="Experts: recorded loads, and where experts should be for them.")
 app.add_typer(experts_app, name="experts")

@@ -13,6 +13,7 @@ from tandem.cluster.scaling import Scaling
 from tandem.core.clock import ManualClock
 from tandem.core.config import Config
 from tandem.core.errors import CapacityError, NotFoundError, RequestError, TandemError
+from tandem.core.messages import Member
 
 Body = Callable[[Controller, Scaling, Launched], Awaitable[None]]
 TWO = {"prefill": {}, "decode": {"replicas": 2}}
