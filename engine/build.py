@@ -94,7 +94,8 @@ def build_engine(
     if place is not None:
         expert_group = make_group(place, spec, experts, config.experts.redundant, device, max_running)
     scheme = spec.quantization.scheme if spec.quantization else None
-    ops = select(device, TORCH_DTYPES[dtype], KV_DTYPES[kv_dtype], config.model.kernels, experts, scheme)
+    types = TORCH_DTYPES[dtype], KV_DTYPES[kv_dtype]
+    ops = select(device, *types, config.model.kernels, experts, scheme, sinks=spec.sinks)
     # Half the bytes, the same numbers: compiled kernels widen bfloat16 as they read it.
     halved = config.model.dtype == "auto" and spec.dtype == "bfloat16" and compiled(ops) and _all_compiled(spec)
     matrix_dtype = torch.bfloat16 if halved else None

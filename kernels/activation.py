@@ -24,6 +24,10 @@ def reference(gate_up: Tensor) -> Tensor:
     return torch.nn.functional.silu(gate) * up
 
 
+SWIGLU_LIMIT = 7.0
+SWIGLU_ALPHA = 1.702
+
+
 def clamped_swiglu(gate_up: Tensor) -> Tensor:
     """g · sigmoid(1.702 · g) · (u + 1), where g is the gate, at most 7, and u is up, within ± 7 (gpt-oss,
     arXiv:2508.10925).
@@ -35,8 +39,8 @@ def clamped_swiglu(gate_up: Tensor) -> Tensor:
         [tokens, inner].
     """
     gate, up = gate_up.chunk(2, dim=-1)
-    gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
-    return gate * torch.sigmoid(1.702 * gate) * (up + 1)
+    gate, up = gate.clamp(max=SWIGLU_LIMIT), up.clamp(-SWIGLU_LIMIT, SWIGLU_LIMIT)
+    return gate * torch.sigmoid(SWIGLU_ALPHA * gate) * (up + 1)
 
 
 GATED = {"silu": reference, "clamped_swiglu": clamped_swiglu}
