@@ -68,6 +68,25 @@ def fused(gate_up: Tensor) -> Tensor:
     return out
 
 
+def unit_constants(activation: str) -> tuple[float, float]:
+    """Limit and alpha of one of `GATED`, as `gated_tile` takes them."""
+    return (SWIGLU_LIMIT, SWIGLU_ALPHA) if activation == "clamped_swiglu" else (0.0, 1.0)
+
+
+@kernel
+def gated_tile(gate, up, DTYPE: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr):  # type: ignore[no-untyped-def]
+    """One of `GATED`, in DTYPE, of float32 sums."""
+    gate, up = gate.to(DTYPE).to(tl.float32), up.to(DTYPE)
+    if LIMIT > 0:
+        # Not by minimum and maximum, which would make numbers of NaNs.
+        gate, wide = tl.where(gate > LIMIT, LIMIT, gate), up.to(tl.float32)
+        wide = tl.where(wide > LIMIT, LIMIT, tl.where(wide < -LIMIT, -LIMIT, wide))
+        value = (gate * tl.sigmoid(ALPHA * gate) * (wide + 1)).to(DTYPE)
+    else:
+        value = (gate * tl.sigmoid(gate)).to(DTYPE) * up
+    return value
+
+
 @kernel
 def _silu_mul_kernel(gate_up, out, inner, stride, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
