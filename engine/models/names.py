@@ -158,7 +158,7 @@ def _stacked(mlp: Experts, model: Decoder, prefix: str) -> dict[str, Destination
             convert=lambda part: part.unflatten(1, (-1, 2)).transpose(1, 2), dummy=small,
         )  # fmt: skip
     if weights.down_bias is not None:
-        names[down + "_bias"] = Destination(weights.down_bias, (count, hidden), dummy=small)
+        names[down + "_bias"] = Destination(weights.down_bias, (count, hidden), 1, dummy=small)
     total = mlp.spec.num_experts
     held = None if mlp.held == list(range(total)) else tuple(mlp.held)
     return {

@@ -18,8 +18,6 @@ KINDS = {
     # The first layers see everything, the others 21 tokens.
     "qwen2": ("qwen2", {"max_window_layers": 2, "num_hidden_layers": 5}),
     "qwen3": ("qwen3_mixed", {}),
-    # Every other layer, with sinks.
-    "gpt_oss": ("gpt_oss", {}),
     # All see 37 tokens.
     "mistral": ("mistral", {}),
 }
