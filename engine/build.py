@@ -210,7 +210,8 @@ def warm_up(engine: Engine, max_batched_tokens: int, progress: Progress) -> None
     for sequence in batch:
         engine.discard(sequence)
     model, local = engine.model, engine.model.local
-    if model.ops.prefill_attention is FUSED.prefill_attention and engine.cache.tensor.dtype == model.dtype:
+    own_dtype = engine.cache.tensor.dtype == model.dtype
+    if model.ops.prefill_attention is FUSED.prefill_attention and own_dtype and not local.sinks:
         progress("attention plans", 0.0)
         longest = min(max_batched_tokens, local.max_positions)
         prepare(local.num_heads, local.num_kv_heads, local.head_dim, model.dtype, model.device, longest)

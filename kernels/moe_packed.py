@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from . import moe_sorted
-from .expert_weights import ExpertWeights
 from .activation import gated_tile, unit_constants
+from .expert_weights import ExpertWeights
 from .moe_sorted import Entry, Products, Tile, _Sorted, _tile, add_both, bias_of
 from .on_gpu import kernel, next_power_of_2, tl
 from .packed_tile import expert_strides, kind, packed_tile, source
@@ -64,7 +64,8 @@ def _multiply(
     plan, depth = entry.gate_up, min(entry.gate_up.depth, max(32, next_power_of_2(hidden)))
     _gate_up_kernel[(num_tiles, -(-inner // plan.columns))](
         x, *source(gate_up), *expert_strides(gate_up), *bias_of(own.gate_up_bias, x), activated, *table, top_k, hidden,
-        inner, x.stride(0), *unit_constants(own.activation), *kind(gate_up, depth), rows, plan.columns, depth, num_warps=plan.warps, num_stages=plan.stages,
+        inner, x.stride(0), *unit_constants(own.activation), *kind(gate_up, depth), rows, plan.columns, depth,
+        num_warps=plan.warps, num_stages=plan.stages,
     )  # fmt: skip
     plan, depth = entry.down, min(entry.down.depth, max(32, next_power_of_2(inner)))
     _down_kernel[(num_tiles, -(-hidden // plan.columns))](
@@ -80,8 +81,9 @@ _PACKED = Products(TILES, _FLOAT32, _multiply)
 def _gate_up_kernel(  # type: ignore[no-untyped-def]
     x, codes, scales, zeros, groups, code_stride, scale_stride, group, row_block, expert_codes, expert_scales,
     expert_zeros, expert_groups, bias, BIAS: tl.constexpr, activated, order, starts, counts, ends, experts,
-    EXPERTS: tl.constexpr, top_k, hidden, inner, x_stride, LIMIT: tl.constexpr, ALPHA: tl.constexpr, KIND: tl.constexpr, SPREAD: tl.constexpr, COUNT: tl.constexpr, ZEROS: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    EXPERTS: tl.constexpr, top_k, hidden, inner, x_stride, LIMIT: tl.constexpr, ALPHA: tl.constexpr,
+    KIND: tl.constexpr, SPREAD: tl.constexpr, COUNT: tl.constexpr, ZEROS: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     if tl.program_id(0) >= tl.load(ends + experts - 1):
         return

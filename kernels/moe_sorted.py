@@ -160,12 +160,12 @@ def _multiply(
     table = order, starts, counts, ends, experts, next_power_of_2(experts)
     _gate_up_kernel[(num_tiles, -(-inner // gate_up_tile.columns))](
         x, gate_up, *bias_of(own.gate_up_bias, x), activated, *table, top_k, hidden, inner, x.stride(0),
-        gate_up.stride(0), *unit_constants(own.activation), rows, gate_up_tile.columns, gate_up_tile.depth, num_warps=gate_up_tile.warps,
-        num_stages=gate_up_tile.stages,
+        gate_up.stride(0), *unit_constants(own.activation), rows, gate_up_tile.columns, gate_up_tile.depth,
+        num_warps=gate_up_tile.warps, num_stages=gate_up_tile.stages,
     )  # fmt: skip
     _down_kernel[(num_tiles, -(-hidden // down_tile.columns))](
-        activated, down, *bias_of(own.down_bias, x), weights, result, *table, hidden, inner, down.stride(0), rows, down_tile.columns, down_tile.depth, num_warps=down_tile.warps,
-        num_stages=down_tile.stages,
+        activated, down, *bias_of(own.down_bias, x), weights, result, *table, hidden, inner, down.stride(0), rows,
+        down_tile.columns, down_tile.depth, num_warps=down_tile.warps, num_stages=down_tile.stages,
     )  # fmt: skip
 
 

@@ -258,7 +258,7 @@ def _serves(op: str, backend: str, needs: Needs, device: Device) -> str:
         ("prefill_attention", "triton"): (
             f"prompts of {prefill_attention.DIRECT_LEAST:,} tokens and more, while whole: cuDNN through torch; "
             "others, and later chunks: Triton"
-            if needs.dtype == needs.kv_dtype != torch.float32
+            if needs.dtype == needs.kv_dtype != torch.float32 and not needs.sinks
             else "Triton"
         ),
         ("linear", "numba"): f"weights of up to {linear.MAX_COMPILED_WEIGHTS:,} elements: Numba; larger: oneDNN",

@@ -161,10 +161,7 @@ def _stacked(mlp: Experts, model: Decoder, prefix: str) -> dict[str, Destination
         names[down + "_bias"] = Destination(weights.down_bias, (count, hidden), 1, dummy=small)
     total = mlp.spec.num_experts
     held = None if mlp.held == list(range(total)) else tuple(mlp.held)
-    return {
-        name: place._replace(shape=(total, *place.shape[1:]), experts=held)
-        for name, place in names.items()
-    }
+    return {name: place._replace(shape=(total, *place.shape[1:]), experts=held) for name, place in names.items()}
 
 
 def _gated(gate_up: Weight, down: Weight, inner: int, model: Decoder, prefix: str) -> dict[str, Destination]:

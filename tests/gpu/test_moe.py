@@ -66,9 +66,7 @@ def close(got: torch.Tensor, want: torch.Tensor) -> None:
     assert error <= TOLERANCE[got.dtype], f"relative error {error:.1e}"
 
 
-def with_biases(
-    rng: torch.Generator, gate_up: torch.Tensor, down: torch.Tensor, dtype: torch.dtype
-) -> ExpertWeights:
+def with_biases(rng: torch.Generator, gate_up: torch.Tensor, down: torch.Tensor, dtype: torch.dtype) -> ExpertWeights:
     """Experts as gpt-oss has them, of which some go beyond the unit's clamps."""
     biases = [torch.randn(each.shape[:2], generator=rng, device=DEVICE).to(dtype) for each in (gate_up, down)]
     return ExpertWeights(gate_up, down, biases[0] * 5, biases[1], "clamped_swiglu")
