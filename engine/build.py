@@ -95,7 +95,8 @@ def build_engine(
     if place is not None:
         expert_group = make_group(place, spec, experts, config.experts.redundant, device, max_running)
     scheme = spec.quantization.scheme if spec.quantization else None
-    ops = select(device, TORCH_DTYPES[dtype], KV_DTYPES[kv_dtype], config.model.kernels, experts, scheme)
+    types = TORCH_DTYPES[dtype], KV_DTYPES[kv_dtype]
+    ops = select(device, *types, config.model.kernels, experts, scheme, sinks=spec.sinks)
     # Half the bytes, the same numbers: compiled kernels widen bfloat16 as they read it.
     halved = config.model.dtype == "auto" and spec.dtype == "bfloat16" and compiled(ops) and _all_compiled(spec)
     matrix_dtype = torch.bfloat16 if halved else None
@@ -210,7 +211,8 @@ def warm_up(engine: Engine, max_batched_tokens: int, progress: Progress) -> None
     for sequence in batch:
         engine.discard(sequence)
     model, local = engine.model, engine.model.local
-    if model.ops.prefill_attention is FUSED.prefill_attention and engine.cache.tensor.dtype == model.dtype:
+    own_dtype = engine.cache.tensor.dtype == model.dtype
+    if model.ops.prefill_attention is FUSED.prefill_attention and own_dtype and not local.sinks:
         progress("attention plans", 0.0)
         longest = min(max_batched_tokens, local.max_positions)
         prepare(local.num_heads, local.num_kv_heads, local.head_dim, model.dtype, model.device, longest)

@@ -24,6 +24,10 @@ def reference(gate_up: Tensor) -> Tensor:
     return torch.nn.functional.silu(gate) * up
 
 
+SWIGLU_LIMIT = 7.0
+SWIGLU_ALPHA = 1.702
+
+
 def clamped_swiglu(gate_up: Tensor) -> Tensor:
     """g · sigmoid(1.702 · g) · (u + 1), where g is the gate, at most 7, and u is up, within ± 7 (gpt-oss,
     arXiv:2508.10925).
@@ -35,8 +39,8 @@ def clamped_swiglu(gate_up: Tensor) -> Tensor:
         [tokens, inner].
     """
     gate, up = gate_up.chunk(2, dim=-1)
-    gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
-    return gate * torch.sigmoid(1.702 * gate) * (up + 1)
+    gate, up = gate.clamp(max=SWIGLU_LIMIT), up.clamp(-SWIGLU_LIMIT, SWIGLU_LIMIT)
+    return gate * torch.sigmoid(SWIGLU_ALPHA * gate) * (up + 1)
 
 
 GATED = {"silu": reference, "clamped_swiglu": clamped_swiglu}
@@ -62,6 +66,25 @@ def fused(gate_up: Tensor) -> Tensor:
         block = min(1024, next_power_of_2(inner))
         _silu_mul_kernel[(tokens, -(-inner // block))](gate_up, out, inner, gate_up.stride(0), block)
     return out
+
+
+def unit_constants(activation: str) -> tuple[float, float]:
+    """Limit and alpha of one of `GATED`, as `gated_tile` takes them."""
+    return (SWIGLU_LIMIT, SWIGLU_ALPHA) if activation == "clamped_swiglu" else (0.0, 1.0)
+
+
+@kernel
+def gated_tile(gate, up, DTYPE: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr):  # type: ignore[no-untyped-def]
+    """One of `GATED`, in DTYPE, of float32 sums."""
+    gate, up = gate.to(DTYPE).to(tl.float32), up.to(DTYPE)
+    if LIMIT > 0:
+        # Not by minimum and maximum, which would make numbers of NaNs.
+        gate, wide = tl.where(gate > LIMIT, LIMIT, gate), up.to(tl.float32)
+        wide = tl.where(wide > LIMIT, LIMIT, tl.where(wide < -LIMIT, -LIMIT, wide))
+        value = (gate * tl.sigmoid(ALPHA * gate) * (wide + 1)).to(DTYPE)
+    else:
+        value = (gate * tl.sigmoid(gate)).to(DTYPE) * up
+    return value
 
 
 @kernel

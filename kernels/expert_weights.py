@@ -57,6 +57,11 @@ class ExpertWeights:
         biases = {"gate_up_bias": self.gate_up_bias, "down_bias": self.down_bias}
         return named | {name: bias for name, bias in biases.items() if bias is not None}
 
+    @property
+    def ordinary(self) -> bool:
+        """Whether the gated unit is SiLU's, and nothing is added."""
+        return self.activation == "silu" and self.gate_up_bias is None and self.down_bias is None
+
     def expert(self, index: int) -> Expert:
         """One expert: views."""
         gate_up_bias = None if self.gate_up_bias is None else self.gate_up_bias[index]

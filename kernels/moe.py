@@ -146,8 +146,8 @@ def fused(x: Tensor, router: Tensor, gate_up: Tensor, down: Tensor, top_k: int, 
 
 
 def fused_experts(x: Tensor, weights: Tensor, ids: Tensor, experts: ExpertWeights) -> Tensor:
-    """`reference_experts` on a GPU, for SiLU without biases. The host never waits."""
-    if len(x) and moe_few.serves(len(x), len(experts), ids.shape[1]):
+    """`reference_experts` on a GPU. The host never waits."""
+    if len(x) and experts.ordinary and moe_few.serves(len(x), len(experts), ids.shape[1]):
         return moe_few.fused_experts(x, weights, ids, experts)
     return moe_sorted.fused_experts(x, weights, ids, experts)
 

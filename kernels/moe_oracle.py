@@ -117,14 +117,14 @@ def _bare(spec: ExpertsSpec, form: Form) -> str | None:
     return "shared experts are not summed up inside" if spec.shared else None
 
 
-def _plain(spec: ExpertsSpec) -> str | None:
+def _plain(spec: ExpertsSpec, *, any_unit: bool) -> str | None:
     """What compiled kernels and Triton's for unquantised weights take."""
     if spec.weights is not None:
         return f"weights are not taken in {spec.weights.name}"
-    return _arithmetic(spec)
+    return _arithmetic(spec, any_unit=any_unit)
 
 
-def _packed(spec: ExpertsSpec, device: Device) -> str | None:
+def _packed(spec: ExpertsSpec, device: Device, *, any_unit: bool) -> str | None:
     """What Triton's kernels for quantised weights take."""
     if spec.weights is None:
         return "nothing is quantised"
@@ -135,12 +135,15 @@ def _packed(spec: ExpertsSpec, device: Device) -> str | None:
         refused = dtype_refused(torch.float8_e4m3fn, device)
         if refused is not None:
             return refused
-    return _arithmetic(spec)
+    return _arithmetic(spec, any_unit=any_unit)
 
 
-def _arithmetic(spec: ExpertsSpec) -> str | None:
+def _arithmetic(spec: ExpertsSpec, *, any_unit: bool) -> str | None:
+    """What an expert computes; ``any_unit``: with biases too, and all of `activation.GATED`."""
     if spec.activations != "none":
         return f"activations are not taken in {spec.activations}"
+    if any_unit:
+        return None
     if spec.biases:
         return "experts' biases are not added"
     return None if spec.activation == "silu" else f"the gated unit is SiLU, not {spec.activation}"
@@ -155,7 +158,8 @@ def _triton(form: Form, *, packed: bool = False) -> Callable[[ExpertsSpec, Devic
         if device.capability is not None and device.capability < (8, 0):
             return f"Triton needs compute capability 8.0, {device.name} has {version(device.capability)}"
         refused = dtype_refused(spec.dtype, device) or _bare(spec, form)
-        return refused or (_packed(spec, device) if packed else _plain(spec))
+        any_unit = form != "monolithic"
+        return refused or (_packed(spec, device, any_unit=any_unit) if packed else _plain(spec, any_unit=any_unit))
 
     return refuses
 
@@ -168,7 +172,7 @@ def _numba(form: Form) -> Callable[[ExpertsSpec, Device], str | None]:
             return "Numba is not installed"
         if spec.dtype != torch.float32:
             return f"compiled kernels compute in float32, not in {str(spec.dtype).removeprefix('torch.')}"
-        return _bare(spec, form) or _plain(spec)
+        return _bare(spec, form) or _plain(spec, any_unit=False)
 
     return refuses
 
@@ -196,6 +200,8 @@ def _torch_takes(spec: ExpertsSpec, device: Device, form: Form) -> str | None:
 
 
 def _serves_triton(spec: ExpertsSpec, device: Device) -> str:
+    if spec.biases or spec.activation != "silu":
+        return "Triton, sorted by expert"
     most = moe_few.most_tokens(spec.num_experts, spec.top_k)
     few = f"up to {most} token{'s' * (most > 1)}" if most else "no token"
     return f"{few}: Triton, pair by pair; more: Triton, sorted by expert"

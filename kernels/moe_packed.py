@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from . import moe_sorted
+from .activation import gated_tile, unit_constants
 from .expert_weights import ExpertWeights
-from .moe_sorted import Entry, Products, Tile, _Sorted, _tile
+from .moe_sorted import Entry, Products, Tile, _Sorted, _tile, add_both, bias_of
 from .on_gpu import kernel, next_power_of_2, tl
 from .packed_tile import expert_strides, kind, packed_tile, source
 from .schemes.packed import Packed
@@ -41,34 +42,35 @@ def fused(
 def fused_experts(
     x: Tensor, weights: Tensor, ids: Tensor, experts: ExpertWeights, entry: Entry | None = None
 ) -> Tensor:
-    """`moe.reference_experts` of quantised ones, for SiLU without biases; ``entry`` instead of the table's."""
+    """`moe.reference_experts` of quantised ones; ``entry`` instead of the table's."""
     return moe_sorted.fused_experts(x, weights, ids, experts, entry, _PACKED)
 
 
 def fused_batched(x: Tensor, counts: Tensor, experts: ExpertWeights, entry: Entry | None = None) -> Tensor:
-    """`moe.reference_batched` of quantised experts, for SiLU without biases; ``entry`` instead of the table's."""
+    """`moe.reference_batched` of quantised experts; ``entry`` instead of the table's."""
     return moe_sorted.fused_batched(x, counts, experts, entry, _PACKED)
 
 
 def _multiply(
-    x: Tensor, gate_up: Packed, down: Packed, sorted_pairs: _Sorted, top_k: int, num_tiles: int, entry: Entry,
-    result: Tensor,
-) -> None:  # fmt: skip
+    x: Tensor, own: ExpertWeights, sorted_pairs: _Sorted, top_k: int, num_tiles: int, entry: Entry, result: Tensor
+) -> None:
     """As `moe_sorted._multiply`."""
-    hidden, experts, inner = x.shape[1], len(gate_up), down.columns
+    gate_up, down = own.packed()
+    hidden, experts, inner = x.shape[1], len(own), down.columns
     rows = entry.gate_up.rows
     weights, order, starts, counts, ends = sorted_pairs
     activated = torch.empty(len(order), inner, dtype=x.dtype, device=x.device)
     table = order, starts, counts, ends, experts, next_power_of_2(experts)
     plan, depth = entry.gate_up, min(entry.gate_up.depth, max(32, next_power_of_2(hidden)))
     _gate_up_kernel[(num_tiles, -(-inner // plan.columns))](
-        x, *source(gate_up), *expert_strides(gate_up), activated, *table, top_k, hidden, inner, x.stride(0),
-        *kind(gate_up, depth), rows, plan.columns, depth, num_warps=plan.warps, num_stages=plan.stages,
+        x, *source(gate_up), *expert_strides(gate_up), *bias_of(own.gate_up_bias, x), activated, *table, top_k, hidden,
+        inner, x.stride(0), *unit_constants(own.activation), *kind(gate_up, depth), rows, plan.columns, depth,
+        num_warps=plan.warps, num_stages=plan.stages,
     )  # fmt: skip
     plan, depth = entry.down, min(entry.down.depth, max(32, next_power_of_2(inner)))
     _down_kernel[(num_tiles, -(-hidden // plan.columns))](
-        activated, *source(down), *expert_strides(down), weights, result, *table, hidden, inner, *kind(down, depth),
-        rows, plan.columns, depth, num_warps=plan.warps, num_stages=plan.stages,
+        activated, *source(down), *expert_strides(down), *bias_of(own.down_bias, x), weights, result, *table, hidden,
+        inner, *kind(down, depth), rows, plan.columns, depth, num_warps=plan.warps, num_stages=plan.stages,
     )  # fmt: skip
 
 
@@ -78,9 +80,10 @@ _PACKED = Products(TILES, _FLOAT32, _multiply)
 @kernel
 def _gate_up_kernel(  # type: ignore[no-untyped-def]
     x, codes, scales, zeros, groups, code_stride, scale_stride, group, row_block, expert_codes, expert_scales,
-    expert_zeros, expert_groups, activated, order, starts, counts, ends, experts, EXPERTS: tl.constexpr, top_k, hidden,
-    inner, x_stride, KIND: tl.constexpr, SPREAD: tl.constexpr, COUNT: tl.constexpr, ZEROS: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    expert_zeros, expert_groups, bias, BIAS: tl.constexpr, activated, order, starts, counts, ends, experts,
+    EXPERTS: tl.constexpr, top_k, hidden, inner, x_stride, LIMIT: tl.constexpr, ALPHA: tl.constexpr,
+    KIND: tl.constexpr, SPREAD: tl.constexpr, COUNT: tl.constexpr, ZEROS: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     if tl.program_id(0) >= tl.load(ends + experts - 1):
         return
@@ -107,9 +110,9 @@ def _gate_up_kernel(  # type: ignore[no-untyped-def]
             SPREAD, COUNT, ZEROS, COLUMNS, DEPTH,
         )  # fmt: skip
         up += tl.dot(a, tl.trans(b.to(x.dtype.element_ty)), input_precision="ieee")
-    dtype = activated.dtype.element_ty
-    gate, up = gate.to(dtype).to(tl.float32), up.to(dtype)
-    value = (gate * tl.sigmoid(gate)).to(dtype) * up
+    if BIAS:
+        gate, up = add_both(gate, up, bias + expert * 2 * inner, column, inner)
+    value = gated_tile(gate, up, activated.dtype.element_ty, LIMIT, ALPHA)
     place = activated + row.to(tl.int64)[:, None] * inner + column[None, :]
     tl.store(place, value, mask=inside[:, None] & (column < inner)[None, :])
 
@@ -117,9 +120,9 @@ def _gate_up_kernel(  # type: ignore[no-untyped-def]
 @kernel
 def _down_kernel(  # type: ignore[no-untyped-def]
     activated, codes, scales, zeros, groups, code_stride, scale_stride, group, row_block, expert_codes, expert_scales,
-    expert_zeros, expert_groups, weights, result, order, starts, counts, ends, experts, EXPERTS: tl.constexpr, hidden,
-    inner, KIND: tl.constexpr, SPREAD: tl.constexpr, COUNT: tl.constexpr, ZEROS: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    expert_zeros, expert_groups, bias, BIAS: tl.constexpr, weights, result, order, starts, counts, ends, experts,
+    EXPERTS: tl.constexpr, hidden, inner, KIND: tl.constexpr, SPREAD: tl.constexpr, COUNT: tl.constexpr,
+    ZEROS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     if tl.program_id(0) >= tl.load(ends + experts - 1):
         return
@@ -140,6 +143,8 @@ def _down_kernel(  # type: ignore[no-untyped-def]
             COUNT, ZEROS, COLUMNS, DEPTH,
         )  # fmt: skip
         total += tl.dot(a, tl.trans(b.to(activated.dtype.element_ty)), input_precision="ieee")
+    if BIAS:
+        total += tl.load(bias + expert * hidden + column, mask=column < hidden, other=0.0).to(tl.float32)[None, :]
     scaled = total * tl.load(weights + pair, mask=inside, other=0.0)[:, None]
     place = result + pair.to(tl.int64)[:, None] * hidden + column[None, :]
     tl.store(place, scaled.to(result.dtype.element_ty), mask=inside[:, None] & (column < hidden)[None, :])

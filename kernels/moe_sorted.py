@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import linear
+from .activation import gated_tile, unit_constants
 from .expert_weights import ExpertWeights
 from .on_gpu import kernel, kernel_varying, next_power_of_2, tl
 from .schemes.packed import Weight
@@ -94,7 +95,7 @@ def fused(
     table = _sort(linear.fused(x, router), top_k, renormalize, entry.gate_up.rows)
     result = torch.empty(pairs, x.shape[1], dtype=x.dtype, device=x.device)
     num_tiles = min(pairs, pairs // entry.gate_up.rows + experts)
-    products.multiply(x, gate_up, down, table, top_k, num_tiles, entry, result)
+    products.multiply(x, ExpertWeights(gate_up, down), table, top_k, num_tiles, entry, result)
     return result.view(tokens, top_k, -1).sum(1)
 
 
@@ -106,7 +107,7 @@ def fused_experts(
     entry: Entry | None = None,
     products: Products | None = None,
 ) -> Tensor:
-    """`moe.reference_experts` on a GPU, for SiLU without biases; ``entry`` and ``products`` as in `fused`."""
+    """`moe.reference_experts` on a GPU; ``entry`` and ``products`` as in `fused`."""
     tokens, top_k = ids.shape
     pairs, count = tokens * top_k, len(experts)
     if not pairs:
@@ -117,15 +118,15 @@ def fused_experts(
     # Pairs that are nobody's stay zero.
     result = torch.zeros(pairs, x.shape[1], dtype=x.dtype, device=x.device)
     num_tiles = min(pairs, pairs // entry.gate_up.rows + count)
-    products.multiply(x, experts.gate_up, experts.down, table, top_k, num_tiles, entry, result)
+    products.multiply(x, experts, table, top_k, num_tiles, entry, result)
     return result.view(tokens, top_k, -1).sum(1)
 
 
 def fused_batched(
     x: Tensor, counts: Tensor, experts: ExpertWeights, entry: Entry | None = None, products: Products | None = None
 ) -> Tensor:
-    """`moe.reference_batched` on a GPU, for SiLU without biases; ``entry`` and ``products`` as in `fused`. Its launches
-    do not depend on the counts, so that a CUDA graph can record it."""
+    """`moe.reference_batched` on a GPU; ``entry`` and ``products`` as in `fused`. Its launches do not depend on the
+    counts, so that a CUDA graph can record it."""
     num_experts, rows, hidden = x.shape
     pairs, products = num_experts * rows, products or PLAIN
     result = torch.empty_like(x)
@@ -141,30 +142,36 @@ def fused_batched(
         ((counts + tile - 1) // tile).cumsum(0, dtype=torch.int32),
     )
     num_tiles = num_experts * -(-rows // tile)
-    products.multiply(x.view(pairs, hidden), experts.gate_up, experts.down, table, 1, num_tiles, entry, result)
+    products.multiply(x.view(pairs, hidden), experts, table, 1, num_tiles, entry, result)
     return result
 
 
 def _multiply(
-    x: Tensor, gate_up: Tensor, down: Tensor, sorted_pairs: _Sorted, top_k: int, num_tiles: int, entry: Entry,
-    result: Tensor,
-) -> None:  # fmt: skip
+    x: Tensor, own: ExpertWeights, sorted_pairs: _Sorted, top_k: int, num_tiles: int, entry: Entry, result: Tensor
+) -> None:
     """result[pair] = the weighted output of the pair's expert for the pair's token, one of ``top_k`` of x [tokens,
     hidden]; ``result`` is [pairs, hidden] in any shape. Pairs that are in no expert's part are left alone."""
-    hidden, experts, inner = x.shape[1], len(gate_up), down.shape[2]
+    gate_up, down = own.plain()
+    hidden, experts, inner = x.shape[1], len(own), down.shape[2]
     gate_up_tile, down_tile = entry.gate_up, entry.down
     rows = gate_up_tile.rows
     weights, order, starts, counts, ends = sorted_pairs
     activated = torch.empty(len(order), inner, dtype=x.dtype, device=x.device)
     table = order, starts, counts, ends, experts, next_power_of_2(experts)
     _gate_up_kernel[(num_tiles, -(-inner // gate_up_tile.columns))](
-        x, gate_up, activated, *table, top_k, hidden, inner, x.stride(0), gate_up.stride(0),
-        rows, gate_up_tile.columns, gate_up_tile.depth, num_warps=gate_up_tile.warps, num_stages=gate_up_tile.stages,
+        x, gate_up, *bias_of(own.gate_up_bias, x), activated, *table, top_k, hidden, inner, x.stride(0),
+        gate_up.stride(0), *unit_constants(own.activation), rows, gate_up_tile.columns, gate_up_tile.depth,
+        num_warps=gate_up_tile.warps, num_stages=gate_up_tile.stages,
     )  # fmt: skip
     _down_kernel[(num_tiles, -(-hidden // down_tile.columns))](
-        activated, down, weights, result, *table, hidden, inner, down.stride(0),
-        rows, down_tile.columns, down_tile.depth, num_warps=down_tile.warps, num_stages=down_tile.stages,
+        activated, down, *bias_of(own.down_bias, x), weights, result, *table, hidden, inner, down.stride(0), rows,
+        down_tile.columns, down_tile.depth, num_warps=down_tile.warps, num_stages=down_tile.stages,
     )  # fmt: skip
+
+
+def bias_of(bias: Tensor | None, other: Tensor) -> tuple[Tensor, bool]:
+    """What kernels take for a bias: without one, ``other`` in its place, and that it is none."""
+    return (other, False) if bias is None else (bias, True)
 
 
 PLAIN = Products(TILES, _FLOAT32, _multiply)
@@ -345,9 +352,19 @@ def _tile(  # type: ignore[no-untyped-def]
 
 
 @kernel
+def add_both(gate, up, bias, column, inner):  # type: ignore[no-untyped-def]
+    """Sums and an expert's bias, gate first."""
+    held = column < inner
+    gate += tl.load(bias + column, mask=held, other=0.0).to(tl.float32)[None, :]
+    up += tl.load(bias + inner + column, mask=held, other=0.0).to(tl.float32)[None, :]
+    return gate, up
+
+
+@kernel
 def _gate_up_kernel(  # type: ignore[no-untyped-def]
-    x, gate_up, activated, order, starts, counts, ends, experts, EXPERTS: tl.constexpr, top_k, hidden, inner,
-    x_stride, expert_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    x, gate_up, bias, BIAS: tl.constexpr, activated, order, starts, counts, ends, experts, EXPERTS: tl.constexpr, top_k,
+    hidden, inner, x_stride, expert_stride, LIMIT: tl.constexpr, ALPHA: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     if tl.program_id(0) >= tl.load(ends + experts - 1):
         return
@@ -363,9 +380,9 @@ def _gate_up_kernel(  # type: ignore[no-untyped-def]
         held = (column < inner)[:, None] & (at < hidden)
         gate += tl.dot(a, tl.trans(tl.load(weight + at, mask=held, other=0.0)), input_precision="ieee")
         up += tl.dot(a, tl.trans(tl.load(weight + inner * hidden + at, mask=held, other=0.0)), input_precision="ieee")
-    dtype = activated.dtype.element_ty
-    gate, up = gate.to(dtype).to(tl.float32), up.to(dtype)
-    value = (gate * tl.sigmoid(gate)).to(dtype) * up
+    if BIAS:
+        gate, up = add_both(gate, up, bias + expert * 2 * inner, column, inner)
+    value = gated_tile(gate, up, activated.dtype.element_ty, LIMIT, ALPHA)
     tl.store(
         activated + row[:, None] * inner + column[None, :], value, mask=inside[:, None] & (column < inner)[None, :]
     )
@@ -373,8 +390,8 @@ def _gate_up_kernel(  # type: ignore[no-untyped-def]
 
 @kernel
 def _down_kernel(  # type: ignore[no-untyped-def]
-    activated, down, weights, result, order, starts, counts, ends, experts, EXPERTS: tl.constexpr, hidden, inner,
-    expert_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    activated, down, bias, BIAS: tl.constexpr, weights, result, order, starts, counts, ends, experts,
+    EXPERTS: tl.constexpr, hidden, inner, expert_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     if tl.program_id(0) >= tl.load(ends + experts - 1):
         return
@@ -387,6 +404,8 @@ def _down_kernel(  # type: ignore[no-untyped-def]
         held = (column < hidden)[:, None] & (at < inner)
         w = tl.load(down + expert * expert_stride + column[:, None] * inner + at, mask=held, other=0.0)
         total += tl.dot(a, tl.trans(w), input_precision="ieee")
+    if BIAS:
+        total += tl.load(bias + expert * hidden + column, mask=column < hidden, other=0.0).to(tl.float32)[None, :]
     scaled = total * tl.load(weights + pair, mask=inside, other=0.0)[:, None]
     place = result + pair.to(tl.int64)[:, None] * hidden + column[None, :]
     tl.store(place, scaled.to(result.dtype.element_ty), mask=inside[:, None] & (column < hidden)[None, :])

@@ -128,6 +128,8 @@ class Needs(NamedTuple):
     """None: plain ones, of a number that is not known."""
     scheme: Scheme | None = None
     """Of its quantised weights, if it has any."""
+    sinks: bool = False
+    """Whether its attention has sinks."""
 
 
 class _Backend(NamedTuple):
@@ -166,7 +168,7 @@ def _numba_refuses(op: str, needs: Needs, device: Device) -> str | None:
         return f"compiled kernels compute in float32, not in {_name(needs.dtype)}"
     if op in _ON_KV and needs.kv_dtype != torch.float32:
         return f"compiled kernels read float32 KV, not {_name(needs.kv_dtype)}"
-    return None
+    return "whole layers take no attention sinks" if op == "decode_layers" and needs.sinks else None
 
 
 _TRITON_CAPABILITY = (8, 0)
@@ -256,7 +258,7 @@ def _serves(op: str, backend: str, needs: Needs, device: Device) -> str:
         ("prefill_attention", "triton"): (
             f"prompts of {prefill_attention.DIRECT_LEAST:,} tokens and more, while whole: cuDNN through torch; "
             "others, and later chunks: Triton"
-            if needs.dtype == needs.kv_dtype != torch.float32
+            if needs.dtype == needs.kv_dtype != torch.float32 and not needs.sinks
             else "Triton"
         ),
         ("linear", "numba"): f"weights of up to {linear.MAX_COMPILED_WEIGHTS:,} elements: Numba; larger: oneDNN",
@@ -305,13 +307,15 @@ def select(
     wanted: Mapping[str, str] | None = None,
     experts: ExpertsSpec | None = None,
     scheme: Scheme | None = None,
+    *,
+    sinks: bool = False,
 ) -> Ops:
     """The fastest implementation of each operation for ``dtype``, on a device of this machine.
 
     Raises:
         ConfigError: as `choose`, or the device is not here.
     """
-    return assemble(choose(Needs(dtype, kv_dtype or dtype, experts, scheme), describe(device), wanted))
+    return assemble(choose(Needs(dtype, kv_dtype or dtype, experts, scheme, sinks), describe(device), wanted))
 
 
 def compiled(ops: Ops) -> bool:

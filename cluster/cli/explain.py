@@ -68,7 +68,7 @@ def choices_for(config: Config, spec: ModelSpec, device: Device) -> dict[str, Ch
     sharing = max(config.expert_parallel(role) for role in ("prefill", "decode", "colocated"))
     experts = experts_spec(spec, dtype, 1, sharing)
     scheme = spec.quantization.scheme if spec.quantization else None
-    choices = choose(Needs(dtype, kv_dtype, experts, scheme), device, config.model.kernels)
+    choices = choose(Needs(dtype, kv_dtype, experts, scheme, spec.sinks), device, config.model.kernels)
     if experts is not None and sharing > 1 and device.type == "cuda":
         choices["moe, few tokens"] = select_experts(experts._replace(format="batched"), device)
     absent = set()

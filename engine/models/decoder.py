@@ -62,6 +62,7 @@ class Layer:
         self.head_norm = HeadNorm(make(head_dim), make(head_dim), spec.norm_eps) if spec.qk_norm else None
         self.o = make.matrix(attention, ("o_proj",), [spec.hidden], heads * head_dim, cut_columns=True)
         self.o_bias = make(spec.hidden) if spec.o_bias else None
+        self.sinks = make(heads) if spec.sinks else None
         self._added_bias = self.o_bias if group.rank == 0 else None
         self.post_norm = make(spec.hidden)
         self.mlp: Mlp | Experts
@@ -74,7 +75,7 @@ class Layer:
     def weights(self) -> LayerWeights | None:
         """What `kernels.decode_layers` computes with; None for a layer that it does not cover."""
         mlp = self.mlp
-        if isinstance(mlp, Mlp) and mlp.gate_up_bias is not None:
+        if self.sinks is not None or (isinstance(mlp, Mlp) and mlp.gate_up_bias is not None):
             return None
         feed = mlp.weights if isinstance(mlp, Experts) else mlp
         qkv, o, gate_up, down = self.qkv, self.o, feed.gate_up, feed.down
@@ -117,11 +118,12 @@ class Layer:
     ) -> Tensor:
         single = batch.num_single
         tables, lengths = own.block_tables, batch.context_lens
+        how = self.scale, self.window, self.sinks
         if own.spans is None:
-            return ops.decode_attention(q, cache, self.place, tables, lengths, self.scale, self.window)
-        out = ops.prefill_attention(q, k, v, cache, self.place, own.spans, self.scale, self.window)
+            return ops.decode_attention(q, cache, self.place, tables, lengths, *how)
+        out = ops.prefill_attention(q, k, v, cache, self.place, own.spans, *how)
         if single:
-            out[:single] = ops.decode_attention(q[:single], cache, self.place, tables, lengths, self.scale, self.window)
+            out[:single] = ops.decode_attention(q[:single], cache, self.place, tables, lengths, *how)
         return out
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ...kernels.schemes.destination import Destination
-from ...kernels.schemes.packed import Cut, Packed, Weight
+from ...kernels.schemes.packed import Cut, Packed, Weight, small
 from .decoder import Decoder, Layer
 from .experts import Experts
 from .parameters import cannot_divide
@@ -32,7 +32,7 @@ def destinations(model: Decoder) -> dict[str, Destination]:
 
 
 def elsewhere(model: Decoder) -> set[str]:
-    """The names of tensors that other ranks have, which hold other experts."""
+    """The names of tensors that other ranks have: those of other experts, and biases that one rank adds for all."""
     names = set()
     for layer in model.layers:
         if isinstance(layer.mlp, Experts):
@@ -41,16 +41,18 @@ def elsewhere(model: Decoder) -> set[str]:
             parts = [name.removeprefix(own) for name in _experts(layer.mlp, model, prefix) if name.startswith(own)]
             others = set(range(layer.mlp.spec.num_experts)) - set(layer.mlp.held)
             names |= {f"{prefix}experts.{expert}.{part}" for expert in others for part in parts}
+            if layer.mlp.spec.biases and layer.mlp.weights.down_bias is None:  # the first rank adds it
+                names.add(f"{prefix}experts.down_proj_bias")
     return names
 
 
 def alternatives(name: str) -> list[str]:
     """Other names under which checkpoints carry the tensor ``name``."""
-    if ".mlp.experts." in name or ".mlp.gate.weight" in name:
+    if ".mlp.experts." in name or ".mlp.gate." in name:
         mixtral = name.replace(".mlp.", ".block_sparse_moe.")
         for ours, theirs in (("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2")):
             mixtral = mixtral.replace(ours, theirs)
-        return [mixtral]
+        return [mixtral, name.replace(".mlp.gate.", ".mlp.router.")]
     return []
 
 
@@ -94,6 +96,8 @@ def _layer(layer: Layer, model: Decoder, prefix: str) -> dict[str, Destination]:
             names[f"{attention}{part}_proj.bias"] = _rows(bias, wholes[part], starts[part])
     if layer.o_bias is not None:
         names[attention + "o_proj.bias"] = _whole(layer.o_bias)
+    if layer.sinks is not None:
+        names[attention + "sinks"] = _rows(layer.sinks, spec.num_heads, group.rank * local.num_heads)
     if layer.head_norm is not None:
         names[attention + "q_norm.weight"] = _whole(layer.head_norm.query)
         names[attention + "k_norm.weight"] = _whole(layer.head_norm.key)
@@ -119,17 +123,45 @@ def _experts(mlp: Experts, model: Decoder, prefix: str) -> dict[str, Destination
         names |= _gated(mlp.shared.gate_up, mlp.shared.down, inner, model, prefix + "shared_experts.")
     inner, quantization = mlp.spec.inner * model.group.size, model.spec.quantization
     weights = mlp.weights
-    if isinstance(weights.gate_up, Packed) and quantization is not None and quantization.scheme.only_experts:
-        cuts = _gated_cuts(inner, mlp.spec.inner, 2, model)
-        for name, weight, cut in zip(("gate_up", "down"), (weights.gate_up, weights.down), cuts, strict=True):
-            for full, part in _packed(weight, 0, cut, model, f"{prefix}experts.{name}_proj", "_").items():
-                shape = mlp.spec.num_experts, *part.shape[1:]
-                names[full] = part._replace(shape=shape, experts=tuple(mlp.held))
-        return names
+    packed = isinstance(weights.gate_up, Packed)
+    if mlp.spec.stacked or (packed and quantization is not None and quantization.scheme.only_experts):
+        return names | _stacked(mlp, model, prefix + "experts.")
     for slot, index in enumerate(mlp.held):
         expert = weights.expert(slot)
         names |= _gated(expert.gate_up, expert.down, inner, model, f"{prefix}experts.{index}.")
     return names
+
+
+def _stacked(mlp: Experts, model: Decoder, prefix: str) -> dict[str, Destination]:
+    """Of experts that are published in one tensor each for gate and up, whose rows alternate, and for down."""
+    weights, hidden, inner = mlp.weights, model.spec.hidden, mlp.spec.inner
+    cuts = _gated_cuts(inner * model.group.size, inner, 2, model)
+    gate_up, down = f"{prefix}gate_up_proj", f"{prefix}down_proj"
+    names: dict[str, Destination] = {}
+    for name, weight, cut in zip((gate_up, down), (weights.gate_up, weights.down), cuts, strict=True):
+        if isinstance(weight, Packed):
+            names |= _packed(weight, 0, cut, model, name, "_")
+    count, (rows, columns) = len(weights), cuts
+    if isinstance(weights.gate_up, Tensor) and isinstance(weights.down, Tensor):
+        # Published as x multiplies with them: [experts, inputs, outputs].
+        names[gate_up] = Destination(
+            weights.gate_up.view(count, 2, inner, hidden), (count, hidden, rows.rows), 2, rows.first_row, rows.num_rows,
+            convert=lambda part: part.unflatten(2, (-1, 2)).permute(0, 3, 2, 1), dummy=small,
+        )  # fmt: skip
+        names[down] = Destination(
+            weights.down, (count, columns.columns, hidden), 1, columns.first_column, columns.num_columns,
+            convert=lambda part: part.transpose(1, 2), dummy=small,
+        )  # fmt: skip
+    if weights.gate_up_bias is not None:
+        names[gate_up + "_bias"] = Destination(
+            weights.gate_up_bias.view(count, 2, inner), (count, rows.rows), 1, rows.first_row, rows.num_rows,
+            convert=lambda part: part.unflatten(1, (-1, 2)).transpose(1, 2), dummy=small,
+        )  # fmt: skip
+    if weights.down_bias is not None:
+        names[down + "_bias"] = Destination(weights.down_bias, (count, hidden), 1, dummy=small)
+    total = mlp.spec.num_experts
+    held = None if mlp.held == list(range(total)) else tuple(mlp.held)
+    return {name: place._replace(shape=(total, *place.shape[1:]), experts=held) for name, place in names.items()}
 
 
 def _gated(gate_up: Weight, down: Weight, inner: int, model: Decoder, prefix: str) -> dict[str, Destination]:

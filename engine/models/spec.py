@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...core.errors import ConfigError
+from ...kernels.activation import SWIGLU_LIMIT
 from ...kernels.routing import Routing
 from .quantization import Quantization, parse_quantization
 
@@ -38,6 +39,8 @@ class MoeSpec:
     """The experts' gated unit: a key of `kernels.activation.GATED`."""
     shared_inner: int = 0
     """Inner size of the experts, taken together, that every token goes to."""
+    stacked: bool = False
+    """Whether a checkpoint has all experts of a layer in one tensor."""
 
     @property
     def routing(self) -> Routing:
@@ -73,6 +76,8 @@ class ModelSpec:
     dtype: str
     """Of the checkpoint: float32, bfloat16 or float16."""
     quantization: Quantization | None = None
+    sinks: bool = False
+    """Whether each head has a learned logit beside those of the tokens."""
 
 
 _Reader = Callable[[Mapping[str, Any]], dict[str, Any]]
@@ -129,6 +134,35 @@ def _mixtral(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _gpt_oss(config: Mapping[str, Any]) -> dict[str, Any]:
+    limit = config.get("swiglu_limit", SWIGLU_LIMIT)
+    if limit != SWIGLU_LIMIT:
+        raise ValueError(f"swiglu_limit {limit} is not supported, expected {SWIGLU_LIMIT}")
+    layers, window = config["num_hidden_layers"], config.get("sliding_window") or 0
+    kinds = config.get("layer_types") or [("sliding_attention", "full_attention")[i % 2] for i in range(layers)]
+    if len(kinds) != layers:
+        raise ValueError(f"layer_types has {len(kinds)} entries, expected num_hidden_layers, {layers}")
+    bias = bool(config.get("attention_bias", True))
+    return {
+        "qkv_bias": bias,
+        "o_bias": bias,
+        "sinks": True,
+        "windows": [window if kind == "sliding_attention" else 0 for kind in kinds],
+        "moe": MoeSpec(
+            num_experts=_first(config, "num_local_experts", "num_experts"),
+            top_k=_first(config, "num_experts_per_tok", "experts_per_token"),
+            inner=config["intermediate_size"],
+            renormalize=True,
+            method="topk_softmax",
+            router_bias=True,
+            biases=True,
+            activation="clamped_swiglu",
+            stacked=True,
+        ),
+        "moe_layers": frozenset(range(layers)),
+    }
+
+
 def _first(config: Mapping[str, Any], name: str, other: str) -> Any:
     """A key that writers of config.json spell in two ways."""
     return config[name] if name in config else config[other] if other in config else config[name]
@@ -145,6 +179,7 @@ def _qwen_windows(config: Mapping[str, Any]) -> list[int]:
 
 
 ARCHITECTURES: dict[str, _Reader] = {
+    "GptOssForCausalLM": _gpt_oss,
     "LlamaForCausalLM": _llama,
     "MistralForCausalLM": _mistral,
     "MixtralForCausalLM": _mixtral,

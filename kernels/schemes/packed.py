@@ -153,6 +153,11 @@ def constant(value: float, dtype: torch.dtype) -> Callable[[tuple[int, ...], tor
     return lambda shape, generator: torch.full(shape, value, dtype=dtype, device=generator.device)
 
 
+def small(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """A `Dummy` of random numbers as trained weights have them."""
+    return torch.empty(shape, dtype=torch.bfloat16, device=generator.device).normal_(0.0, 0.02, generator=generator)
+
+
 def random_bits(dtype: torch.dtype) -> Callable[[tuple[int, ...], torch.Generator], Tensor]:
     """A `Dummy` of random bits; int32 or uint8."""
     low, high = (-(1 << 31), 1 << 31) if dtype == torch.int32 else (0, 256)

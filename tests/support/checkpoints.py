@@ -63,6 +63,17 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
+    "gpt_oss": (
+        "GptOss",
+        {
+            "head_dim": 10, "num_hidden_layers": 4, "num_local_experts": 5, "num_experts_per_tok": 3,
+            "intermediate_size": 19, "sliding_window": 23,
+            "rope_parameters": {
+                "rope_type": "yarn", "rope_theta": 150000.0, "factor": 8.0, "beta_fast": 32.0, "beta_slow": 1.0,
+                "truncate": False, "original_max_position_embeddings": 128,
+            },
+        },
+    ),
 }  # fmt: skip
 
 
@@ -80,6 +91,10 @@ def make_checkpoint(family: str, folder: Path, seed: int = 0, **overrides: Any) 
                 parameter.add_(torch.randn_like(parameter) * 0.1)
             elif parameter_name.endswith("bias"):
                 parameter.copy_(torch.randn_like(parameter) * 0.1)
+            if parameter_name.endswith("gate_up_proj_bias"):
+                parameter.mul_(40)  # beyond the unit's clamps
+            elif parameter_name.endswith("sinks"):
+                parameter.copy_(torch.randn_like(parameter))
     model.save_pretrained(folder)
     return model
 

@@ -193,6 +193,7 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("qwen3_moe", "gptq_order", _MIXTURE),
     ("mixtral", "awq", _MIXTRAL),
     ("qwen3_moe", "mxfp4", {"hidden_size": 64, "moe_intermediate_size": 32}),
+    ("gpt_oss", "mxfp4", {"hidden_size": 64, "intermediate_size": 32}),
 ]
 """Family, layout, sizes that its groups and words divide."""
 
@@ -207,6 +208,13 @@ def make_quantized(family: str, layout: str, folder: Path, **overrides: Any) -> 
     written, said = dict(tensors), dict(tensors)
     experts: dict[str, dict[int, dict[str, torch.Tensor]]] = {}
     for name, weight in tensors.items():
+        if name.endswith((".experts.gate_up_proj", ".experts.down_proj")):
+            # All experts in one tensor: [experts, inputs, outputs], and quantised [experts, outputs, inputs].
+            each = [quantize(name, expert.T.contiguous()) for expert in weight]
+            said[name] = torch.stack([what.T for _, what in each])
+            del written[name]
+            written |= {f"{name}_{kind}": torch.stack([parts[kind] for parts, _ in each]) for kind in each[0][0]}
+            continue
         module = name.removesuffix(".weight")
         expert = ".experts." in module
         if (not module.endswith("_proj") and not expert) or module in skipped or not name.endswith(".weight"):

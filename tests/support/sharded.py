@@ -15,6 +15,7 @@ from tandem.engine.batch import Work
 from tandem.engine.engine import Engine
 from tandem.engine.kv_cache import KVCache
 from tandem.engine.models.decoder import Decoder
+from tandem.engine.models.experts import experts_spec
 from tandem.engine.models.shard import local_kv_heads
 from tandem.engine.models.spec import read_spec
 from tandem.engine.runner import Runner
@@ -34,6 +35,7 @@ FAMILIES: dict[str, dict[str, object]] = {
     "qwen3": {"num_attention_heads": 8, "num_key_value_heads": 1},
     "qwen3_moe": {"num_attention_heads": 8, "moe_intermediate_size": 20},
     "mixtral": {"num_attention_heads": 8, "head_dim": 8, "num_key_value_heads": 8},
+    "gpt_oss": {"num_attention_heads": 8, "intermediate_size": 20},
 }
 BLOCK_TOKENS = 8
 
@@ -64,7 +66,7 @@ def make_checkpoints(folder: Path) -> None:
 def engine_of(folder: Path, group: Group, device: torch.device) -> Engine:
     """An engine in float32 over a rank's part of a checkpoint."""
     spec = read_spec(folder)
-    ops = select(device, torch.float32)
+    ops = select(device, torch.float32, experts=experts_spec(spec, torch.float32, group.size))
     model = Decoder(spec, 256, torch.float32, device, ops, group=group)
     load_weights(model, folder)
     heads = local_kv_heads(spec, group.size)

@@ -33,6 +33,7 @@ CPU = torch.device("cpu")
 FAMILIES: dict[str, dict[str, object]] = {
     "qwen3_moe": {"num_experts": 8, "decoder_sparse_step": 1},
     "mixtral": {"num_local_experts": 4},
+    "gpt_oss": {"num_local_experts": 8, "num_experts_per_tok": 2},
 }
 # Prompts of each rank, by their lengths; what is beyond a rank's turn it spends idle.
 PROMPTS = ((45, 9), (), (33,), (1, 2, 3))

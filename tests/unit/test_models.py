@@ -24,6 +24,8 @@ from tandem.engine.models.spec import ARCHITECTURES, MoeSpec, context_length, pa
 from tandem.engine.weights import fill_dummy, fingerprint, load_weights
 from tandem.kernels.oracle import REFERENCE
 from tandem.kv_transfer.layout import KVLayout
+from transformers import GptOssConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 CPU = torch.device("cpu")
 BASE: dict[str, Any] = {
@@ -52,6 +54,36 @@ def test_windows() -> None:
     kinds = ["sliding_attention", "full_attention"] * 2
     assert spec_of(**qwen, use_sliding_window=True, layer_types=kinds).windows == (16, 0, 16, 0)
     assert spec_of(architectures=["MistralForCausalLM"], sliding_window=7).windows == (7, 7)
+
+
+def test_gpt_oss_as_published() -> None:
+    """The keys of openai/gpt-oss-20b's config.json that matter; without layer_types every other layer has a window."""
+    rope = {"beta_fast": 32.0, "beta_slow": 1.0, "factor": 32.0, "original_max_position_embeddings": 4096,
+            "rope_type": "yarn", "truncate": False}  # fmt: skip
+    ignored = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    published = {
+        "architectures": ["GptOssForCausalLM"], "attention_bias": True, "num_local_experts": 32, "swiglu_limit": 7.0,
+        "num_experts_per_tok": 4, "sliding_window": 128, "rope_theta": 150000, "rope_scaling": rope, "head_dim": 64,
+        "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": ignored},
+    }  # fmt: skip
+    spec = spec_of(**published)
+    assert spec.windows == spec_of(**published, layer_types=["sliding_attention", "full_attention"]).windows == (128, 0)
+    assert spec.sinks
+    assert spec.qkv_bias
+    assert spec.o_bias
+    assert spec.moe == MoeSpec(
+        32, 4, 8, True, "topk_softmax", router_bias=True, biases=True, activation="clamped_swiglu", stacked=True
+    )
+    assert spec.quantization.scheme_of("model.layers.0.mlp.experts.0.down_proj") is not None
+    theirs = GptOssConfig(head_dim=64, rope_parameters=rope | {"rope_theta": 150000})
+    frequencies, factor = ROPE_INIT_FUNCTIONS["yarn"](theirs, CPU)
+    angles = torch.arange(5000).float()[:, None] * frequencies
+    want = factor * torch.cat((angles.cos(), angles.sin()), 1)
+    torch.testing.assert_close(cos_sin_table(spec.rope, 64, 5000, 131072), want, atol=2e-3, rtol=0)
+    with pytest.raises(ConfigError, match=r"swiglu_limit 5.0 is not supported, expected 7.0"):
+        spec_of(**published | {"swiglu_limit": 5.0})
+    with pytest.raises(ConfigError, match="layer_types has 3 entries, expected num_hidden_layers, 2"):
+        spec_of(**published, layer_types=["full_attention"] * 3)
 
 
 def test_end_tokens() -> None:

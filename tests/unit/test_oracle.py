@@ -86,6 +86,11 @@ def test_reasons() -> None:
         == "compiled kernels read float32 KV, not float16"
     )
     assert "numba" not in reasons(FLOAT._replace(kv_dtype=torch.float16), CPU, "linear")
+    sinks = FLOAT._replace(sinks=True)
+    assert reasons(sinks, CPU, "decode_layers")["numba"] == "whole layers take no attention sinks"
+    assert choose(sinks, CPU)["decode_attention"].backend == "numba"
+    assert "cuDNN" in choose(HALF, H100)["prefill_attention"].serves
+    assert choose(HALF._replace(sinks=True), H100)["prefill_attention"].serves == "Triton"
 
 
 def test_a_type_that_a_gpu_lacks() -> None:
