@@ -1,7 +1,9 @@
 """Between a worker's prefix cache and the tiers: full blocks go out, and those of prompts that come again come back.
 
 A store costs a tier and its owner as much for one block as for many: blocks that fill during decode are gathered, over
-all sequences, until there are enough, a moment has passed, or the worker has nothing to compute. Nothing here belongs to a request. A store holds a reference to its blocks until its result is there; a load fills
+all sequences, until there are enough, a moment has passed, or the worker has nothing to compute.
+
+Nothing here belongs to a request. A store holds a reference to its blocks until its result is there; a load fills
 blocks of its own, and gives them to the prefix cache, where whoever waits for them finds them like any others. So a
 request that ends, or that has waited for long enough, leaves a load to itself. Sans-IO; nothing blocks but `close`.
 """
