@@ -17,7 +17,7 @@ from ...core.errors import ConfigError
 from ...core.units import format_bytes
 from .base import HostBlocks, Notify, Spill, Tier
 from .disk import open_disk
-from .folders import check_room
+from .folders import check_room, remove_strays
 from .host import HostTier
 from .keeper import start_keeper
 from .objects import open_objects
@@ -43,6 +43,8 @@ class Place(NamedTuple):
     """A name that no other cluster has, and that a worker's next life still has; "": nobody else is there."""
     network: Network | None = None
     """For a remote tier."""
+    workers: frozenset[str] = frozenset()
+    """Names of all that the cluster has. What others left on disks is removed; empty: whoever was there may return."""
 
 
 def host_socket(folder: Path) -> Path:
@@ -98,6 +100,12 @@ def open_stack(
     """
     if not config.tiers:
         return None
+    for number, tier in enumerate(config.tiers if place.workers else ()):
+        for path in tier.path:
+            try:
+                remove_strays(Path(path).expanduser(), place.workers, place.cluster)
+            except ConfigError as error:
+                raise ConfigError(f"offload.tiers.{number}.{error.message}", fix=error.fix) from None
     check_room(config.tiers)
     levels: list[Level] = []
     try:

@@ -143,6 +143,37 @@ def test_a_folder_is_one_clusters(tmp_path: Path) -> None:
     open_as("another", "colocated-0").close()
 
 
+def test_fewer_workers_leave_nothing_behind(tmp_path: Path) -> None:
+    """Those that are left have the whole capacity, and no more; what is in use, or nobody's, is left alone."""
+    config = offload({"kind": "disk", "capacity": "1MiB", "path": str(tmp_path / "a")})
+    names = [f"decode-{number}" for number in range(4)]
+
+    def open_as(worker: str, workers: list[str]) -> OffloadStack:
+        place = Place(tmp_path, worker, len(workers), "one", None, frozenset(workers))
+        stack = open_stack(config, BLOCK_BYTES, place, SystemClock(), lambda: None)
+        assert stack is not None
+        ready(stack.levels[0].tier)
+        return stack
+
+    stacks = [open_as(name, names) for name in names]
+    (tmp_path / "a" / "notes").mkdir()
+    for stack in stacks[:3]:
+        stack.close()
+    left = open_as("decode-0", names[:1])
+    assert {path.name for path in (tmp_path / "a").iterdir()} == {"cluster", "notes", "decode-0", "decode-3"}
+    for stack in (stacks[3], left):
+        stack.close()
+    open_as("decode-0", names[:1]).close()
+    taken = sum(file.stat().st_blocks * 512 for file in (tmp_path / "a").glob("**/*") if file.is_file())
+    assert taken <= (1 << 20) + (8 << 10)
+    place = Place(tmp_path, "decode-7", 1, "another", None, frozenset({"decode-7"}))
+    with contextlib.ExitStack() as stop:
+        stop.callback(os.close, claim(tmp_path / "a", "one"))
+        with pytest.raises(ConfigError, match=r"offload\.tiers\.0\.path: .* another cluster"):
+            open_stack(config, BLOCK_BYTES, place, SystemClock(), lambda: None)
+    assert (tmp_path / "a" / "decode-0").exists()
+
+
 def test_clusters_that_start_at_once(tmp_path: Path) -> None:
     """One of them has the folder, with all of its workers."""
     barrier = threading.Barrier(12)
