@@ -8,13 +8,14 @@ import threading
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from support.tiers import BLOCK_BYTES, content_of, end, keys_of, ready
 from tandem.core.clock import SystemClock
 from tandem.core.config import Config, OffloadConfig
 from tandem.core.errors import ConfigError
 from tandem.kv_transfer.offload.base import HostBlocks
-from tandem.kv_transfer.offload.build import Place, open_stack, start_host_tier
+from tandem.kv_transfer.offload.build import Place, memory_bytes, open_stack, start_host_tier
 from tandem.kv_transfer.offload.folders import check_room, claim
 from tandem.kv_transfer.offload.stack import OffloadStack
 
@@ -199,3 +200,24 @@ def test_more_memory_than_there_is(tmp_path: Path) -> None:
         start_host_tier(offload({"kind": "host", "capacity": "1024TiB"}), BLOCK_BYTES, tmp_path)
     with pytest.raises(ConfigError, match=r"offload\.tiers\.0\.capacity: 4\.0 KiB holds no block"):
         start_host_tier(offload({"kind": "host", "capacity": "4KiB"}), BLOCK_BYTES, tmp_path)
+
+
+def test_workers_and_the_tier_share_the_memory(tmp_path: Path) -> None:
+    half = memory_bytes() * 6 // 10
+    with pytest.raises(ConfigError, match=r"of memory, of which a worker's kv\.capacity takes"):
+        start_host_tier(offload({"kind": "host", "capacity": half}), BLOCK_BYTES, tmp_path, half)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "limit"),
+    [
+        ("memory.max", "1048576\n", 1 << 20),
+        ("memory.max", "max\n", None),
+        ("memory/memory.limit_in_bytes", "2097152\n", 2 << 20),
+        ("memory/memory.limit_in_bytes", f"{(1 << 63) - 4096}\n", None),
+    ],
+)
+def test_a_container_has_less_memory_than_its_host(tmp_path: Path, name: str, text: str, limit: int | None) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text(text)
+    assert memory_bytes(tmp_path) == (limit or psutil.virtual_memory().total)
