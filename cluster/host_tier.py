@@ -84,7 +84,10 @@ class HostTierOwner:
 
     def _start(self, block_bytes: int, folder: Path) -> None:
         offload = self._config.offload
-        self._processes.append(_Watched("host tier's memory", lambda: start_host_tier(offload, block_bytes, folder)))
+        caches = _least_cache_bytes(self._config)
+        self._processes.append(
+            _Watched("host tier's memory", lambda: start_host_tier(offload, block_bytes, folder, caches))
+        )
         remote = next((tier for tier in offload.tiers if tier.kind == "remote"), None)
         if remote is not None:
             keys = msgspec.msgpack.decode(self._keys, type=ClusterKeys)
@@ -103,6 +106,18 @@ class HostTierOwner:
             self._processes.pop().close()
         shutil.rmtree(folder, ignore_errors=True)
         self._janitor.communicate()
+
+
+def _least_cache_bytes(config: Config) -> int:
+    """What KV takes of a node's memory at least: one worker is there, and of those on the CPU some capacities are
+    known."""
+    sizes = []
+    for role in type(config.pools).model_fields:
+        pool = getattr(config.pools, role)
+        if pool is not None:
+            capacity = config.of_pool(role).kv.capacity
+            sizes.append(0 if pool.gpus_per_replica or capacity == "auto" else capacity)
+    return min(sizes)
 
 
 class _Watched:

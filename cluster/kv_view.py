@@ -46,6 +46,7 @@ class KVView:
         self._index = PrefixIndex() if index is None else index
         self._nodes: dict[PeerId, str] = {}
         self._kinds: dict[PeerId, _Kind] = {}
+        self._all_kinds: set[_Kind] = set()
         self._next: dict[PeerId, int] = {}
         """Number of the next event of those whose snapshot has begun."""
         self._holders: dict[PeerId, set[str]] = {}
@@ -65,6 +66,7 @@ class KVView:
         """A worker is gone, and what it alone could reach."""
         self._next.pop(peer, None)
         self._kinds.pop(peer, None)
+        self._all_kinds = set(self._kinds.values())
         holders = self._holders.pop(peer, set())
         for holder in holders - set().union(*self._holders.values()):
             self._index.forget(holder)
@@ -81,6 +83,7 @@ class KVView:
                 for own in [own for own in self._holders.get(peer, ()) if own == peer or own.startswith(peer + "/")]:
                     self._index.forget(own)
                 self._kinds[peer] = _Kind(message.fingerprint, message.block_tokens)
+                self._all_kinds = set(self._kinds.values())
             self._next[peer] = message.next_number
             self._index.apply(holder, split_hashes(message.blocks), ())
         elif (expected := self._next.get(peer)) is None:
@@ -98,7 +101,7 @@ class KVView:
     def match(self, tokens: Sequence[int], salt: str) -> dict[PeerId, Held]:
         """The workers that have a prompt's beginning. Hashes the prompt as far as anybody has it."""
         held: dict[PeerId, Held] = {}
-        for kind in set(self._kinds.values()):
+        for kind in self._all_kinds:
             size = kind.block_tokens
             root = root_hash(kind.fingerprint, salt)
             # A worker computes at least one token, and so uses one block less of a prompt that is whole blocks.

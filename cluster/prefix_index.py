@@ -83,17 +83,18 @@ class PrefixIndex:
         """
         lengths: dict[str, int] = {}
         there = self._views
-        before, num_blocks = -1, 0
-        find = self._holders.get
-        for block in hashes:
-            now = find(block, 0)
+        before: int | None = -1
+        num_blocks = 0
+        for now in map(self._holders.get, hashes):
             if now != before:
+                if now is None:
+                    break
                 if num_blocks:
                     lengths.update((peer, num_blocks) for peer, mask in there if not mask & now)
                 there = [view for view in there if view[1] & now]
+                if not there:
+                    return lengths
                 before = now
-            if not there:
-                return lengths
             num_blocks += 1
         if num_blocks:
             lengths.update((peer, num_blocks) for peer, _ in there)

@@ -45,6 +45,15 @@ class _Prompt(NamedTuple):
     beginning: bytes
 
 
+class _Load(NamedTuple):
+    """What a worker has to do before whoever comes to it now; the first decides."""
+
+    cost: int
+    """In prompt tokens to compute."""
+    waiting: int
+    """Requests, going by its report."""
+
+
 _NO_OTHERS = _Others(0, 0)
 
 
@@ -68,6 +77,12 @@ class Router:
         self._prefill_load: dict[PeerId, int] = {}
         """Prompt tokens that this gateway waits for, by worker that computes them."""
         self._others: dict[PeerId, _Others] = {}
+        self._costs: dict[str, dict[PeerId, _Load]] = {"decode": {}, "prefill": {}}
+        """By pool. Kept up to date, so that a decision weighs few of many workers."""
+        self._decoders: list[PeerId] | None = None
+        """Sorted; None: to be looked for again."""
+        self._readable: dict[PeerId, list[PeerId]] = {}
+        """Of decode workers, the prefill workers that they can read from, sorted; looked for when they are missing."""
         self._turns = {"decode": itertools.count(), "prefill": itertools.count()}
 
     def follow(self, membership: Membership) -> None:
@@ -77,21 +92,31 @@ class Router:
         for table in (self._reports, self._others, self._decode_load, self._prefill_load):
             for peer in table.keys() - self._members.keys():
                 del table[peer]
+        for costs in self._costs.values():
+            costs.clear()
+        for peer in self._members:
+            self._weigh(peer)
+        self._look_again()
 
     def forget(self, peer: PeerId) -> None:
         """A worker cannot be reached, whatever the membership says, until it reports again."""
         if peer in self._members:
             self._silent.add(peer)
+            self._look_again()
 
     def report(self, peer: PeerId, report: Report) -> None:
         """A worker tells its load."""
         if peer in self._members:
+            before = self._reports.get(peer)
+            if peer in self._silent or before is None or before.peers != report.peers:
+                self._look_again()
             self._reports[peer] = report
             self._others[peer] = _Others(
                 max(0, report.running + report.waiting - self._decode_load.get(peer, 0)),
                 max(0, report.queued_tokens - self._prefill_load.get(peer, 0)),
             )
             self._silent.discard(peer)
+            self._weigh(peer)
 
     def members(self) -> list[Member]:
         """Those that can be routed to, gateways left out."""
@@ -104,17 +129,21 @@ class Router:
             tokens: its prompt.
             salt: its tenant's.
         """
-        decoders = [member.peer for member in self.members() if member.role in ("decode", "colocated")]
-        if not decoders:
+        if self._decoders is None:
+            self._decoders = sorted(m.peer for m in self.members() if m.role in ("decode", "colocated"))
+        if not self._decoders:
             return None
         prompt = self._look_at(tokens, salt)
-        decode = self._pick("decode", sorted(decoders), self._decode_load, prompt)
+        decode = self._pick("decode", self._decoders, self._decode_load, prompt)
         prefill = ""
         if self._members[decode].role != "colocated":
-            report = self._reports.get(decode)
-            reachable = [peer for peer in (report.peers if report else ()) if self._is_there(peer)]
-            if reachable:
-                prefill = self._pick("prefill", sorted(reachable), self._prefill_load, prompt)
+            readable = self._readable.get(decode)
+            if readable is None:
+                report = self._reports.get(decode)
+                readable = sorted(peer for peer in (report.peers if report else ()) if self._is_there(peer))
+                self._readable[decode] = readable
+            if readable:
+                prefill = self._pick("prefill", readable, self._prefill_load, prompt)
         held = prompt.held.get(prefill or decode, NOTHING).with_tiers
         return Placement(decode, prefill, len(tokens) - held)
 
@@ -163,19 +192,37 @@ class Router:
         start = turn % len(peers)
         turned = peers[start:] + peers[:start]
         if self._policy == "kv_aware":
-            return min(turned, key=lambda peer: (self._cost(pool, peer, prompt), self._waiting(peer)))
+            costs = self._costs[pool]
+            # Of those that have nothing of the prompt, only the least loaded can be better than the rest.
+            least = min(turned, key=costs.__getitem__)
+            if not prompt.held:
+                return least
+            weighed = [peer for peer in turned if peer in prompt.held or peer == least]
+            return min(weighed, key=lambda peer: (self._cost(pool, peer, prompt), costs[peer].waiting))
         return min(turned, key=lambda peer: (load.get(peer, 0), self._waiting(peer)))
 
     def _cost(self, pool: str, peer: PeerId, prompt: _Prompt) -> float:
         """What it takes until a worker has a prompt's KV, those before it included, in prompt tokens to compute."""
         in_cache, with_tiers = prompt.held.get(peer, NOTHING)
-        others = self._others.get(peer, _NO_OTHERS)
-        outputs = self._decode_load.get(peer, 0) + others.outputs
+        cost = self._costs[pool][peer].cost
         if pool == "decode" and self._members[peer].role == "decode":
-            return _MOVE_SHARE * (prompt.num_tokens - in_cache) + _OUTPUT_TOKENS * outputs
+            return _MOVE_SHARE * (prompt.num_tokens - in_cache) + cost
+        return prompt.num_tokens - with_tiers + _MOVE_SHARE * (with_tiers - in_cache) + cost
+
+    def _weigh(self, peer: PeerId) -> None:
+        """What a worker has to do has changed."""
+        others, waiting = self._others.get(peer, _NO_OTHERS), self._waiting(peer)
+        outputs = _OUTPUT_TOKENS * (self._decode_load.get(peer, 0) + others.outputs)
         queued = self._prefill_load.get(peer, 0) + others.tokens
-        cost = prompt.num_tokens - with_tiers + _MOVE_SHARE * (with_tiers - in_cache) + queued
-        return cost + _OUTPUT_TOKENS * outputs if pool == "decode" else cost
+        self._costs["prefill"][peer] = _Load(queued, waiting)
+        self._costs["decode"][peer] = _Load(
+            outputs if self._members[peer].role == "decode" else outputs + queued, waiting
+        )
+
+    def _look_again(self) -> None:
+        """Who can be reached has changed."""
+        self._decoders = None
+        self._readable.clear()
 
     def _pick_by_hash(self, peers: list[PeerId], load: dict[PeerId, int], prompt: _Prompt, size: int) -> PeerId:
         """Rendezvous hashing (Thaler and Ravishankar 1998), with a bound on the load (Mirrokni et al. 2016,
@@ -195,3 +242,5 @@ class Router:
     def _add(self, load: dict[PeerId, int], peer: PeerId, amount: int) -> None:
         if peer:
             load[peer] = max(0, load.get(peer, 0) + amount)
+            if peer in self._members:
+                self._weigh(peer)

@@ -279,11 +279,14 @@ class WorkerRuntime:
 
     def _open_tiers(self, engine: Engine) -> Tiers | None:
         pools = self._config.pools
-        num_workers = sum(pool.replicas for pool in (pools.prefill, pools.decode, pools.colocated) if pool is not None)
+        sizes = {"prefill": pools.prefill, "decode": pools.decode, "colocated": pools.colocated}
+        workers = frozenset(
+            f"{role}-{number}" for role, pool in sizes.items() if pool is not None for number in range(pool.replicas)
+        )
         has_host = any(tier.kind == "host" for tier in self._config.offload.tiers)
         folder = self._host_tier(whole_layout(engine).block_bytes) if has_host else Path()
         network = Network(self._context, self._address, self._config.kv, self._host_tiers, folder.name)
-        place = Place(folder, worker_of(self.peer), num_workers, self._keys.server_public.hex(), network)
+        place = Place(folder, worker_of(self.peer), len(workers), self._keys.server_public.hex(), network, workers)
         others = self._ranks.memory() if self._ranks is not None and self._config.offload.tiers else ()
         return open_tiers(self._config, engine, place, self._clock, self._nudge, others)
 

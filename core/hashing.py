@@ -15,6 +15,7 @@ BlockHash = bytes
 """16 bytes."""
 
 HASH_BYTES = 16
+_PACKED_BLOCKS = 32
 
 
 def root_hash(fingerprint: str, salt: str = "") -> BlockHash:
@@ -30,12 +31,19 @@ def each_block_hash(
     tokens: Sequence[int], block_tokens: int, parent: BlockHash, start_block: int = 0
 ) -> Iterator[BlockHash]:
     """`block_hashes`, each made when it is asked for."""
-    pack = struct.Struct(f"<{block_tokens}I").pack
     blake2b = hashlib.blake2b
-    for block in range(start_block, len(tokens) // block_tokens):
-        first = block * block_tokens
-        parent = blake2b(parent + pack(*tokens[first : first + block_tokens]), digest_size=HASH_BYTES).digest()
-        yield parent
+    stop = len(tokens) // block_tokens
+    # Packing many blocks at once takes a third of the time, but whoever wants one block's key should not wait for more.
+    count = 1
+    while start_block < stop:
+        count = min(count, stop - start_block)
+        first = start_block * block_tokens
+        packed = struct.pack(f"<{count * block_tokens}I", *tokens[first : first + count * block_tokens])
+        for at in range(0, len(packed), 4 * block_tokens):
+            parent = blake2b(parent + packed[at : at + 4 * block_tokens], digest_size=HASH_BYTES).digest()
+            yield parent
+        start_block += count
+        count = _PACKED_BLOCKS
 
 
 def block_hashes(tokens: Sequence[int], block_tokens: int, parent: BlockHash, start_block: int = 0) -> list[BlockHash]:

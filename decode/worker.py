@@ -152,6 +152,8 @@ class DecodeWorker:
         for stream in self._scheduler.admit():
             self._start(stream)
         computed = self._steps.turn()
+        if not computed:
+            self._offloader.idle()
         self._emitter.flush()
         return computed
 

@@ -1,5 +1,8 @@
 """Between a worker's prefix cache and the tiers: full blocks go out, and those of prompts that come again come back.
 
+A store costs a tier and its owner as much for one block as for many: blocks that fill during decode are gathered, over
+all sequences, until there are enough, a moment has passed, or the worker has nothing to compute.
+
 Nothing here belongs to a request. A store holds a reference to its blocks until its result is there; a load fills
 blocks of its own, and gives them to the prefix cache, where whoever waits for them finds them like any others. So a
 request that ends, or that has waited for long enough, leaves a load to itself. Sans-IO; nothing blocks but `close`.
@@ -8,6 +11,7 @@ request that ends, or that has waited for long enough, leaves a load to itself. 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Generic, NamedTuple, TypeVar
 
@@ -31,6 +35,10 @@ _Owner = TypeVar("_Owner")
 
 _HELD_SHARE = 4
 """At most one block of so many is held by stores."""
+_STORED_TOGETHER = 16
+"""Gathered blocks that are enough for a store."""
+_GATHER_S = 0.05
+_PUBLISH_S = 0.25
 _PATIENCE = 2.0
 """A load may take so many times as long as computing would."""
 _LEAST_WAIT_S = 0.05
@@ -110,14 +118,18 @@ class Offloader(Generic[_Owner]):
         self._whole = [number for number, group in enumerate(self._groups) if not group.window]
         self._windowed = [number for number, group in enumerate(self._groups) if group.window]
         self._num_held = 0
+        self._gathered: dict[TierKey, int] = {}
+        self._gathered_since_s = 0.0
+        self._news = False
+        self._published_s = -math.inf
         self._stores: dict[int, list[int]] = {}
         self._fetches: dict[int, _Fetch[_Owner]] = {}
 
     @property
     def num_open(self) -> int:
-        """Stores and loads under way."""
+        """Stores and loads under way, or about to be."""
         num_saved = self._write_back.num_open if self._write_back is not None else 0
-        return len(self._stores) + len(self._fetches) + num_saved
+        return len(self._stores) + len(self._fetches) + num_saved + bool(self._gathered)
 
     # ---- out --------------------------------------------------------------------------------------------------------
 
@@ -125,7 +137,7 @@ class Offloader(Generic[_Owner]):
         """Store a sequence's full blocks, those that came from a cache too, which counts as a use of them. Of layers
         that see a window, also what is dead already and nobody has reused: another prompt may part from this one there.
 
-        What is more than stores may hold now is left for the next call.
+        They may be gathered first, and held meanwhile. What is more than stores may hold now is left for the next call.
 
         Args:
             sequence: whose.
@@ -147,19 +159,33 @@ class Offloader(Generic[_Owner]):
         count = sum(part.position < stop for part in parts)
         self._pool.acquire(blocks[:count])
         self._num_held += count
-        self._stores[self._stack.store(keys[:count], self._memory, blocks[:count])] = blocks[:count]
         sequence.num_offered = stop
+        if not self._gathered.keys().isdisjoint(keys[:count]):
+            self._store_gathered()  # of two uses, neither is lost
+        if not self._gathered:
+            self._gathered_since_s = self._clock.monotonic_s()
+        self._gathered.update(zip(keys[:count], blocks[:count], strict=True))
+        if len(self._gathered) >= min(_STORED_TOGETHER, self._max_held // 2):
+            self._store_gathered()
+
+    def idle(self) -> None:
+        """Nothing is being computed: nothing is gained by gathering more, or by telling metrics later."""
+        self._store_gathered()
+        if self._news:
+            self.publish()
 
     def forget(self, sequence: Sequence, salt: str) -> None:
         """What a sequence computed is not to be trusted: no tier gives it to anybody."""
         num_blocks = max(sequence.num_offered, sequence.num_committed)
         if self._stack is not None and num_blocks:
+            self._store_gathered()
             hashes = sequence.keys(num_blocks, self._block_tokens)
             self._stack.remove([key for space in self._spaces(salt) for key in space.of(hashes)])
 
     def clear(self, salt: str | None, root: BlockHash | None) -> None:
         """The tiers forget everything, or one tenant's blocks; ``root`` is its chains' beginning."""
         if self._stack is not None:
+            self._store_gathered()
             self._stack.clear(None if salt is None else tenant_tag(salt))
             for fetch in self._fetches.values():
                 fetch.forgotten |= root is None or fetch.root == root
@@ -257,6 +283,9 @@ class Offloader(Generic[_Owner]):
         if self._stack is None:
             return []
         over = []
+        now_s = self._clock.monotonic_s()
+        if self._gathered and now_s >= self._gathered_since_s + _GATHER_S:
+            self._store_gathered()
         results = self._stack.poll()
         for result in results:
             blocks = self._stores.pop(result.number, None)
@@ -265,9 +294,9 @@ class Offloader(Generic[_Owner]):
                 self._pool.release(blocks)
             elif self._write_back is None or not self._write_back.ended(result.number):
                 over += self._landed(self._fetches.pop(result.number), result)
-        if results:
-            self._stack.publish(self._metrics)
-        now_s = self._clock.monotonic_s()
+        self._news |= bool(results)
+        if self._news and now_s >= self._published_s + _PUBLISH_S:
+            self.publish()
         for fetch in self._fetches.values():
             if fetch.owner is not None and fetch.deadline_s <= now_s:
                 self._metrics.offload_loads.labels("slow").inc()
@@ -292,13 +321,21 @@ class Offloader(Generic[_Owner]):
     def publish(self) -> None:
         """Bring the tiers' metrics up to date."""
         if self._stack is not None:
+            self._news, self._published_s = False, self._clock.monotonic_s()
             self._stack.publish(self._metrics)
 
     def close(self) -> None:
         """Wait for copies from and to the cache's memory, which may go then. Blocks. Idempotent."""
         if self._stack is not None:
+            self._store_gathered()
             self._stack.close()
             self.poll()
+
+    def _store_gathered(self) -> None:
+        if self._gathered and self._stack is not None:
+            keys, blocks = list(self._gathered), list(self._gathered.values())
+            self._gathered = {}
+            self._stores[self._stack.store(keys, self._memory, blocks)] = blocks
 
     def _landed(self, fetch: _Fetch[_Owner], result: StackResult) -> list[Fetched[_Owner]]:
         """Give what was loaded to the prefix cache."""

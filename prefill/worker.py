@@ -156,6 +156,7 @@ class PrefillWorker:
             self._accept(job)
         plan = self._scheduler.plan()
         if not plan:
+            self._offloader.idle()
             return False
         jobs = {id(job.sequence): job for job in self._scheduler if job.state is JobState.RUNNING}
         ends = [(jobs[id(w.sequence)], w.sequence.num_computed + w.num_new) for w in plan]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import weakref
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from ...core.errors import ConfigError
 from ...core.units import format_bytes
 from .base import HostBlocks, Notify, Spill, Tier
 from .disk import open_disk
-from .folders import check_room
+from .folders import check_room, remove_strays
 from .host import HostTier
 from .keeper import start_keeper
 from .objects import open_objects
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from .network import Network
 
 _SOCKET = "host.socket"
+_CGROUPS = Path("/sys/fs/cgroup")
 
 
 class Place(NamedTuple):
@@ -43,6 +45,8 @@ class Place(NamedTuple):
     """A name that no other cluster has, and that a worker's next life still has; "": nobody else is there."""
     network: Network | None = None
     """For a remote tier."""
+    workers: frozenset[str] = frozenset()
+    """Names of all that the cluster has. What others left on disks is removed; empty: whoever was there may return."""
 
 
 def host_socket(folder: Path) -> Path:
@@ -50,23 +54,40 @@ def host_socket(folder: Path) -> Path:
     return folder / _SOCKET
 
 
-def start_host_tier(config: OffloadConfig, block_bytes: int, folder: Path) -> subprocess.Popen[bytes] | None:
+def memory_bytes(groups: Path = _CGROUPS) -> int:
+    """Of this node: of the host, or what the container may use (cgroups(7), either version) if that is less.
+
+    Args:
+        groups: where the cgroups are seen.
+    """
+    total = int(psutil.virtual_memory().total)
+    for limit in ("memory.max", "memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # there is no such group, or "max"
+            total = min(total, int((groups / limit).read_text()))
+    return total
+
+
+def start_host_tier(
+    config: OffloadConfig, block_bytes: int, folder: Path, cache_bytes: int = 0
+) -> subprocess.Popen[bytes] | None:
     """Start the process that keeps a node's host tier; None: none is configured. To be started again when it dies.
 
     Args:
         config: which tiers.
         block_bytes: of a block, with the heads of all ranks.
         folder: see `Place`.
+        cache_bytes: of the node's memory that KV caches take, as far as is known.
 
     Raises:
-        ConfigError: the capacity is more than the node has, or less than a block; names the key.
+        ConfigError: the capacity is more than the node has beside caches, or less than a block; names the key.
     """
     for number, tier in enumerate(config.tiers):
         if tier.kind == "host":
-            key, total = f"offload.tiers.{number}.capacity", psutil.virtual_memory().total
-            if tier.capacity > total:
+            key, total = f"offload.tiers.{number}.capacity", memory_bytes()
+            if tier.capacity + cache_bytes > total:
+                caches = f", of which a worker's kv.capacity takes {format_bytes(cache_bytes)}" if cache_bytes else ""
                 raise ConfigError(
-                    f"{key}: {format_bytes(tier.capacity)}, and the node has {format_bytes(total)} of memory",
+                    f"{key}: {format_bytes(tier.capacity)}, and the node has {format_bytes(total)} of memory{caches}",
                     fix="leave room for the workers, too",
                 )
             if not slots_within(tier.capacity, block_bytes):
@@ -98,6 +119,12 @@ def open_stack(
     """
     if not config.tiers:
         return None
+    for number, tier in enumerate(config.tiers if place.workers else ()):
+        for path in tier.path:
+            try:
+                remove_strays(Path(path).expanduser(), place.workers, place.cluster)
+            except ConfigError as error:
+                raise ConfigError(f"offload.tiers.{number}.{error.message}", fix=error.fix) from None
     check_room(config.tiers)
     levels: list[Level] = []
     try:

@@ -24,7 +24,7 @@ from ...core.errors import ConfigError
 from ...core.log import logger
 from ...core.units import format_bytes
 from .base import Notify, Tier
-from .folders import SLOT_FILE, claim
+from .folders import LOCK_FILE, SLOT_FILE, claim
 from .index import TierIndex
 from .keys import TierKey
 from .policies import make_policy
@@ -35,7 +35,6 @@ from .threaded import BadBlock, Frame, Lost, ThreadedTier
 PAGE_BYTES = 4096
 """Of which O_DIRECT wants multiples, everywhere."""
 THREADS_PER_PATH = 8
-_LOCK = "lock"
 _SUPERBLOCK = struct.Struct("<8sIQQ")
 _MAGIC = b"tandemKV"
 _VERSION = 1
@@ -188,7 +187,7 @@ class SlotFile:
             self._folder.mkdir(parents=True, exist_ok=True)
             if cluster:
                 self._claim = claim(self._folder.parent, cluster)
-            lock = os.open(self._folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            lock = os.open(self._folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             room = os.statvfs(self._folder)
             free = room.f_bavail * room.f_frsize

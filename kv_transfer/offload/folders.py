@@ -7,15 +7,18 @@ import fcntl
 import os
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from ...core.config import OffloadTierConfig
 from ...core.errors import ConfigError
+from ...core.log import logger
 from ...core.units import format_bytes
 
 SLOT_FILE = "blocks.tandem"
 """In each worker's folder in a tier's."""
+LOCK_FILE = "lock"
+"""Beside it; locked while a worker uses the folder."""
 _CLAIM = "cluster"
 _CLAIM_S = 2.0
 _RETRY_S = 0.01
@@ -56,6 +59,46 @@ def claim(folder: Path, cluster: str) -> int:
         raise
     os.close(descriptor)
     raise ConfigError(f"path: {folder} is in use by another cluster", fix="give each cluster folders of its own")
+
+
+def remove_strays(folder: Path, workers: Collection[str], cluster: str) -> None:
+    """Remove what workers left that the cluster no longer has: those that it has share the whole capacity. Blocks a
+    moment.
+
+    Args:
+        folder: a tier's, in which each worker has one of its own.
+        workers: names of all that the cluster has.
+        cluster: see `claim`.
+
+    Raises:
+        ConfigError: workers of another cluster use the folder.
+    """
+    strays = [file.parent for file in folder.glob(f"*/{SLOT_FILE}") if file.parent.name not in workers]
+    if not strays:
+        return
+    claimed = -1
+    try:
+        claimed = claim(folder, cluster)
+        for stray in strays:
+            _remove(stray)
+    except OSError as error:
+        logger.warning("%s: what workers left that are no more cannot be removed: %s", folder, error)
+    finally:
+        if claimed >= 0:
+            os.close(claimed)
+
+
+def _remove(stray: Path) -> None:
+    lock = os.open(stray / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        with contextlib.suppress(BlockingIOError):  # it is still about to end
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for name in (SLOT_FILE, LOCK_FILE):
+                (stray / name).unlink(missing_ok=True)
+            stray.rmdir()
+            logger.info("%s: removed, there is no such worker any more", stray)
+    finally:
+        os.close(lock)
 
 
 def check_room(tiers: Sequence[OffloadTierConfig]) -> None:

@@ -501,3 +501,4 @@ class HostTier:
                 self._log.warning(
                     "keeper", "%s: the keeper at %s: %s; its blocks are lost", self.name, self._path, reason
                 )
+                self._notify()

@@ -107,6 +107,8 @@ class IndexedTier(abc.ABC):
         self._number = 0
         self._away_until_s = 0.0
         self._away_for_s = 0.0
+        self._retry_s: float | None = None
+        """When `poll` finds the tier no longer away, or tries it again."""
         self._log = RateLimited(_WARN_PERIOD_S)
 
     @property
@@ -181,6 +183,8 @@ class IndexedTier(abc.ABC):
         # Loads go first: one that is late has not merely waited for its turn.
         if any(isinstance(job.job, LoadJob) for job in late):
             self._go_away("slow", f"a load took longer than {self._timeout_s:g} s")
+        if self._retry_s is not None and not self._backing_off:
+            self._retry_s = None
         ended, self._ended = self._ended, []
         return ended
 
@@ -233,7 +237,10 @@ class IndexedTier(abc.ABC):
 
     def next_event_s(self) -> float | None:
         """See `Tier`."""
-        return min((job.deadline_s for job in self._jobs.values()), default=None)
+        times = [job.deadline_s for job in self._jobs.values()]
+        if self._retry_s is not None:
+            times.append(self._retry_s)
+        return min(times, default=None)
 
     def close(self) -> None:
         """See `Tier`."""
@@ -243,7 +250,7 @@ class IndexedTier(abc.ABC):
         for job in list(self._jobs.values()):
             job.error = job.error or f"{self.name} is closed"
             self._end(job)
-        self._away_until_s = float("inf")
+        self._away_until_s, self._retry_s = float("inf"), None
 
     @abc.abstractmethod
     def _start(self, items: Sequence[Item]) -> None:
@@ -345,7 +352,7 @@ class IndexedTier(abc.ABC):
         if self._backing_off:
             return
         self._away_for_s = min(2 * self._away_for_s, LONGEST_AWAY_S) if self._away_for_s else FIRST_AWAY_S
-        self._away_until_s = self._clock.monotonic_s() + self._away_for_s
+        self._away_until_s = self._retry_s = self._clock.monotonic_s() + self._away_for_s
         self._stats.away = cause
         self._log.warning(cause, "%s: %s; it is tried again, and its blocks count as missing", self.name, detail)
 

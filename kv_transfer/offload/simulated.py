@@ -77,6 +77,8 @@ class SimulatedTier(IndexedTier):
         if self._jobs and self._timeout_s != math.inf:
             # All jobs have as long: the oldest is the first to be late.
             times.append(next(iter(self._jobs.values())).deadline_s)
+        if self._retry_s is not None:
+            times.append(self._retry_s)
         return min(times, default=None)
 
     def _start(self, items: Sequence[Item]) -> None:

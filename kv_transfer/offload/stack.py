@@ -18,10 +18,10 @@ from ...core.kv_messages import KVReport
 from ...core.metrics import WorkerMetrics
 from .base import BlockMemory, Change, JobResult, LoadJob, Lookup, Spill, Spilled, StoreJob, Tier
 from .keys import TierKey, tenant_of
+from .published import Published
 
 _REMEMBERED_PER_SLOT = 4
 _FEWEST_REMEMBERED = 1024
-_EVENTS = ("stored", "loaded", "evicted", "refused")
 
 
 class Write(enum.Enum):
@@ -125,10 +125,9 @@ class OffloadStack:
         self._forgotten: list[_Forgotten] = []
         self._seen: list[OrderedDict[TierKey, None]] = [OrderedDict() for _ in levels]
         self._closed = False
-        self._told: list[Counter[str]] = [Counter() for _ in levels]
         self._lookups = [0] * len(self.levels)
         self._hits = [0] * len(self.levels)
-        self._counted: dict[tuple[str, str], float] = {}
+        self._published: list[Published] = []
 
     def lookup(self, keys: Sequence[TierKey]) -> list[Found]:
         """Where some keys are. Does no I/O; counts as no use."""
@@ -289,30 +288,11 @@ class OffloadStack:
         return reports
 
     def publish(self, metrics: WorkerMetrics) -> None:
-        """Bring the tiers' numbers up to date in a worker's metrics."""
-        for level, told in zip(self.levels, self._told, strict=True):
-            name, stats = level.tier.name, level.tier.stats()
-            metrics.offload_slots.labels(name, "all").set(stats.num_slots)
-            metrics.offload_slots.labels(name, "used").set(stats.num_used)
-            metrics.offload_away.labels(name).set(bool(stats.away))
-            for event in _EVENTS:
-                metrics.offload_blocks.labels(name, event).inc(getattr(stats, event) - told[event])
-                told[event] = getattr(stats, event)
-            for cause, count in stats.failures.items():
-                metrics.offload_failures.labels(name, cause).inc(count - told["!" + cause])
-                told["!" + cause] = count
-        for report in self.reports():
-            metrics.offload_oldest_at_s.labels(report.medium).set(report.oldest_at_s)
-            for field, counter in (
-                ("lookups", metrics.offload_lookups.labels(report.medium)),
-                ("hits", metrics.offload_hits.labels(report.medium)),
-                ("loaded_bytes", metrics.offload_bytes.labels(report.medium, "load")),
-                ("stored_bytes", metrics.offload_bytes.labels(report.medium, "store")),
-                ("load_s", metrics.offload_copy_s.labels(report.medium, "load")),
-                ("store_s", metrics.offload_copy_s.labels(report.medium, "store")),
-            ):
-                counter.inc(max(getattr(report, field) - self._counted.get((report.medium, field), 0), 0))
-                self._counted[report.medium, field] = getattr(report, field)
+        """Bring the tiers' numbers up to date in a worker's metrics, always the same."""
+        if not self._published:
+            self._published = [Published(level.tier.name, metrics) for level in self.levels]
+        for level, published, report in zip(self.levels, self._published, self.reports(), strict=True):
+            published.publish(level.tier.stats(), report)
 
     def close(self) -> None:
         """Close all tiers; a last `poll` tells how jobs in flight ended. Blocks. Idempotent."""

@@ -8,13 +8,14 @@ import threading
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from support.tiers import BLOCK_BYTES, content_of, end, keys_of, ready
 from tandem.core.clock import SystemClock
 from tandem.core.config import Config, OffloadConfig
 from tandem.core.errors import ConfigError
 from tandem.kv_transfer.offload.base import HostBlocks
-from tandem.kv_transfer.offload.build import Place, open_stack, start_host_tier
+from tandem.kv_transfer.offload.build import Place, memory_bytes, open_stack, start_host_tier
 from tandem.kv_transfer.offload.folders import check_room, claim
 from tandem.kv_transfer.offload.stack import OffloadStack
 
@@ -143,6 +144,37 @@ def test_a_folder_is_one_clusters(tmp_path: Path) -> None:
     open_as("another", "colocated-0").close()
 
 
+def test_fewer_workers_leave_nothing_behind(tmp_path: Path) -> None:
+    """Those that are left have the whole capacity, and no more; what is in use, or nobody's, is left alone."""
+    config = offload({"kind": "disk", "capacity": "1MiB", "path": str(tmp_path / "a")})
+    names = [f"decode-{number}" for number in range(4)]
+
+    def open_as(worker: str, workers: list[str]) -> OffloadStack:
+        place = Place(tmp_path, worker, len(workers), "one", None, frozenset(workers))
+        stack = open_stack(config, BLOCK_BYTES, place, SystemClock(), lambda: None)
+        assert stack is not None
+        ready(stack.levels[0].tier)
+        return stack
+
+    stacks = [open_as(name, names) for name in names]
+    (tmp_path / "a" / "notes").mkdir()
+    for stack in stacks[:3]:
+        stack.close()
+    left = open_as("decode-0", names[:1])
+    assert {path.name for path in (tmp_path / "a").iterdir()} == {"cluster", "notes", "decode-0", "decode-3"}
+    for stack in (stacks[3], left):
+        stack.close()
+    open_as("decode-0", names[:1]).close()
+    taken = sum(file.stat().st_blocks * 512 for file in (tmp_path / "a").glob("**/*") if file.is_file())
+    assert taken <= (1 << 20) + (8 << 10)
+    place = Place(tmp_path, "decode-7", 1, "another", None, frozenset({"decode-7"}))
+    with contextlib.ExitStack() as stop:
+        stop.callback(os.close, claim(tmp_path / "a", "one"))
+        with pytest.raises(ConfigError, match=r"offload\.tiers\.0\.path: .* another cluster"):
+            open_stack(config, BLOCK_BYTES, place, SystemClock(), lambda: None)
+    assert (tmp_path / "a" / "decode-0").exists()
+
+
 def test_clusters_that_start_at_once(tmp_path: Path) -> None:
     """One of them has the folder, with all of its workers."""
     barrier = threading.Barrier(12)
@@ -168,3 +200,24 @@ def test_more_memory_than_there_is(tmp_path: Path) -> None:
         start_host_tier(offload({"kind": "host", "capacity": "1024TiB"}), BLOCK_BYTES, tmp_path)
     with pytest.raises(ConfigError, match=r"offload\.tiers\.0\.capacity: 4\.0 KiB holds no block"):
         start_host_tier(offload({"kind": "host", "capacity": "4KiB"}), BLOCK_BYTES, tmp_path)
+
+
+def test_workers_and_the_tier_share_the_memory(tmp_path: Path) -> None:
+    half = memory_bytes() * 6 // 10
+    with pytest.raises(ConfigError, match=r"of memory, of which a worker's kv\.capacity takes"):
+        start_host_tier(offload({"kind": "host", "capacity": half}), BLOCK_BYTES, tmp_path, half)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "limit"),
+    [
+        ("memory.max", "1048576\n", 1 << 20),
+        ("memory.max", "max\n", None),
+        ("memory/memory.limit_in_bytes", "2097152\n", 2 << 20),
+        ("memory/memory.limit_in_bytes", f"{(1 << 63) - 4096}\n", None),
+    ],
+)
+def test_a_container_has_less_memory_than_its_host(tmp_path: Path, name: str, text: str, limit: int | None) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text(text)
+    assert memory_bytes(tmp_path) == (limit or psutil.virtual_memory().total)

@@ -13,6 +13,7 @@ from support.tiers import LAYOUT
 from tandem.core.clock import ManualClock
 from tandem.core.metrics import WorkerMetrics
 from tandem.kv_transfer.offload.base import HostBlocks, LoadJob, Lookup, Spill, StoreJob
+from tandem.kv_transfer.offload.indexed import FIRST_AWAY_S
 from tandem.kv_transfer.offload.keys import key_space, tenant_tag
 from tandem.kv_transfer.offload.simulated import Cost, SimulatedTier
 from tandem.kv_transfer.offload.stack import Level, OffloadStack, StackResult, Write
@@ -367,6 +368,26 @@ def test_what_is_late_does_not_keep_a_simulated_tier_busy() -> None:
         times.append(at_s)
     assert times[-1] == pytest.approx(8.25)
     assert tier.lookup(KEYS[:7]) == [Lookup.HIT] * 2 + [Lookup.MISS] * 4 + [Lookup.HIT]
+
+
+def test_a_tier_that_was_slow_asks_for_a_poll_and_returns_by_itself() -> None:
+    clock = ManualClock()
+    tier = SimulatedTier("disk", 8, 1000, "lru", Cost(0.0, 500.0, 1e9), clock, timeout_s=5.0)
+    stack = OffloadStack([Level(tier, Write.THROUGH)], Spill(4, None))
+    stack.store(KEYS[:4], None, range(4))
+    clock.advance(0.1)
+    stack.poll()
+    stack.load(KEYS[:4], None, range(4))
+    clock.advance(5.0)
+    stack.poll()
+    assert (stack.reports()[0].away, tier.lookup(KEYS[:1])) == ("slow", [Lookup.MISS])
+    times = []
+    while (at_s := stack.next_event_s()) is not None:
+        clock.advance_to(at_s)
+        stack.poll()
+        times.append(at_s)
+    assert times[-1] == pytest.approx(5.1 + FIRST_AWAY_S)
+    assert (stack.reports()[0].away, tier.lookup(KEYS[:1])) == ("", [Lookup.HIT])
 
 
 def test_figures_of_each_tier() -> None:

@@ -228,6 +228,39 @@ def test_stores_that_never_end_hold_a_bounded_share(folder: Path, golden: dict[t
     pair.close()
 
 
+def test_blocks_that_fill_in_decode_are_stored_together(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In few jobs, which lose none of them: not a sequence's last, and not those of a step that none follows soon."""
+    slow = Slow(config_of(folder, 120, POOLS["together"]), latency_s=0.0)
+    pair = slow.pair
+    tier, jobs = slow.tiers[pair.decode.peer], []
+    submit_store = tier.submit_store
+    monkeypatch.setattr(tier, "submit_store", lambda job: jobs.append(len(job.keys)) or submit_store(job))
+    tickets = [pair.submit(prompt_of(number, 20), max_tokens=45) for number in range(4)]
+    while len(pair.outputs[tickets[0]].tokens.get(0, [])) < 24:
+        pair.turn()
+    assert 0 < sum(jobs) < 20
+    pair.clock.advance(0.1)
+    pair.turn()
+    assert sum(jobs) == 20, "what is full is stored, although the worker is busy and there is room for more"
+    slow.run()
+    assert sum(jobs) == 32
+    assert len(jobs) <= 4
+    assert tier.stats().stored == 32
+    check(pair)
+    pair.close()
+
+
+def test_equal_blocks_of_two_sequences_are_two_uses(folder: Path) -> None:
+    slow = Slow(config_of(folder, 60, POOLS["together"]), latency_s=0.0, write=Write.SECOND_USE)
+    pair = slow.pair
+    for _ in range(2):
+        pair.submit(prompt_of(0, 20), max_tokens=2)
+    slow.run()
+    assert slow.tiers[pair.decode.peer].stats().stored == 2
+    check(pair)
+    pair.close()
+
+
 def test_second_use(folder: Path) -> None:
     """The prefix cache's own hits count: a prompt that comes twice is kept, one that comes once is not."""
     slow = Slow(config_of(folder, 60, POOLS["together"]), latency_s=0.0, write=Write.SECOND_USE)

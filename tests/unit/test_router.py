@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 
 import pytest
@@ -163,6 +164,36 @@ def test_what_waits_there_may_be_too_much() -> None:
 def test_both_ends_of_a_handoff_are_chosen_by_what_they_have() -> None:
     r = cluster("kv_aware", *DECODES, *PREFILLS, held={DECODES[1]: 20, PREFILLS[0]: 60})
     assert {r.place(PROMPT) for _ in range(4)} == {Placement(DECODES[1], PREFILLS[0], 1000 - 960)}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_cheapest_of_all_is_taken_though_few_are_weighed(seed: int) -> None:
+    rng = random.Random(seed)
+    peers = [f"colocated-{n:02}#1" for n in range(12)]
+    held = {peer: rng.choice((5, 20, 60)) for peer in rng.sample(peers, rng.randrange(5))}
+    r = cluster("kv_aware", *peers, held=held)
+    sent: list[tuple[Placement, int]] = []
+    outputs, queued, others = Counter[str](), Counter[str](), Counter[str]()
+    for _ in range(60):
+        placement = r.place(PROMPT)
+        assert placement is not None
+        costs = {p: 1000 - 16 * held.get(p, 0) + queued[p] + others[p] + 64 * outputs[p] for p in peers}
+        assert costs[placement.decode] == min(costs.values())
+        num_tokens = rng.choice((10, 100, 1000))
+        r.sent(placement, 1, num_tokens)
+        sent.append((placement, num_tokens))
+        outputs[placement.decode] += 1
+        queued[placement.decode] += num_tokens
+        if rng.random() < 0.4:
+            done, num_tokens = sent.pop(rng.randrange(len(sent)))
+            r.prompt_done(done, num_tokens)
+            r.done(done, 1)
+            outputs[done.decode] -= 1
+            queued[done.decode] -= num_tokens
+        if rng.random() < 0.2:
+            peer = rng.choice(peers)
+            others[peer] = rng.choice((0, 300))
+            r.report(peer, Report(outputs[peer], 0, queued[peer] + others[peer], 10, 10))
 
 
 def test_prompts_that_begin_alike_meet() -> None:
