@@ -81,6 +81,6 @@ class Checksums:
             positions = np.arange(start, stop) * size
             element_sums.native(
                 cache, sums, blocks, np.maximum(positions, needed.start), np.minimum(positions + size, needed.stop),
-                numbers, at.start, layout.num_layers, layout.num_kv_heads, size, row_bytes, unit, first_unit,
+                numbers, at.start, layout.num_layers, layout.num_parts * layout.num_kv_heads, size, row_bytes, unit, first_unit,
             )  # fmt: skip
         return sums
