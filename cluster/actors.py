@@ -77,7 +77,15 @@ class _Process:
             from .worker_runtime import WorkerRuntime
 
             self._runtime = WorkerRuntime(
-                self._peer, self._role, self._config, self._keys, address, address, progress, self._host_tier
+                self._peer,
+                self._role,
+                self._config,
+                self._keys,
+                address,
+                address,
+                progress,
+                self._host_tier,
+                self._meet,
             )
         member: Member = self._runtime.start()
         return msgspec.msgpack.encode(member)
@@ -87,6 +95,13 @@ class _Process:
         node, address = ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address()
         try:
             return Path(ray.get(self._controller.host_tier.remote(node, address, block_bytes)))
+        except ray.exceptions.RayTaskError as error:
+            raise _cause(error) from None
+
+    def _meet(self, rendezvous: str) -> str:
+        """Wait for those that share experts with this worker."""
+        try:
+            return str(ray.get(self._controller.meet.remote(self._peer, rendezvous)))
         except ray.exceptions.RayTaskError as error:
             raise _cause(error) from None
 
@@ -343,6 +358,9 @@ class _ControllerActor:
 
     async def _follow_host_tiers(self, host_tiers: list[Member]) -> None:
         await self._controller.follow_host_tiers(host_tiers)
+
+    async def meet(self, peer: PeerId, rendezvous: str) -> str:
+        return await self._controller.meet(peer, rendezvous)
 
     async def phases(self) -> dict[str, str]:
         return self._controller.phases()

@@ -18,6 +18,7 @@ from ..core.errors import ConfigError, TandemError, WorkerError
 from ..core.ids import PeerId, WorkerId, peer_id
 from ..core.log import logger
 from ..core.messages import Member, Membership, Report
+from .expert_groups import ExpertGroups
 
 _MAX_EVENTS = 1000
 _STABLE_S = 10.0
@@ -129,6 +130,7 @@ class Controller:
         self._config = config
         self._launcher = launcher
         self._clock = clock
+        self._groups = ExpertGroups(config)
         self._desired: list[_Desired] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._version = 0
@@ -186,6 +188,10 @@ class Controller:
         self._host_tiers = host_tiers
         if not self._stopping:
             await self._announce()
+
+    async def meet(self, peer: PeerId, rendezvous: str) -> str:
+        """Wait until all workers that share experts with ``peer`` are there; see `ExpertGroups.meet`."""
+        return await self._groups.meet(peer, rendezvous)
 
     async def status(self) -> list[WorkerStatus]:
         """Every worker, and its load."""
@@ -266,6 +272,15 @@ class Controller:
                 worker.member = None
                 if not self._stopping:
                     await self._announce()
+            await self._end_group(worker.peer)
+
+    async def _end_group(self, gone: PeerId) -> None:
+        """Those who shared experts with one that is gone begin anew with its next life."""
+        others = self._groups.gone(gone)
+        handles = [worker.handle for worker in self._desired if worker.peer in others and worker.handle]
+        if handles and not self._stopping:
+            await self._tell(f"{', '.join(sorted(others))} shared experts with {gone}, and start anew")
+            await asyncio.gather(*(handle.stop(0) for handle in handles))
 
     async def _try_links(self) -> None:
         """Find out before the models are read, which may take minutes, whether `kv.require_rdma` can be met.

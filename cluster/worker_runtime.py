@@ -21,8 +21,8 @@ from prometheus_client import CollectorRegistry
 from ..core.clock import SystemClock
 from ..core.config import ColocatedPool, Config, DecodePool, PrefillPool
 from ..core.environment import cache_folder
-from ..core.errors import ConfigError, RequestError, TandemError
-from ..core.ids import PeerId, worker_of
+from ..core.errors import ConfigError, RequestError, TandemError, WorkerError
+from ..core.ids import PeerId, index_of, worker_of
 from ..core.kv_messages import KVClear, KVControlled, KVPin, KVReport, KVUnpin, KVWatch
 from ..core.log import logger
 from ..core.messages import Member, Membership, Message, Report, Scrape, Scraped, Subscribe
@@ -31,6 +31,7 @@ from ..core.wire import ClusterKeys, SecureContext
 from ..decode.worker import DecodeWorker
 from ..engine.build import use_threads, warm_up
 from ..engine.engine import Engine
+from ..engine.expert_parallel import ExpertPlace, open_rendezvous
 from ..engine.kv_control import KVControl
 from ..engine.models.shard import kv_heads_of
 from ..engine.offloader import Offloader
@@ -50,6 +51,8 @@ _INBOX_SIZE = 16384
 _MAX_TAKEN_AT_ONCE = 1024
 _REPORT_PERIOD_S = 1.0
 _RETRY_PERIOD_S = 1.0
+_AGREEMENT_PERIOD_S = 0.005
+"""How long a worker that shares experts may keep the others waiting when it has nothing to do."""
 
 Progress = Callable[[str], None]
 """Called with a worker's phase, for people: "weights 40 %"."""
@@ -75,6 +78,8 @@ class WorkerRuntime:
         node: the node's name, for people.
         progress: told how the start goes on.
         host_tier: called with the bytes of a block, where a host tier is configured: where the node's is found.
+        meet: called with a rendezvous of which this worker may be the first rank, where workers share experts: blocks
+            until all of them have called, and returns the first's.
     """
 
     def __init__(
@@ -87,6 +92,7 @@ class WorkerRuntime:
         node: str,
         progress: Progress,
         host_tier: Callable[[int], Path] = lambda block_bytes: cache_folder(),
+        meet: Callable[[str], str] = lambda rendezvous: rendezvous,
     ) -> None:
         self.peer = peer
         self._role = role
@@ -96,6 +102,7 @@ class WorkerRuntime:
         self._node = node
         self._progress = progress
         self._host_tier = host_tier
+        self._meet = meet
         self._metrics = WorkerMetrics(CollectorRegistry())
         self._clock = SystemClock()
         self._inbox: queue.Queue[_Item] = queue.Queue(_INBOX_SIZE)
@@ -192,7 +199,11 @@ class WorkerRuntime:
         self._progress("reading the model")
         threads = pool.threads or os.cpu_count() or 1
         built, self._ranks = build_on_ranks(
-            self._config, pool, threads, lambda what, done: self._progress(f"{what} {done:.0%}")
+            self._config,
+            pool,
+            threads,
+            lambda what, done: self._progress(f"{what} {done:.0%}"),
+            self._expert_place(),
         )
         if self._ranks is not None:
             self._ranks.watch(self._rank_lost)
@@ -251,9 +262,20 @@ class WorkerRuntime:
                 self._offloader,
             )
         self._update_report()
+        if built.engine.model.experts is not None:
+            built.engine.model.experts.serve()
         self._mesh.start()
         self._progress("ready")
         logger.info("ready at %s", self._mesh.endpoint)
+
+    def _expert_place(self) -> ExpertPlace | None:
+        """Consecutive workers of a pool share experts."""
+        size = self._config.expert_parallel(self._role)
+        if size == 1:
+            return None
+        return ExpertPlace(
+            index_of(worker_of(self.peer)) % size, size, lambda: self._meet(open_rendezvous(self._address))
+        )
 
     def _open_tiers(self, engine: Engine) -> Tiers | None:
         pools = self._config.pools
@@ -311,7 +333,12 @@ class WorkerRuntime:
             deadline_s = self._worker.next_deadline_s()
             if deadline_s is not None and now_s >= deadline_s:
                 self._worker.tick()
-            self._busy = self._worker.step()
+            try:
+                self._busy = self._worker.step() or self._engine.accompany()
+            except WorkerError:
+                if not self._stopping.is_set():
+                    raise
+                break  # workers that share experts end together
             self._look_after_links(now_s)
             self._control.poll(now_s)
             self._publisher.poll(now_s)
@@ -341,6 +368,8 @@ class WorkerRuntime:
             self._publisher.next_due_s(),
             self._control.next_due_s(),
         ]
+        if self._engine.model.experts is not None:
+            deadlines.append(self._clock.monotonic_s() + _AGREEMENT_PERIOD_S)
         if self._current_report() != self._report:
             deadlines.append(self._reported_s + _REPORT_PERIOD_S)
         if self._stopping.is_set():

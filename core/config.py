@@ -70,6 +70,8 @@ class _Pool(_Section):
     tensor_parallel: int = Field(default=1, ge=1, le=8)
     """Processes of one host that share the model, each with a part of every layer. Prefill and decode workers may have
     different numbers of them."""
+    expert_parallel: int | None = Field(default=None, ge=1, le=1024)
+    """Workers of this pool that share the experts of one model. Default: experts.parallel."""
     threads: int | None = Field(default=None, ge=1, le=1024)
     """Threads that one CPU operation may use. Default: all of the node's."""
     kv: PoolKVConfig = PoolKVConfig()
@@ -288,6 +290,14 @@ class OffloadConfig(_Section):
         return self
 
 
+class ExpertsConfig(_Section):
+    parallel: int = Field(default=1, ge=1, le=1024)
+    """Workers of a pool that share the experts of one model: each has some of them, and requests of its own. Divides
+    every pool's replicas. One that dies takes the others of its group along; all start anew."""
+    redundant: int = Field(default=0, ge=0, le=4096)
+    """Experts of a layer that such a group holds a second time. The model's and these divide among its workers."""
+
+
 class LogConfig(_Section):
     level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     """Least severity that is written."""
@@ -305,6 +315,7 @@ class Config(_Section):
     gateway: GatewayConfig = GatewayConfig()
     hidden_states: HiddenStatesConfig = HiddenStatesConfig()
     offload: OffloadConfig = OffloadConfig()
+    experts: ExpertsConfig = ExpertsConfig()
     log: LogConfig = LogConfig()
 
     def of_pool(self, role: str) -> Config:
@@ -335,6 +346,31 @@ class Config(_Section):
         if self.kv.transport == "cuda_ipc" and lacking:
             raise ValueError(f"kv.transport: cuda_ipc is for GPUs, and pools.{lacking[0]}.gpus_per_replica is 0")
         return self
+
+    @model_validator(mode="after")
+    def _check_experts(self) -> Self:
+        for role in ("prefill", "decode", "colocated"):
+            pool, size = getattr(self.pools, role), self.expert_parallel(role)
+            if pool is None or size == 1:
+                continue
+            if pool.replicas % size:
+                raise ValueError(
+                    f"experts.parallel: pools.{role}.replicas: {pool.replicas} is no multiple of {size} workers that "
+                    f"share experts: give {size} replicas, or pools.{role}.expert_parallel: 1"
+                )
+            if pool.tensor_parallel > 1:
+                raise ValueError(
+                    f"experts.parallel: {size} with pools.{role}.tensor_parallel: {pool.tensor_parallel}: workers "
+                    "share either experts or layers"
+                )
+        return self
+
+    def expert_parallel(self, role: str) -> int:
+        """How many workers of a role share the experts of one model; 1 for a gateway."""
+        pool: _Pool | None = getattr(self.pools, role, None)
+        if pool is None:
+            return 1
+        return self.experts.parallel if pool.expert_parallel is None else pool.expert_parallel
 
 
 class ConfigSource:

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import psutil
+
 
 def cache_folder() -> Path:
     """Where Tandem may keep logs and compiled kernels: $XDG_CACHE_HOME/tandem or ~/.cache/tandem."""
@@ -97,6 +99,19 @@ def prepare_collectives(one_host: bool) -> None:
     if one_host and sys.platform == "linux":
         os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+
+
+def prepare_collectives_between_hosts(address: str) -> None:
+    """Set where NCCL and gloo listen: call this before `prepare_collectives`. Left to themselves they take what the
+    host's name stands for, which may be an address that nobody else reaches.
+
+    Args:
+        address: of this host, where others reach it.
+    """
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(found.address == address for found in addresses):
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 
 def prepare_ray() -> None:

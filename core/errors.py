@@ -10,6 +10,7 @@
     │   └── TooLargeError                                                         413
     ├── CapacityError          no room now; try again later                       429 or 503
     ├── TransferError          KV did not arrive, or is not what was asked for
+    ├── PlacementError         loads or numbers that no placement of experts can be made from
     ├── WorkerError            a worker died, or never started                    500
     └── IllegalTransition      a state machine was driven wrongly: a bug, with its history
 
@@ -95,6 +96,10 @@ class TransferError(TandemError):
 
     retryable = True
     reason: str = "transport"
+
+
+class PlacementError(TandemError):
+    """Loads, a topology or a placement of experts that cannot be, or do not fit each other."""
 
 
 class WorkerError(TandemError):

@@ -32,6 +32,11 @@ def worker_of(peer: PeerId) -> WorkerId:
     return peer.rpartition("#")[0]
 
 
+def index_of(worker: WorkerId) -> int:
+    """A worker's number among those of its role."""
+    return int(worker.rpartition("-")[2])
+
+
 def incarnation_of(peer: PeerId) -> int:
     """The number of the life that ``peer`` is."""
     return int(peer.rpartition("#")[2])

@@ -19,6 +19,7 @@ _LATENCY_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5
 _BYTES = tuple(4.0**power for power in range(5, 18))
 _RUNS = tuple(4.0**power for power in range(11))
 _GB_PER_S = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 20, 30, 50, 100, 200, 400)
+_STALL_S = (0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.05, 0.1, 1)
 _STEP_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2)
 
 
@@ -144,6 +145,30 @@ class WorkerMetrics:
         self.transfer_s.labels(transport, peer).observe(seconds)
         if seconds > 0:
             self.transfer_gb_per_s.labels(transport, peer).observe(num_bytes / seconds / 1e9)
+
+
+class ExpertMetrics:
+    """What a rank counts that moves experts."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        r = registry
+        self.registry = registry
+        self.attempts = Counter("tandem_expert_rebalances", "Rebalances by outcome", ["outcome"], registry=r)
+        self.moved = Counter("tandem_experts_moved", "Experts that came into a slot of this rank", registry=r)
+        self.moved_bytes = Counter("tandem_expert_bytes", "Bytes of experts read from peers", registry=r)
+        self.stage_s = Histogram(
+            "tandem_expert_stage_seconds",
+            "Reading a plan (plan), staging a layer (stage), and its wait for all ranks (hand_over)",
+            ["stage"],
+            buckets=_LATENCY_S,
+            registry=r,
+        )
+        self.stall_s = Histogram(
+            "tandem_expert_stall_seconds",
+            "Between two steps: agreeing on experts, and swapping them in",
+            buckets=_STALL_S,
+            registry=r,
+        )
 
 
 class GatewayMetrics:

@@ -18,23 +18,25 @@ from ..kernels import copy_runs
 from ..kernels.compiled import set_num_threads
 from ..kernels.linear import MAX_COMPILED_WEIGHTS
 from ..kernels.moe import MAX_COMPILED_EXPERT
-from ..kernels.oracle import FUSED, NATIVE, recordable, select
+from ..kernels.oracle import FUSED, REFERENCE, compiled, recordable, select
 from ..kernels.prefill_attention import prepare
 from ..kv_transfer.layout import KVLayout, group_layers, layer_groups
 from .allocator import num_blocks_needed
 from .batch import Work
 from .engine import Engine
+from .expert_parallel import ExpertGroup, ExpertPlace, make_group
 from .graphs import DecodeGraphs
 from .kv_cache import KV_DTYPES, TORCH_DTYPES, KVCache, plan_num_blocks
 from .memory import DeviceMemory, lacking, profile_steps
 from .models.decoder import Decoder
+from .models.experts import experts_spec
 from .models.shard import local_kv_heads
 from .models.spec import ModelSpec, context_length, read_spec
 from .row_state import RowState, RowTable
 from .runner import Runner
 from .sequence import Sequence
 from .tensor_parallel import Alone, Group
-from .weights import fill_dummy, fingerprint, load_weights, num_bytes
+from .weights import check_weights, fill_dummy, fingerprint, load_weights, num_bytes
 
 Progress = Callable[[str, float], None]
 """Called with what is being done, and which share of it is."""
@@ -57,6 +59,7 @@ def build_engine(
     overlap: bool | None = None,
     group: Group = Alone(),
     agree: Callable[[int], int] = lambda num_blocks: num_blocks,
+    place: ExpertPlace | None = None,
 ) -> Built:
     """Read the model and make the cache. Blocks for as long as reading takes.
 
@@ -70,9 +73,12 @@ def build_engine(
         overlap: whether the host runs a step ahead of the device. Default: on a GPU.
         group: the ranks that share the model.
         agree: makes of the blocks that this rank has room for those that all have.
+        place: among the ranks that share the experts, each with requests of its own; None: all experts are here. When
+            the weights are there, blocks until the others have come.
 
     Raises:
         ConfigError: the model cannot be served as configured, or does not fit.
+        WorkerError: a rank that shares the experts did not come.
     """
     folder = model_folder(config)
     spec = read_spec(folder)
@@ -84,9 +90,14 @@ def build_engine(
             "the first is 0"
         )
     dtype, kv_dtype = plan_dtypes(config, spec, device.type)
-    ops = select(device, TORCH_DTYPES[dtype], KV_DTYPES[kv_dtype], config.model.kernels)
+    experts = experts_spec(spec, TORCH_DTYPES[dtype], group.size, place.size if place else 1)
+    expert_group: ExpertGroup | None = None
+    if place is not None:
+        expert_group = make_group(place, spec, experts, config.experts.redundant, device, max_running)
+    scheme = spec.quantization.scheme if spec.quantization else None
+    ops = select(device, TORCH_DTYPES[dtype], KV_DTYPES[kv_dtype], config.model.kernels, experts, scheme)
     # Half the bytes, the same numbers: compiled kernels widen bfloat16 as they read it.
-    halved = config.model.dtype == "auto" and spec.dtype == "bfloat16" and ops is NATIVE and _all_compiled(spec)
+    halved = config.model.dtype == "auto" and spec.dtype == "bfloat16" and compiled(ops) and _all_compiled(spec)
     matrix_dtype = torch.bfloat16 if halved else None
     groups = group_layers(spec.windows)
     layout = KVLayout(
@@ -96,13 +107,18 @@ def build_engine(
         block_tokens=config.kv.block_tokens,
         dtype=kv_dtype,
     )
+    meta = Decoder(spec, 16, TORCH_DTYPES[dtype], torch.device("meta"), REFERENCE, matrix_dtype, group, expert_group)
+    check_weights(meta, None if config.model.load == "dummy" else folder)
     memory: DeviceMemory | None = None
     try:
-        model = Decoder(spec, max_model_len, TORCH_DTYPES[dtype], device, ops, matrix_dtype, group)
+        model = Decoder(spec, max_model_len, TORCH_DTYPES[dtype], device, ops, matrix_dtype, group, expert_group)
         if config.model.load == "dummy":
             fill_dummy(model, config.model.seed)
         else:
             load_weights(model, folder, lambda done, total: progress("weights", done / total))
+        if expert_group is not None and place is not None:
+            progress("waiting for those that share the experts", 0.0)
+            expert_group.join(place.meet(), device)
         if device.type == "cuda":
             progress("largest steps (the first time compiles kernels)", 0.0)
             memory = profile_steps(model, layout, max_batched_tokens, max_running, max_model_len, kept_layers)
@@ -114,7 +130,6 @@ def build_engine(
         num_blocks = plan_num_blocks(layout, per_sequence, config.kv.capacity, max_running, max_model_len, available)
         cache = KVCache(layout, agree(num_blocks), device)
     except torch.OutOfMemoryError:
-        meta = Decoder(spec, 16, TORCH_DTYPES[dtype], torch.device("meta"), ops, matrix_dtype, group)
         total = torch.cuda.get_device_properties(device).total_memory
         raise lacking(spec, layout, num_bytes(meta), memory, total) from None
     table, runner = None, Runner(model, cache.tensor, layer_groups(spec.num_layers, config.kv.layer_groups))
@@ -124,7 +139,7 @@ def build_engine(
         num_rows, max_blocks = max_running + MAX_CHILDREN, -(-max_model_len // layout.block_tokens)
         table = RowTable(num_rows, max_blocks, len(groups))
         runner.state = RowState(num_rows, max_blocks, layout.block_tokens, device, ops, len(groups))
-        if device.type == "cuda" and recordable(ops):
+        if device.type == "cuda" and recordable(ops) and expert_group is None:
             runner.graphs = DecodeGraphs(model, cache.tensor, runner.state, max_running, table.spare)
     engine = Engine(runner, cache, config.kv.prefix_cache, table, max_batched_tokens)
     if config.kv.poison_freed:
@@ -157,11 +172,13 @@ def use_threads(engine: Engine, count: int) -> None:
     """
     model = engine.model
     set_num_threads(count)
-    torch.set_num_threads(1 if model.ops is NATIVE and _all_compiled(model.spec) else count)
+    torch.set_num_threads(1 if compiled(model.ops) and _all_compiled(model.spec) else count)
 
 
 def _all_compiled(spec: ModelSpec) -> bool:
-    """Whether every product of a model is small enough for a compiled kernel."""
+    """Whether every product of a model is small enough for a compiled kernel, and one serves its weights."""
+    if spec.quantization is not None:
+        return False
     heads = spec.num_heads + 2 * spec.num_kv_heads
     sizes = [spec.vocab_size * spec.hidden, heads * spec.head_dim * spec.hidden, 2 * spec.inner * spec.hidden]
     expert = 2 * spec.moe.inner * spec.hidden if spec.moe else 0

@@ -263,6 +263,11 @@ class Engine:
         """`submit` and `collect`."""
         return self.collect(self.submit(plan, publish))
 
+    def accompany(self) -> bool:
+        """With nothing to compute, take part in the next step of the ranks that share experts; see
+        `Runner.accompany`."""
+        return self.runner.accompany()
+
     def _release(self, sequence: Sequence) -> None:
         if self._rows is not None:
             self._rows.release(sequence)

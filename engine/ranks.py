@@ -30,6 +30,7 @@ from ..kv_transfer.transports.mover_link import MoverLink
 from .batch import StepInput
 from .build import Built as BuiltEngine
 from .build import Progress, build_engine
+from .expert_parallel import ExpertPlace
 from .rank_wire import Built, Capture, CopyBlock, Holds, Message, PeerAccess, Task, encode, encode_step, receive
 from .tensor_parallel import TorchGroup
 
@@ -39,6 +40,7 @@ def build_on_ranks(
     pool: PrefillPool | DecodePool | ColocatedPool,
     threads: int,
     progress: Progress,
+    place: ExpertPlace | None = None,
 ) -> tuple[BuiltEngine, Ranks | None]:
     """An engine for a pool's worker, and the other ranks if its model is shared. Blocks as `build_engine`.
 
@@ -47,6 +49,7 @@ def build_on_ranks(
         pool: says on what, on how many, and how much at a time.
         threads: of the CPU, for each rank.
         progress: told what happens.
+        place: among the workers that share the experts.
 
     Raises:
         ConfigError: as `build_engine`; the other ranks have ended then.
@@ -54,7 +57,8 @@ def build_on_ranks(
     """
     kind = "cuda" if pool.gpus_per_replica else "cpu"
     if pool.tensor_parallel == 1:
-        return build_engine(config, pool.max_running, torch.device(kind), progress, pool.max_batched_tokens), None
+        device = torch.device(kind)
+        return build_engine(config, pool.max_running, device, progress, pool.max_batched_tokens, place=place), None
     ranks = Ranks(config, pool.tensor_parallel, kind, pool.max_running, pool.max_batched_tokens, threads)
     try:
         built = build_engine(

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..core.errors import WorkerError
 from ..core.messages import TokenLogprobs
 from ..kernels.prefill_attention import Span, Spans
 from .batch import Batch, GroupBlocks, StepInput
+from .expert_parallel import StepSize
 from .graphs import DecodeGraphs
 from .models.decoder import Decoder
 from .penalty_counts import PenaltyCounts
@@ -127,10 +129,39 @@ class Runner:
             step: what to compute; at least one token.
             publish: called with a layer group's number as soon as its KV is computed or queued.
             eager: without CUDA graphs; they do not stop to publish.
+
+        Raises:
+            WorkerError: a rank of several did not take part, or this one failed where others need it.
         """
         eager = eager or publish is not None or bool(step.hidden_states)
         if self.ranks is not None:
             self.ranks.compute(step, eager)
+        experts = self.model.experts
+        if experts is None:
+            return self._run(step, publish, eager)
+        experts.agree(experts.work_of(len(step.arrays["tokens"])))
+        try:
+            return self._run(step, publish, eager)
+        except RuntimeError as error:
+            # The others are in the middle of the step that this rank has left, and cannot be met any more.
+            raise WorkerError(f"a step of ranks that share experts failed: {error}") from error
+
+    def accompany(self) -> bool:
+        """Take part in the next step of the ranks that share experts, with no tokens. Blocks until all ranks are here.
+
+        Returns:
+            whether one of them had anything to compute.
+
+        Raises:
+            WorkerError: a rank did not take part.
+        """
+        experts = self.model.experts
+        if experts is None or experts.agree(StepSize.NOTHING) is StepSize.NOTHING:
+            return False
+        self.model.accompany()
+        return True
+
+    def _run(self, step: StepInput, publish: Callable[[int], None] | None, eager: bool) -> Results:
         started = None
         if self.model.device.type == "cuda":
             started = torch.cuda.Event(enable_timing=True)

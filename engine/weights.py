@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,16 +17,38 @@ import safetensors
 import torch
 
 from ..core.errors import ConfigError
-from .models.names import Destination, alternatives, destinations, ignored
+from ..kernels.schemes.destination import Destination
+from .models.names import alternatives, destinations, elsewhere, ignored
 
 if TYPE_CHECKING:
     from .models.decoder import Decoder
 
 _MAPPED_BYTES = 64 << 20
 _SAMPLED_BYTES = 1 << 16
+_HEADER_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3", torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8",
+}  # fmt: skip
+"""Types in headers of safetensors files."""
 
 Progress = Callable[[int, int], None]
 """Called with bytes done and bytes in all."""
+
+
+def check_weights(model: Decoder, folder: Path | None) -> None:
+    """Find out before memory is taken whether a checkpoint can be loaded.
+
+    Args:
+        model: may be on the meta device.
+        folder: whose headers are compared with it; None: weights will be made up.
+
+    Raises:
+        ConfigError: as `load_weights`, but for what tensors hold.
+    """
+    if folder is None:
+        destinations(model)
+    else:
+        _plan(model, folder)
 
 
 def load_weights(model: Decoder, folder: Path, progress: Progress | None = None) -> None:
@@ -38,36 +60,75 @@ def load_weights(model: Decoder, folder: Path, progress: Progress | None = None)
         progress: told as bytes arrive.
 
     Raises:
-        ConfigError: a file or tensor is missing, unexpected, or of another shape; names it, with expected and found.
+        ConfigError: a file or tensor is missing, unexpected, of another shape or type, or does not hold what it must;
+            names it, with expected and found.
     """
+    plan = _plan(model, folder)
+    total = sum(place.tensor.nbytes for _, places in plan for place in places.values())
+    done = 0
+    for file, places in plan:
+        for key, place in places.items():
+            try:
+                place.fill(file.get(key, place))
+            except ValueError as error:
+                raise ConfigError(f"{file.path}: tensor {key}: {error}", fix="get the checkpoint again") from None
+            done += place.tensor.nbytes
+            if progress is not None:
+                progress(done, total)
+        file.close()
+
+
+def _plan(model: Decoder, folder: Path) -> list[tuple[_File, dict[str, Destination]]]:
+    """Where each tensor of each file goes; by the files' headers alone."""
     wanted = destinations(model)
     names = {other: name for name in wanted for other in (name, *alternatives(name))}
-    total = sum(_num_bytes(place.tensor) for place in wanted.values())
-    done = 0
-    missing = set(wanted)
-    for file, key in _tensors(folder):
-        name = names.get(key)
-        if name is None:
-            if ignored(key, model.spec.tied_embeddings):
-                continue
-            raise ConfigError(f"{file.path}: unexpected tensor {key}: {model.spec.architecture} has none of that name")
-        place = wanted[name]
-        found, expected = file.shape(key), list(place.shape)
-        if found != expected:
-            raise ConfigError(f"{file.path}: tensor {key} has shape {found}, config.json says {expected}")
-        place.tensor.copy_(file.get(key, place))
-        missing.discard(name)
-        done += _num_bytes(place.tensor)
-        if progress is not None:
-            progress(done, total)
+    others = {other for name in elsewhere(model) for other in (name, *alternatives(name))}
+    missing = {name for name, place in wanted.items() if not place.optional}
+    plan = []
+    for file in map(_File, _shards(folder)):
+        places = {}
+        for key in file.keys():  # noqa: SIM118
+            name = names.get(key)
+            if name is not None:
+                _check(file, key, wanted[name])
+                places[key] = wanted[name]
+                missing.discard(name)
+            elif key not in others and not ignored(key, model.spec.tied_embeddings):
+                raise ConfigError(
+                    f"{file.path}: unexpected tensor {key}: {model.spec.architecture} has none of that name"
+                    f"{_of_another_scheme(key, wanted, model)}"
+                )
+        file.close()
+        plan.append((file, places))
     if missing:
         first = sorted(missing)[0]
         raise ConfigError(f"{folder}: {len(missing)} tensors are missing, among them {first}")
+    return plan
+
+
+def _check(file: _File, key: str, place: Destination) -> None:
+    found, expected = file.shape(key), list(place.shape)
+    if found != expected and not (not expected and found == [1]):
+        raise ConfigError(f"{file.path}: tensor {key} has shape {found}, config.json says {expected}")
+    dtype, known = file.dtype(key), [_HEADER_NAMES[dtype] for dtype in place.dtypes]
+    if dtype not in known:
+        raise ConfigError(f"{file.path}: tensor {key} has the type {dtype}, config.json says {' or '.join(known)}")
+
+
+def _of_another_scheme(key: str, wanted: dict[str, Destination], model: Decoder) -> str:
+    """What to say of a tensor whose module the model has, made of other tensors."""
+    module = key.rpartition(".")[0] + "."
+    siblings = sorted(name.removeprefix(module) for name in wanted if name.startswith(module))
+    if not siblings:
+        return ""
+    quantization = model.spec.quantization
+    how = "not quantised" if quantization is None else f"quantised by {quantization.method}"
+    return f"; config.json says that the model is {how}, and {module[:-1]} is made of {', '.join(siblings)}"
 
 
 def num_bytes(model: Decoder) -> int:
     """Of a model's weights."""
-    return sum(_num_bytes(place.tensor) for place in destinations(model).values())
+    return sum(place.tensor.nbytes for place in destinations(model).values())
 
 
 def fill_dummy(model: Decoder, seed: int) -> None:
@@ -85,6 +146,9 @@ def fill_dummy(model: Decoder, seed: int) -> None:
         else:
             digest = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest()
             generator.manual_seed(int.from_bytes(digest, "little"))
+            if place.dummy is not None:
+                place.fill(place.part_of(place.dummy(place.shape, generator)))
+                continue
             whole = tensor if place.is_whole else torch.empty(place.shape, dtype=tensor.dtype, device=tensor.device)
             whole.normal_(0.0, 0.02, generator=generator)
             if whole is not tensor:
@@ -124,13 +188,21 @@ class _File:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._mapped = 0
-        self._open()
+        self._opened: Any = None
 
-    def _open(self) -> None:
-        try:
-            self._file: Any = safetensors.safe_open(str(self.path), framework="pt", device="cpu")
-        except (OSError, safetensors.SafetensorError) as error:
-            raise ConfigError(f"{self.path}: not a readable safetensors file: {error}") from None
+    @property
+    def _file(self) -> Any:
+        if self._opened is None:
+            try:
+                self._opened = safetensors.safe_open(str(self.path), framework="pt", device="cpu")
+            except (OSError, safetensors.SafetensorError) as error:
+                raise ConfigError(f"{self.path}: not a readable safetensors file: {error}") from None
+        return self._opened
+
+    def close(self) -> None:
+        """Until it is used again."""
+        self._opened = None
+        self._mapped = 0
 
     def keys(self) -> list[str]:
         return list(self._file.keys())
@@ -138,29 +210,23 @@ class _File:
     def shape(self, key: str) -> list[int]:
         return list(self._file.get_slice(key).get_shape())
 
+    def dtype(self, key: str) -> str:
+        """As the header names it: "BF16"."""
+        return str(self._file.get_slice(key).get_dtype())
+
     def get(self, key: str, place: Destination) -> torch.Tensor:
         """The part of a tensor that goes to a place, mapped."""
-        start, stop = place.start, place.start + place.tensor.shape[place.dim]
-        part = self._file.get_slice(key)
-        tensor = cast(torch.Tensor, part[start:stop] if place.dim == 0 else part[:, start:stop])
+        if place.is_whole:
+            tensor = cast(torch.Tensor, self._file.get_tensor(key))
+        else:
+            index = (*[slice(None)] * place.dim, slice(place.start, place.stop))
+            tensor = cast(torch.Tensor, self._file.get_slice(key)[index])
         # From its first byte to its last, as a part of the columns is spread over all rows.
         span = 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
         self._mapped += span * tensor.element_size()
         if self._mapped > _MAPPED_BYTES:
-            self._mapped = 0
-            self._open()
+            self.close()
         return tensor
-
-
-def _num_bytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
-
-
-def _tensors(folder: Path) -> Iterator[tuple[_File, str]]:
-    for path in _shards(folder):
-        file = _File(path)
-        for key in file.keys():  # noqa: SIM118
-            yield file, key
 
 
 def _shards(folder: Path) -> list[Path]:

@@ -24,6 +24,25 @@ def reference(gate_up: Tensor) -> Tensor:
     return torch.nn.functional.silu(gate) * up
 
 
+def clamped_swiglu(gate_up: Tensor) -> Tensor:
+    """g · sigmoid(1.702 · g) · (u + 1), where g is the gate, at most 7, and u is up, within ± 7 (gpt-oss,
+    arXiv:2508.10925).
+
+    Args:
+        gate_up: [tokens, 2 · inner], gate first.
+
+    Returns:
+        [tokens, inner].
+    """
+    gate, up = gate_up.chunk(2, dim=-1)
+    gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+    return gate * torch.sigmoid(1.702 * gate) * (up + 1)
+
+
+GATED = {"silu": reference, "clamped_swiglu": clamped_swiglu}
+"""The gated units of experts, by name."""
+
+
 def native(gate_up: Tensor) -> Tensor:
     """`reference` for float32 on a CPU."""
     tokens, double = gate_up.shape

@@ -61,3 +61,17 @@ def describe(device: torch.device) -> Device:
     return replace(
         installed, type="cuda", name=name, capability=capability, num_processors=on_gpu.num_processors(device)
     )
+
+
+def dtype_refused(dtype: torch.dtype, device: Device) -> str | None:
+    """Why a device has no arithmetic of a type; None: it has."""
+    least = {torch.bfloat16: (8, 0), torch.float8_e4m3fn: (8, 9), torch.float8_e5m2: (8, 9)}.get(dtype, (0, 0))
+    if device.capability is None or device.capability >= least:
+        return None
+    name = str(dtype).removeprefix("torch.")
+    return f"{name} needs compute capability {version(least)}, {device.name} has {version(device.capability)}"
+
+
+def version(capability: tuple[int, int]) -> str:
+    """A compute capability as people write it."""
+    return ".".join(map(str, capability))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import linear
+from .expert_weights import ExpertWeights
 from .on_gpu import follow, follows, kernel, next_power_of_2, tl
 from .small_linear import row_products, silu_pairs, step_depth, weight_rows
 
@@ -80,27 +81,41 @@ def fused(
     x: Tensor, router: Tensor, gate_up: Tensor, down: Tensor, top_k: int, renormalize: bool, plan: Plan | None = None
 ) -> Tensor:
     """`moe.reference` for at least one token and at most `MAX_EXPERTS` experts; ``plan`` instead of the table's."""
-    tokens, hidden = x.shape
-    experts, inner = len(router), down.shape[2]
-    pairs = tokens * top_k
-    plan = plan or next(entry.plan for entry in PLANS if pairs <= entry.max_pairs)
-    logits = linear.fused(x, router)
+    pairs = len(x) * top_k
     chosen = torch.empty(pairs, dtype=torch.int32, device=x.device)
     weights = torch.empty(pairs, dtype=torch.float32, device=x.device)
+    return _multiply(x, linear.fused(x, router), chosen, weights, gate_up, down, top_k, renormalize, plan)
+
+
+def fused_experts(x: Tensor, weights: Tensor, ids: Tensor, experts: ExpertWeights, plan: Plan | None = None) -> Tensor:
+    """`moe.reference_experts` for at least one token, SiLU and no biases; ``plan`` instead of the table's."""
+    chosen, weights = ids.to(torch.int32).contiguous(), weights.contiguous()
+    return _multiply(x, None, chosen, weights, *experts.plain(), ids.shape[1], False, plan)
+
+
+def _multiply(
+    x: Tensor, logits: Tensor | None, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, top_k: int,
+    renormalize: bool, plan: Plan | None,
+) -> Tensor:  # fmt: skip
+    """With ``logits``, ``chosen`` and ``weights`` are written before they are read."""
+    tokens, hidden = x.shape
+    experts, inner = len(gate_up), down.shape[2]
+    pairs = tokens * top_k
+    plan = plan or next(entry.plan for entry in PLANS if pairs <= entry.max_pairs)
     activated = torch.empty(pairs, inner, dtype=x.dtype, device=x.device)
     out = torch.empty(tokens, hidden, dtype=x.dtype, device=x.device)
-    slots = next_power_of_2(top_k)
+    slots, routed = next_power_of_2(top_k), logits is None
     depth = step_depth(hidden, plan.depth)
     _gate_up_kernel[(pairs, -(-2 * inner // (plan.rows * plan.groups)))](
-        x, logits, gate_up, activated, chosen, weights, experts, hidden, inner, x.stride(0), gate_up.stride(0),
-        next_power_of_2(experts), top_k, renormalize, hidden % depth == 0, plan.rows, plan.groups, depth,
-        plan.stages,
+        x, x if logits is None else logits, gate_up, activated, chosen, weights, experts, hidden, inner, x.stride(0),
+        gate_up.stride(0), next_power_of_2(experts), top_k, renormalize, hidden % depth == 0, plan.rows, plan.groups,
+        depth, plan.stages, routed,
         num_warps=plan.warps, **follows(x.device),
     )  # fmt: skip
     depth = step_depth(inner, plan.down_depth)
     _down_kernel[(tokens, -(-hidden // plan.down_columns))](
         activated, down, chosen, weights, out, hidden, inner, down.stride(0), top_k, slots, inner % depth == 0,
-        plan.down_columns, depth, plan.down_stages, num_warps=plan.down_warps, **follows(x.device),
+        plan.down_columns, depth, plan.down_stages, routed, num_warps=plan.down_warps, **follows(x.device),
     )  # fmt: skip
     return out
 
@@ -135,15 +150,21 @@ def _choose(  # type: ignore[no-untyped-def]
 def _gate_up_kernel(  # type: ignore[no-untyped-def]
     x, logits, gate_up, activated, chosen, weights, experts, hidden, inner, x_stride, expert_stride,
     EXPERTS: tl.constexpr, TOP_K: tl.constexpr, RENORMALIZE: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr,
-    GROUPS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr, FOLLOW: tl.constexpr,
+    GROUPS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr, ROUTED: tl.constexpr, FOLLOW: tl.constexpr,
 ):  # fmt: skip
+    """One pair and some of gate and up. Unless the pairs are ``ROUTED``, finds its expert, and says which it was."""
     follow(FOLLOW)
     pair = tl.program_id(0)
     token = (pair // TOP_K).to(tl.int64)
-    expert, weight = _choose(logits + token * experts, pair % TOP_K, experts, EXPERTS, TOP_K, RENORMALIZE)
-    if tl.program_id(1) == 0:
-        tl.store(chosen + pair, expert)
-        tl.store(weights + pair, weight)
+    if ROUTED:
+        expert = tl.load(chosen + pair)
+        if expert < 0:
+            return
+    else:
+        expert, weight = _choose(logits + token * experts, pair % TOP_K, experts, EXPERTS, TOP_K, RENORMALIZE)
+        if tl.program_id(1) == 0:
+            tl.store(chosen + pair, expert)
+            tl.store(weights + pair, weight)
     base = gate_up + expert.to(tl.int64) * expert_stride
     for group in range(GROUPS):
         block = tl.program_id(1) * GROUPS + group
@@ -157,7 +178,8 @@ def _gate_up_kernel(  # type: ignore[no-untyped-def]
 @kernel
 def _down_kernel(  # type: ignore[no-untyped-def]
     activated, down, chosen, weights, out, hidden, inner, expert_stride, TOP_K: tl.constexpr, SLOTS: tl.constexpr,
-    EVEN: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr, FOLLOW: tl.constexpr,
+    EVEN: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr, ROUTED: tl.constexpr,
+    FOLLOW: tl.constexpr,
 ):  # fmt: skip
     """One token and some outputs: each row of the tile is one output of one choice."""
     follow(FOLLOW)
@@ -167,6 +189,9 @@ def _down_kernel(  # type: ignore[no-untyped-def]
     pair = token * TOP_K + at // COLUMNS
     there = at < TOP_K * COLUMNS
     expert = tl.load(chosen + pair, mask=there, other=0).to(tl.int64)
+    if ROUTED:  # others' pairs are negative
+        there = there & (expert >= 0)
+        expert = tl.maximum(expert, 0)
     share = tl.load(weights + pair, mask=there, other=0.0)
     row = down + expert * expert_stride + tl.minimum(column, hidden - 1).to(tl.int64) * inner
     source = activated + tl.where(there, pair, 0) * inner

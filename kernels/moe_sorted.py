@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import linear
+from .expert_weights import ExpertWeights
 from .on_gpu import kernel, kernel_varying, next_power_of_2, tl
+from .schemes.packed import Weight
 
 _PLACED = 32
 _MAX_AT_ONCE = 128
@@ -53,28 +56,106 @@ _FLOAT32 = Entry(1 << 40, Tile(32, 64, 32, 4, 2), Tile(32, 64, 32, 4, 2))
 """Twice the bytes, and no tensor cores: the table's larger tiles do not fit into shared memory."""
 
 
+class Products(NamedTuple):
+    """How weights of a kind are multiplied.
+
+    Args:
+        tiles: the first that is large enough serves.
+        float32: serves this type.
+        multiply: as `_multiply`.
+    """
+
+    tiles: tuple[Entry, ...]
+    float32: Entry
+    multiply: Callable[..., None]
+
+    def entry(self, pairs: int, experts: int, dtype: torch.dtype) -> Entry:
+        """The tiles for so many pairs of all experts."""
+        if dtype == torch.float32:
+            return self.float32
+        return next(entry for entry in self.tiles if pairs <= entry.max_pairs * experts)
+
+
 def fused(
     x: Tensor,
     router: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
+    gate_up: Weight,
+    down: Weight,
     top_k: int,
     renormalize: bool,
     entry: Entry | None = None,
+    products: Products | None = None,
 ) -> Tensor:
-    """`moe.reference` for at least one token; ``entry`` instead of the table's."""
-    tokens, hidden = x.shape
-    experts, inner = len(router), down.shape[2]
-    pairs = tokens * top_k
-    if entry is None:
-        large_enough = (entry for entry in TILES if pairs <= entry.max_pairs * experts)
-        entry = _FLOAT32 if x.dtype == torch.float32 else next(large_enough)
+    """`moe.reference` for at least one token; ``entry`` instead of the table's; ``products`` of other weights than
+    plain ones."""
+    tokens, experts = len(x), len(router)
+    pairs, products = tokens * top_k, products or PLAIN
+    entry = entry or products.entry(pairs, experts, x.dtype)
+    table = _sort(linear.fused(x, router), top_k, renormalize, entry.gate_up.rows)
+    result = torch.empty(pairs, x.shape[1], dtype=x.dtype, device=x.device)
+    num_tiles = min(pairs, pairs // entry.gate_up.rows + experts)
+    products.multiply(x, gate_up, down, table, top_k, num_tiles, entry, result)
+    return result.view(tokens, top_k, -1).sum(1)
+
+
+def fused_experts(
+    x: Tensor,
+    weights: Tensor,
+    ids: Tensor,
+    experts: ExpertWeights,
+    entry: Entry | None = None,
+    products: Products | None = None,
+) -> Tensor:
+    """`moe.reference_experts` on a GPU, for SiLU without biases; ``entry`` and ``products`` as in `fused`."""
+    tokens, top_k = ids.shape
+    pairs, count = tokens * top_k, len(experts)
+    if not pairs:
+        return torch.zeros_like(x)
+    products = products or PLAIN
+    entry = entry or products.entry(pairs, count, x.dtype)
+    table = _sort_chosen(weights, ids, count, entry.gate_up.rows)
+    # Pairs that are nobody's stay zero.
+    result = torch.zeros(pairs, x.shape[1], dtype=x.dtype, device=x.device)
+    num_tiles = min(pairs, pairs // entry.gate_up.rows + count)
+    products.multiply(x, experts.gate_up, experts.down, table, top_k, num_tiles, entry, result)
+    return result.view(tokens, top_k, -1).sum(1)
+
+
+def fused_batched(
+    x: Tensor, counts: Tensor, experts: ExpertWeights, entry: Entry | None = None, products: Products | None = None
+) -> Tensor:
+    """`moe.reference_batched` on a GPU, for SiLU without biases; ``entry`` and ``products`` as in `fused`. Its launches
+    do not depend on the counts, so that a CUDA graph can record it."""
+    num_experts, rows, hidden = x.shape
+    pairs, products = num_experts * rows, products or PLAIN
+    result = torch.empty_like(x)
+    if not pairs:
+        return result
+    entry = entry or products.entry(pairs, num_experts, x.dtype)
+    tile, counts = entry.gate_up.rows, counts.int()
+    table = _Sorted(
+        torch.ones(pairs, dtype=torch.float32, device=x.device),
+        torch.arange(pairs, dtype=torch.int32, device=x.device),
+        torch.arange(0, pairs, rows, dtype=torch.int32, device=x.device),
+        counts,
+        ((counts + tile - 1) // tile).cumsum(0, dtype=torch.int32),
+    )
+    num_tiles = num_experts * -(-rows // tile)
+    products.multiply(x.view(pairs, hidden), experts.gate_up, experts.down, table, 1, num_tiles, entry, result)
+    return result
+
+
+def _multiply(
+    x: Tensor, gate_up: Tensor, down: Tensor, sorted_pairs: _Sorted, top_k: int, num_tiles: int, entry: Entry,
+    result: Tensor,
+) -> None:  # fmt: skip
+    """result[pair] = the weighted output of the pair's expert for the pair's token, one of ``top_k`` of x [tokens,
+    hidden]; ``result`` is [pairs, hidden] in any shape. Pairs that are in no expert's part are left alone."""
+    hidden, experts, inner = x.shape[1], len(gate_up), down.shape[2]
     gate_up_tile, down_tile = entry.gate_up, entry.down
     rows = gate_up_tile.rows
-    weights, order, starts, counts, ends = _sort(linear.fused(x, router), top_k, renormalize, rows)
-    num_tiles = min(pairs, pairs // rows + experts)
-    activated = torch.empty(pairs, inner, dtype=x.dtype, device=x.device)
-    result = torch.empty(pairs, hidden, dtype=x.dtype, device=x.device)
+    weights, order, starts, counts, ends = sorted_pairs
+    activated = torch.empty(len(order), inner, dtype=x.dtype, device=x.device)
     table = order, starts, counts, ends, experts, next_power_of_2(experts)
     _gate_up_kernel[(num_tiles, -(-inner // gate_up_tile.columns))](
         x, gate_up, activated, *table, top_k, hidden, inner, x.stride(0), gate_up.stride(0),
@@ -84,7 +165,10 @@ def fused(
         activated, down, weights, result, *table, hidden, inner, down.stride(0),
         rows, down_tile.columns, down_tile.depth, num_warps=down_tile.warps, num_stages=down_tile.stages,
     )  # fmt: skip
-    return result.view(tokens, top_k, hidden).sum(1)
+
+
+PLAIN = Products(TILES, _FLOAT32, _multiply)
+"""Of weights that are not quantised."""
 
 
 class _Sorted(NamedTuple):
@@ -131,6 +215,30 @@ def _sort(logits: Tensor, top_k: int, renormalize: bool, rows: int) -> _Sorted:
         chosen, ranks, counts, order, starts, ends, pairs, experts, block, rows, _PLACED
     )  # fmt: skip
     return table
+
+
+def _sort_chosen(weights: Tensor, ids: Tensor, experts: int, rows: int) -> _Sorted:
+    """`_sort` of pairs whose experts are known; negative ones are in nobody's part."""
+    pairs, block = ids.numel(), next_power_of_2(experts)
+    chosen = ids.to(torch.int32).contiguous()
+
+    def make(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.int32, device=ids.device)
+
+    order, ranks, starts, ends = make(pairs), make(pairs), make(experts), make(experts)
+    counts = torch.zeros(experts, dtype=torch.int32, device=ids.device)
+    grid = (-(-pairs // _PLACED),)
+    _count_kernel[grid](chosen, ranks, counts, pairs, _PLACED)
+    _place_kernel[grid](chosen, ranks, counts, order, starts, ends, pairs, experts, block, rows, _PLACED)
+    return _Sorted(weights.contiguous(), order, starts, counts, ends)
+
+
+@kernel
+def _count_kernel(chosen, ranks, counts, pairs, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """How many pairs each expert has, and each pair's place among them, in the order of arrival."""
+    pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    expert = tl.load(chosen + pair, mask=pair < pairs, other=-1)
+    tl.store(ranks + pair, tl.atomic_add(counts + expert, 1, mask=expert >= 0), mask=expert >= 0)
 
 
 @kernel
@@ -213,8 +321,8 @@ def _place_kernel(  # type: ignore[no-untyped-def]
         tl.store(starts + at, tl.cumsum(count, axis=0) - count, mask=at < experts)
         tl.store(ends + at, tl.cumsum((count + ROWS - 1) // ROWS, axis=0), mask=at < experts)
     pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = pair < pairs
-    expert = tl.load(chosen + pair, mask=inside, other=0)
+    expert = tl.load(chosen + pair, mask=pair < pairs, other=-1)
+    inside = expert >= 0
     start = tl.sum(tl.where(at[None, :] < expert[:, None], count[None, :], 0), axis=1)
     tl.store(order + start + tl.load(ranks + pair, mask=inside, other=0), pair, mask=inside)
 

@@ -14,10 +14,11 @@ from . import (
     decode_attention,
     decode_inputs,
     decode_layers,
+    fp8_linear,
     gated_linear,
     linear,
-    moe,
-    moe_few,
+    moe_oracle,
+    packed_linear,
     penalties,
     prefill_attention,
     rms_norm,
@@ -25,20 +26,26 @@ from . import (
     sampling,
     small_linear,
 )
-from .device import Device, describe
+from .device import Device, describe, dtype_refused, version
+from .moe_oracle import Choice, ExpertsSpec
+from .schemes.fp8 import Fp8
+from .schemes.packed import Packed, Scheme, Weight
 
 
 class Ops(NamedTuple):
     """One implementation of every operation that a model's forward pass needs; see each module's `reference`."""
 
     linear: Callable[..., Tensor]
+    packed_linear: Callable[..., Tensor]
+    """Of quantised weights."""
     gated_linear: Callable[..., Tensor]
     rms_norm: Callable[..., tuple[Tensor, Tensor]]
     rotary: Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]
     decode_attention: Callable[..., Tensor]
     prefill_attention: Callable[..., Tensor]
     silu_mul: Callable[..., Tensor]
-    moe: Callable[..., Tensor]
+    moe: moe_oracle.Kernel
+    """Of a layer's experts; `moe_oracle` chooses it."""
     sample: Callable[[Tensor, sampling.SamplingRows], Tensor]
     complete: Callable[..., None]
     """See `decode_inputs.reference`."""
@@ -47,16 +54,27 @@ class Ops(NamedTuple):
     decode_layers: Callable[..., tuple[Tensor, Tensor]] | None
     """All operations of a decode step at once; None where separate operations are as fast."""
 
+    def multiply(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+        """`linear`, or `packed_linear` of a quantised weight."""
+        return (self.packed_linear if isinstance(weight, Packed) else self.linear)(x, weight, bias)
+
+    def gated_unit(self, x: Tensor, gate_up: Weight, bias: Tensor | None = None) -> Tensor:
+        """`gated_linear`, or `packed_linear` of a quantised weight and `silu_mul`."""
+        if isinstance(gate_up, Packed):
+            return self.silu_mul(self.packed_linear(x, gate_up, bias))
+        return self.gated_linear(x, gate_up, bias)
+
 
 REFERENCE = Ops(
     linear=linear.reference,
+    packed_linear=packed_linear.reference,
     gated_linear=gated_linear.reference,
     rms_norm=rms_norm.reference,
     rotary=rotary.reference,
     decode_attention=decode_attention.reference,
     prefill_attention=prefill_attention.reference,
     silu_mul=activation.reference,
-    moe=moe.reference,
+    moe=moe_oracle.TORCH,
     sample=sampling.reference,
     complete=decode_inputs.reference,
     penalize=penalties.reference,
@@ -66,13 +84,14 @@ REFERENCE = Ops(
 
 NATIVE = Ops(
     linear=linear.native,
+    packed_linear=packed_linear.reference,
     gated_linear=gated_linear.native,
     rms_norm=rms_norm.native,
     rotary=rotary.native,
     decode_attention=decode_attention.native,
     prefill_attention=prefill_attention.native,
     silu_mul=activation.native,
-    moe=moe.native,
+    moe=moe_oracle.NUMBA,
     sample=sampling.native,
     complete=decode_inputs.reference,
     penalize=penalties.reference,
@@ -82,13 +101,14 @@ NATIVE = Ops(
 
 FUSED = Ops(
     linear=linear.fused,
+    packed_linear=packed_linear.fused,
     gated_linear=gated_linear.fused,
     rms_norm=rms_norm.fused,
     rotary=rotary.fused,
     decode_attention=decode_attention.fused,
     prefill_attention=prefill_attention.fused,
     silu_mul=activation.fused,
-    moe=moe.fused,
+    moe=moe_oracle.TRITON,
     sample=sampling.fused,
     complete=decode_inputs.fused,
     penalize=penalties.fused,
@@ -104,18 +124,10 @@ class Needs(NamedTuple):
     """Of weights and activations."""
     kv_dtype: torch.dtype
     """Of the cache."""
-    num_experts: int = 0
-    top_k: int = 0
-
-
-class Choice(NamedTuple):
-    """Which backend serves an operation."""
-
-    backend: str
-    serves: str
-    """By what, and where in parts: "up to 64 rows: Triton; more: cuBLAS"."""
-    rejected: tuple[tuple[str, str], ...]
-    """Backends that come before, each with the reason why it does not."""
+    experts: ExpertsSpec | None = None
+    """None: plain ones, of a number that is not known."""
+    scheme: Scheme | None = None
+    """Of its quantised weights, if it has any."""
 
 
 class _Backend(NamedTuple):
@@ -125,15 +137,8 @@ class _Backend(NamedTuple):
     """Why a device cannot run an operation in this way; None: it can."""
 
 
-def _dtype_refused(dtype: torch.dtype, device: Device) -> str | None:
-    least = {torch.bfloat16: (8, 0), torch.float8_e4m3fn: (8, 9), torch.float8_e5m2: (8, 9)}.get(dtype, (0, 0))
-    if device.capability is None or device.capability >= least:
-        return None
-    return f"{_name(dtype)} needs compute capability {_version(least)}, {device.name} has {_version(device.capability)}"
-
-
 def _torch_refuses(op: str, needs: Needs, device: Device) -> str | None:
-    return _dtype_refused(needs.dtype, device) or (_dtype_refused(needs.kv_dtype, device) if op in _ON_KV else None)
+    return dtype_refused(needs.dtype, device) or (dtype_refused(needs.kv_dtype, device) if op in _ON_KV else None)
 
 
 def _triton_refuses(op: str, needs: Needs, device: Device) -> str | None:
@@ -142,8 +147,13 @@ def _triton_refuses(op: str, needs: Needs, device: Device) -> str | None:
     if not device.triton:
         return "Triton is not installed"
     if device.capability is not None and device.capability < _TRITON_CAPABILITY:
-        least = _version(_TRITON_CAPABILITY)
-        return f"Triton needs compute capability {least}, {device.name} has {_version(device.capability)}"
+        least = version(_TRITON_CAPABILITY)
+        return f"Triton needs compute capability {least}, {device.name} has {version(device.capability)}"
+    if op == "packed_linear" and isinstance(needs.scheme, Fp8):
+        # Torch has its own conversion for GPUs that have none.
+        refused = dtype_refused(torch.float8_e4m3fn, device)
+        if refused is not None:
+            return refused
     return _torch_refuses(op, needs, device)
 
 
@@ -164,7 +174,14 @@ _ON_KV = {"rotary", "decode_attention", "prefill_attention", "decode_layers"}
 _OUTSIDE_LAYERS = {"sample", "complete", "penalize", "count_output", "prefill_attention", "decode_layers"}
 """What `decode_layers` does not replace."""
 
-_RECORDABLE = {"linear", "gated_linear", "rms_norm", "silu_mul", *(_OUTSIDE_LAYERS - {"sample", "complete"})}
+_RECORDABLE = {
+    "linear",
+    "packed_linear",
+    "gated_linear",
+    "rms_norm",
+    "silu_mul",
+    *(_OUTSIDE_LAYERS - {"sample", "complete"}),
+}
 """Operations of which every version can be recorded, or which a recording does without."""
 
 BACKENDS = (
@@ -201,6 +218,8 @@ def choose(needs: Needs, device: Device, wanted: Mapping[str, str] | None = None
 
 def _choose(op: str, needs: Needs, device: Device, wanted: Mapping[str, str]) -> Choice:
     asked = wanted.get(op)
+    if op == "moe":
+        return moe_oracle.select(needs.experts or ExpertsSpec(needs.dtype), device, asked)
     names = [backend.name for backend in backends(op)]
     if asked is not None and asked not in names:
         raise ConfigError(f"model.kernels: {op} has no backend {asked}", fix=f"it has {', '.join(names)}")
@@ -231,7 +250,6 @@ def _serves(op: str, backend: str, needs: Needs, device: Device) -> str:
     cuda = device.type == "cuda"
     library = "cuBLAS" if cuda else "torch's BLAS"
     rows = _up_to(small_linear.most_tokens(needs.dtype), "row")
-    few = _up_to(moe_few.most_tokens(needs.num_experts, needs.top_k), "token")
     known = {
         ("linear", "triton"): f"{rows}: Triton; more: cuBLAS",
         ("gated_linear", "triton"): f"{rows}: Triton, one kernel; more: cuBLAS, then silu_mul",
@@ -241,17 +259,31 @@ def _serves(op: str, backend: str, needs: Needs, device: Device) -> str:
             if needs.dtype == needs.kv_dtype != torch.float32
             else "Triton"
         ),
-        ("moe", "triton"): f"{few}: Triton, pair by pair; more: Triton, sorted by expert",
         ("linear", "numba"): f"weights of up to {linear.MAX_COMPILED_WEIGHTS:,} elements: Numba; larger: oneDNN",
-        ("moe", "numba"): f"experts of up to {moe.MAX_COMPILED_EXPERT:,} weights: Numba; larger: oneDNN",
         ("decode_layers", "numba"): "Numba, a layer at a time",
         ("linear", "torch"): library,
         ("gated_linear", "torch"): f"{library}, then torch",
-        ("moe", "torch"): f"{library}, an expert at a time",
+        ("packed_linear", "triton"): f"{_scheme(needs)}: {_packed_linear(needs, device)}",
+        ("packed_linear", "torch"): f"{_scheme(needs)}: dequantised at every use, then {library}",
         ("prefill_attention", "torch"): "torch: cuDNN, or its own kernels" if cuda else "torch",
         ("decode_layers", "torch"): "each operation by itself",
     }
     return known.get((op, backend), {"triton": "Triton", "numba": "Numba", "torch": "torch"}[backend])
+
+
+def _scheme(needs: Needs) -> str:
+    return "no quantised weights" if needs.scheme is None else needs.scheme.name
+
+
+def _packed_linear(needs: Needs, device: Device) -> str:
+    registers = "Triton, dequantised in registers"
+    scheme = needs.scheme
+    rounds = isinstance(scheme, Fp8) and scheme.granularity != "block" and scheme.activation != "none"
+    capable = device.capability is not None and device.capability >= fp8_linear.CAPABILITY
+    if not (rounds and capable and needs.dtype == torch.bfloat16):
+        return registers
+    few = _up_to(fp8_linear.LEAST_TOKENS - 1, "row")
+    return f"{few}: {registers}; more: torch, inputs rounded to FP8"
 
 
 def _up_to(count: int, noun: str) -> str:
@@ -261,7 +293,8 @@ def _up_to(count: int, noun: str) -> str:
 def assemble(choices: Mapping[str, Choice]) -> Ops:
     """The chosen functions; `REFERENCE`, `NATIVE` or `FUSED` itself where they are just these."""
     tables = {backend.name: backend.ops for backend in BACKENDS}
-    ops = Ops(**{op: getattr(tables[choice.backend], op) for op, choice in choices.items()})
+    kernel = moe_oracle.KERNELS[choices["moe"].backend]
+    ops = Ops(moe=kernel, **{op: getattr(tables[c.backend], op) for op, c in choices.items() if op != "moe"})
     return next((table for table in tables.values() if table == ops), ops)
 
 
@@ -270,24 +303,28 @@ def select(
     dtype: torch.dtype,
     kv_dtype: torch.dtype | None = None,
     wanted: Mapping[str, str] | None = None,
+    experts: ExpertsSpec | None = None,
+    scheme: Scheme | None = None,
 ) -> Ops:
     """The fastest implementation of each operation for ``dtype``, on a device of this machine.
 
     Raises:
         ConfigError: as `choose`, or the device is not here.
     """
-    return assemble(choose(Needs(dtype, kv_dtype or dtype), describe(device), wanted))
+    return assemble(choose(Needs(dtype, kv_dtype or dtype, experts, scheme), describe(device), wanted))
+
+
+def compiled(ops: Ops) -> bool:
+    """Whether all operations of a layer are `NATIVE`, the experts' in any form."""
+    return ops.moe.family == NATIVE.moe.family and ops._replace(moe=NATIVE.moe) == NATIVE
 
 
 def recordable(ops: Ops) -> bool:
     """Whether a decode step can be a CUDA graph: what torch does instead of Triton waits for nothing on the device, and
     leaves rows without a slot alone."""
-    return all(getattr(ops, op) is getattr(FUSED, op) for op in Ops._fields if op not in _RECORDABLE)
+    fixed = [op for op in Ops._fields if op not in _RECORDABLE and op != "moe"]
+    return ops.moe.recordable and all(getattr(ops, op) is getattr(FUSED, op) for op in fixed)
 
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _version(capability: tuple[int, int]) -> str:
-    return ".".join(map(str, capability))

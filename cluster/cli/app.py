@@ -46,6 +46,8 @@ app.add_typer(bench_app, name="bench")
 trace_app = typer.Typer(no_args_is_help=True, help="Traces: recorded load for `tandem tune` and `tandem bench serve`.")
 app.add_typer(trace_app, name="trace")
 app.add_typer(kv_app, name="kv")
+experts_app = typer.Typer(no_args_is_help=True, help="Experts: recorded loads, and where experts should be for them.")
+app.add_typer(experts_app, name="experts")
 
 # typer evaluates these at run time: Optional, not "| None", keeps the help's types readable.
 FileArgument = Annotated[
@@ -407,3 +409,55 @@ def bench_kv(
 
     if not run(transport or [], block_kib or [16, 64, 256], region_mib, repeats, out):
         raise typer.Exit(1)
+
+
+@bench_app.command("eplb")
+def bench_eplb(
+    loads: Annotated[int, typer.Option(min=1, help="Random loads whose placements are compared.")] = 1000,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed placements of each case.")] = 25,
+    seed: Annotated[int, typer.Option(min=0, help="Of all loads.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for the JSON lines.")] = Path("bench/out"),
+) -> None:
+    """Measure placements of experts: milliseconds to find one, how even ranks are, and experts moved when loads drift;
+    each beside greedy packing, in turns.
+
+    Exit 1 if one is slower, less even or moves more than it must.
+    """
+    from .bench import bench_eplb as run
+
+    if not run(loads, repeats, seed, out):
+        raise typer.Exit(1)
+
+
+@experts_app.command("plot")
+def experts_plot(
+    file: Annotated[Path, typer.Argument(metavar="LOADFILE", help="A recorded load of experts.")],
+    ranks: Annotated[int, typer.Option(min=1, help="Ranks that experts are spread over.")],
+    slots: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="Slots of all ranks. Default: the fewest that hold every expert."),
+    ] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes of the ranks.")] = 1,
+    groups: Annotated[int, typer.Option(min=1, help="Groups of experts that stay in one node each.")] = 1,
+    output: Annotated[Path, typer.Option(help="The PNG.")] = Path("experts.png"),
+) -> None:
+    """Draw how full each rank is in each layer, before and after placing experts by a recorded load."""
+    from .experts import Layout
+    from .experts import plot as run
+
+    run(file, Layout(ranks, slots, nodes, groups), output)
+
+
+@experts_app.command("synth")
+def experts_synth(
+    file: Annotated[Path, typer.Argument(metavar="LOADFILE", help="The file to write.")],
+    layers: Annotated[int, typer.Option(min=1, max=1024, help="Layers.")] = 48,
+    experts: Annotated[int, typer.Option(min=1, max=1 << 14, help="Experts of a layer.")] = 128,
+    windows: Annotated[int, typer.Option(min=1, max=1 << 16, help="Windows of 1000 steps.")] = 4,
+    exponent: Annotated[float, typer.Option(min=0.01, max=4, help="Of the power law.")] = 0.8,
+    seed: Annotated[int, typer.Option(min=0, help="Of all chance.")] = 0,
+) -> None:
+    """Make up a recorded load, to try things with."""
+    from .experts import synthesize as run
+
+    run(file, layers, experts, windows, exponent, seed)

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from ...bench.client import Server
 from ...bench.engine import records
+from ...bench.eplb import records as eplb_records
 from ...bench.kv import CASES
 from ...bench.kv import records as kv_records
 from ...bench.machine import describe
@@ -83,6 +84,20 @@ def bench_kv(transports: list[str], block_kib: list[int], region_mib: int, repea
     with (out / time.strftime("kv-%Y%m%d-%H%M%S.jsonl", time.gmtime())).open("w") as lines:
         for record in kv_records(cases, [size << 10 for size in block_kib], region_mib << 20, repeats):
             line = json.dumps(record)
+            sys.stdout.write(line + "\n")
+            sys.stdout.flush()
+            lines.write(line + "\n")
+            enough &= record.get("enough", True)
+    return enough
+
+
+def bench_eplb(num_loads: int, repeats: int, seed: int, out: Path) -> bool:
+    """Run the placements' benchmark; JSON lines on standard output and in a file. Says whether all was good enough."""
+    enough = True
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / time.strftime("eplb-%Y%m%d-%H%M%S.jsonl", time.gmtime())).open("w") as lines:
+        for record in eplb_records(num_loads, repeats, seed):
+            line = json.dumps(record, ensure_ascii=False)
             sys.stdout.write(line + "\n")
             sys.stdout.flush()
             lines.write(line + "\n")

@@ -15,9 +15,12 @@ from ...core.config import Config, load_config, model_folder, model_name
 from ...core.errors import ConfigError
 from ...engine.build import plan_dtypes
 from ...engine.kv_cache import TORCH_DTYPES
+from ...engine.models.experts import experts_spec
 from ...engine.models.spec import ModelSpec, read_spec
 from ...kernels.device import PRESETS, Device, describe
-from ...kernels.oracle import Choice, Needs, choose
+from ...kernels.moe_oracle import Choice
+from ...kernels.moe_oracle import select as select_experts
+from ...kernels.oracle import Needs, choose
 
 _MIN_TABLE_WIDTH = 120
 
@@ -62,14 +65,22 @@ def choices_for(config: Config, spec: ModelSpec, device: Device) -> dict[str, Ch
         ConfigError: as `kernels.oracle.choose`.
     """
     dtype, kv_dtype = (TORCH_DTYPES[name] for name in plan_dtypes(config, spec, device.type))
-    moe = spec.moe
-    needs = Needs(dtype, kv_dtype, moe.num_experts, moe.top_k) if moe else Needs(dtype, kv_dtype)
-    choices = choose(needs, device, config.model.kernels)
-    if moe is None:
-        del choices["moe"]
-    elif len(spec.moe_layers) == spec.num_layers:
-        del choices["gated_linear"], choices["silu_mul"]
-    return choices
+    sharing = max(config.expert_parallel(role) for role in ("prefill", "decode", "colocated"))
+    experts = experts_spec(spec, dtype, 1, sharing)
+    scheme = spec.quantization.scheme if spec.quantization else None
+    choices = choose(Needs(dtype, kv_dtype, experts, scheme), device, config.model.kernels)
+    if experts is not None and sharing > 1 and device.type == "cuda":
+        choices["moe, few tokens"] = select_experts(experts._replace(format="batched"), device)
+    absent = set()
+    if spec.moe is None:
+        absent.add("moe")
+    elif len(spec.moe_layers) == spec.num_layers and not spec.moe.shared_inner:
+        absent |= {"gated_linear", "silu_mul"}
+    if spec.quantization is None or spec.quantization.scheme.only_experts:
+        absent.add("packed_linear")
+    else:
+        absent.add("gated_linear")
+    return {op: choice for op, choice in choices.items() if op not in absent}
 
 
 def _device(name: str) -> Device:

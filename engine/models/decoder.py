@@ -10,47 +10,17 @@ from torch import Tensor
 from ...kernels.decode_layers import MAX_WEIGHTS, LayerWeights, Prepared, Rows, num_weights
 from ...kernels.oracle import Ops
 from ...kernels.rotary import HeadNorm
+from ...kernels.schemes.packed import Packed
 from ...kv_transfer.layout import group_layers
 from ..batch import Batch, GroupBlocks
+from ..expert_parallel import ExpertGroup
 from ..tensor_parallel import Alone, Group
+from .experts import Experts
+from .mlp import Mlp
+from .parameters import Parameters
 from .rope import cos_sin_table
 from .shard import padded_rows, shard, vocabulary_rows
 from .spec import ModelSpec
-
-
-class Mlp:
-    """Dense weights: gate and up [2 · inner, hidden], down [hidden, inner], and biases or None.
-
-    A rank of several has a part of the inner size. Its output is a part of the sum over ranks, to which the first adds
-    the last bias.
-    """
-
-    def __init__(self, spec: ModelSpec, make: Callable[..., Tensor], rank: int) -> None:
-        self.gate_up = make(2 * spec.inner, spec.hidden)
-        self.down = make(spec.hidden, spec.inner)
-        self.gate_up_bias = make(2 * spec.inner) if spec.mlp_bias else None
-        self.down_bias = make(spec.hidden) if spec.mlp_bias else None
-        self._added_bias = self.down_bias if rank == 0 else None
-
-    def __call__(self, x: Tensor, ops: Ops) -> Tensor:
-        return ops.linear(ops.gated_linear(x, self.gate_up, self.gate_up_bias), self.down, self._added_bias)
-
-
-class Experts:
-    """Router [experts, hidden], gate and up [experts, 2 · inner, hidden], down [experts, hidden, inner].
-
-    Each rank of several routes alike, and has a part of every expert's inner size.
-    """
-
-    def __init__(self, spec: ModelSpec, make: Callable[..., Tensor]) -> None:
-        assert spec.moe is not None
-        moe = self.spec = spec.moe
-        self.router = make(moe.num_experts, spec.hidden)
-        self.gate_up = make(moe.num_experts, 2 * moe.inner, spec.hidden)
-        self.down = make(moe.num_experts, spec.hidden, moe.inner)
-
-    def __call__(self, x: Tensor, ops: Ops) -> Tensor:
-        return ops.moe(x, self.router, self.gate_up, self.down, self.spec.top_k, self.spec.renormalize)
 
 
 class Layer:
@@ -59,17 +29,27 @@ class Layer:
     Args:
         spec: this rank's part of the model's.
         index: which layer.
-        make: an uninitialised tensor of a shape.
+        make: makes uninitialised parameters.
         group: the ranks that share the layer.
         kv_group: which blocks hold its KV.
         place: where in a block.
+        experts: the ranks that have different experts of it, if there are several.
     """
 
     def __init__(
-        self, spec: ModelSpec, index: int, make: Callable[..., Tensor], group: Group, kv_group: int, place: int
+        self,
+        spec: ModelSpec,
+        index: int,
+        make: Parameters,
+        group: Group,
+        kv_group: int,
+        place: int,
+        experts: ExpertGroup | None,
     ) -> None:
         heads, kv_heads, head_dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
-        rows = (heads + 2 * kv_heads) * head_dim
+        rows = [heads * head_dim, *[kv_heads * head_dim] * 2]
+        prefix = f"model.layers.{index}."
+        attention = prefix + "self_attn."
         self.index = index
         self.kv_group = kv_group
         self.place = place
@@ -77,14 +57,18 @@ class Layer:
         self.eps = spec.norm_eps
         self.scale = head_dim**-0.5
         self.input_norm = make(spec.hidden)
-        self.qkv = make(rows, spec.hidden)
-        self.qkv_bias = make(rows) if spec.qkv_bias else None
+        self.qkv = make.matrix(attention, ("q_proj", "k_proj", "v_proj"), rows, spec.hidden)
+        self.qkv_bias = make(sum(rows)) if spec.qkv_bias else None
         self.head_norm = HeadNorm(make(head_dim), make(head_dim), spec.norm_eps) if spec.qk_norm else None
-        self.o = make(spec.hidden, heads * head_dim)
+        self.o = make.matrix(attention, ("o_proj",), [spec.hidden], heads * head_dim, cut_columns=True)
         self.o_bias = make(spec.hidden) if spec.o_bias else None
         self._added_bias = self.o_bias if group.rank == 0 else None
         self.post_norm = make(spec.hidden)
-        self.mlp: Mlp | Experts = Experts(spec, make) if index in spec.moe_layers else Mlp(spec, make, group.rank)
+        self.mlp: Mlp | Experts
+        if index in spec.moe_layers:
+            self.mlp = Experts(spec, make, group.rank, index, experts)
+        else:
+            self.mlp = Mlp(spec.hidden, spec.inner, make, spec.mlp_bias, group.rank, prefix + "mlp.")
         self._group = group
 
     def weights(self) -> LayerWeights | None:
@@ -92,18 +76,22 @@ class Layer:
         mlp = self.mlp
         if isinstance(mlp, Mlp) and mlp.gate_up_bias is not None:
             return None
+        feed = mlp.weights if isinstance(mlp, Experts) else mlp
+        qkv, o, gate_up, down = self.qkv, self.o, feed.gate_up, feed.down
+        if isinstance(qkv, Packed) or isinstance(o, Packed) or isinstance(gate_up, Packed) or isinstance(down, Packed):
+            return None
         moe = mlp.spec if isinstance(mlp, Experts) else None
         return LayerWeights(
             input_norm=self.input_norm,
-            qkv=self.qkv,
+            qkv=qkv,
             qkv_bias=self.qkv_bias,
             head_norm=self.head_norm,
-            o=self.o,
+            o=o,
             o_bias=self.o_bias,
             post_norm=self.post_norm,
             router=mlp.router if isinstance(mlp, Experts) else None,
-            gate_up=mlp.gate_up if isinstance(mlp, Experts) else mlp.gate_up.unsqueeze(0),
-            down=mlp.down if isinstance(mlp, Experts) else mlp.down.unsqueeze(0),
+            gate_up=gate_up if moe else gate_up.unsqueeze(0),
+            down=down if moe else down.unsqueeze(0),
             top_k=moe.top_k if moe else 0,
             renormalize=moe.renormalize if moe else False,
             eps=self.eps,
@@ -117,10 +105,10 @@ class Layer:
         self, x: Tensor, residual: Tensor | None, batch: Batch, cache: Tensor, cos_sin: Tensor, ops: Ops
     ) -> tuple[Tensor, Tensor]:
         x, residual = ops.rms_norm(x, residual, self.input_norm, self.eps)
-        qkv = ops.linear(x, self.qkv, self.qkv_bias)
+        qkv = ops.multiply(x, self.qkv, self.qkv_bias)
         own = batch.groups[self.kv_group]
         rotated = ops.rotary(qkv, self.head_norm, cos_sin, batch.positions, cache, self.place, own.slots)
-        x = ops.linear(self._attend(*rotated, batch, own, cache, ops).flatten(1), self.o, self._added_bias)
+        x = ops.multiply(self._attend(*rotated, batch, own, cache, ops).flatten(1), self.o, self._added_bias)
         x, residual = ops.rms_norm(self._group.all_reduce(x), residual, self.post_norm, self.eps)
         return self._group.all_reduce(self.mlp(x, ops)), residual
 
@@ -153,9 +141,10 @@ class Decoder:
         ops: the kernels to run on.
         matrix_dtype: of the weights that multiply, where ``ops`` takes them in another type.
         group: the ranks that share the model.
+        experts: the ranks that have different experts of it, and requests of their own, if there are several.
 
     Raises:
-        ConfigError: the model cannot be divided among so many.
+        ConfigError: the model, or its quantised weights, cannot be divided among so many.
     """
 
     def __init__(
@@ -167,15 +156,15 @@ class Decoder:
         ops: Ops,
         matrix_dtype: torch.dtype | None = None,
         group: Group = Alone(),
+        experts: ExpertGroup | None = None,
     ) -> None:
-        def make(*shape: int) -> Tensor:
-            return torch.empty(shape, dtype=dtype if len(shape) == 1 else matrix_dtype or dtype, device=device)
-
+        make = Parameters(dtype, matrix_dtype or dtype, device, spec.quantization, group.size)
         self.spec = spec
         self.dtype = dtype
         self.device = device
         self.ops = ops
         self.group = group
+        self.experts = experts
         self.local = shard(spec, group.size)
         # Every rank gathers equally many logits; rows beyond the vocabulary fill the last ranks up.
         rows = padded_rows(spec, group.size)
@@ -189,7 +178,9 @@ class Decoder:
         self.head[len(vocabulary_rows(spec, group.rank, group.size)) :].zero_()
         self.groups = group_layers(spec.windows)
         places = {layer: (n, place) for n, kv in enumerate(self.groups) for place, layer in enumerate(kv.layers)}
-        self.layers = [Layer(self.local, index, make, group, *places[index]) for index in range(spec.num_layers)]
+        self.layers = [
+            Layer(self.local, index, make, group, *places[index], experts) for index in range(spec.num_layers)
+        ]
         self.norm = make(spec.hidden)
         table = cos_sin_table(spec.rope, spec.head_dim, max_model_len, spec.max_positions)
         self._cos_sin = table.to(device)
@@ -219,6 +210,7 @@ class Decoder:
     def _prepare(self) -> list[Prepared]:
         """The layers for `kernels.decode_layers`, where it serves all of them: it takes no sums over ranks."""
         whole = self.ops.decode_layers is not None and self.group.size == 1
+        whole = whole and not (self.spec.moe_layers and self.ops.moe.form != "monolithic")
         weights = [layer.weights() for layer in self.layers] if whole else []
         covered = [w for w in weights if w is not None and num_weights(w) <= MAX_WEIGHTS]
         return [Prepared(w) for w in covered] if len(covered) == len(self.layers) else []
@@ -261,6 +253,18 @@ class Decoder:
         x, _ = self.ops.rms_norm(x, residual, self.norm, self.spec.norm_eps)
         logits = self.ops.linear(x, self.head)
         return logits if self.group.size == 1 else self._gather(logits)
+
+    @torch.inference_mode()
+    def accompany(self) -> None:
+        """Take part in a step of the ranks that share experts, with no tokens.
+
+        Raises:
+            WorkerError: another rank did not.
+        """
+        nobody = torch.empty(0, self.spec.hidden, dtype=self.dtype, device=self.device)
+        for layer in self.layers:
+            if isinstance(layer.mlp, Experts):
+                layer.mlp.accompany(nobody, self.ops)
 
     def _gather(self, logits: Tensor) -> Tensor:
         vocabulary = self.spec.vocab_size

@@ -2,40 +2,24 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from torch import Tensor
 
-from .decoder import Decoder, Experts, Layer
+from ...kernels.schemes.destination import Destination
+from ...kernels.schemes.packed import Cut, Packed, Weight
+from .decoder import Decoder, Layer
+from .experts import Experts
+from .parameters import cannot_divide
 from .shard import first_kv_head, vocabulary_rows
-
-
-class Destination(NamedTuple):
-    """The part of a checkpoint's tensor that a rank holds."""
-
-    tensor: Tensor
-    """The view of the model's memory that it fills."""
-    shape: tuple[int, ...]
-    """Of the whole tensor, in the checkpoint."""
-    dim: int = 0
-    """Along which the part is cut out: 0 for rows, 1 for columns."""
-    start: int = 0
-    """Where the part begins."""
-
-    def part_of(self, whole: Tensor) -> Tensor:
-        """What of ``whole`` goes here: a view."""
-        return whole.narrow(self.dim, self.start, self.tensor.shape[self.dim])
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether the part is everything."""
-        return self.tensor.shape == self.shape
 
 
 def destinations(model: Decoder) -> dict[str, Destination]:
     """Hugging Face tensor name → where it goes.
 
-    Fused tensors (queries, keys and values; gate and up) appear as one destination for each part.
+    Fused tensors (queries, keys and values; gate and up) appear as one destination for each part, quantised ones as one
+    for each tensor that they are made of.
+
+    Raises:
+        ConfigError: the ranks' parts would cut through groups or blocks of quantised weights.
     """
     spec, group = model.spec, model.group
     names = {"model.embed_tokens.weight": _whole(model.embedding), "model.norm.weight": _whole(model.norm)}
@@ -43,8 +27,20 @@ def destinations(model: Decoder) -> dict[str, Destination]:
         rows = vocabulary_rows(spec, group.rank, group.size)
         names["lm_head.weight"] = _rows(model.head[: len(rows)], spec.vocab_size, rows.start)
     for layer in model.layers:
-        prefix = f"model.layers.{layer.index}."
-        names |= {prefix + name: destination for name, destination in _layer(layer, model).items()}
+        names |= _layer(layer, model, f"model.layers.{layer.index}.")
+    return names
+
+
+def elsewhere(model: Decoder) -> set[str]:
+    """The names of tensors that other ranks have, which hold other experts."""
+    names = set()
+    for layer in model.layers:
+        if isinstance(layer.mlp, Experts):
+            prefix = f"model.layers.{layer.index}.mlp."
+            own = f"{prefix}experts.{layer.mlp.held[0]}."
+            parts = [name.removeprefix(own) for name in _experts(layer.mlp, model, prefix) if name.startswith(own)]
+            others = set(range(layer.mlp.spec.num_experts)) - set(layer.mlp.held)
+            names |= {f"{prefix}experts.{expert}.{part}" for expert in others for part in parts}
     return names
 
 
@@ -60,7 +56,9 @@ def alternatives(name: str) -> list[str]:
 
 def ignored(name: str, tied_embeddings: bool) -> bool:
     """Whether a tensor that a checkpoint has and the model does not need is harmless."""
-    return name.endswith(".rotary_emb.inv_freq") or (tied_embeddings and name == "lm_head.weight")
+    # Scales of a quantised KV cache, which ours does without.
+    unused = name.endswith((".rotary_emb.inv_freq", ".k_scale", ".v_scale"))
+    return unused or (tied_embeddings and name == "lm_head.weight")
 
 
 def _whole(tensor: Tensor) -> Destination:
@@ -71,54 +69,106 @@ def _rows(tensor: Tensor, whole: int, start: int) -> Destination:
     return Destination(tensor, (whole, *tensor.shape[1:]), 0, start)
 
 
-def _columns(tensor: Tensor, whole: int, start: int) -> Destination:
-    return Destination(tensor, (tensor.shape[0], whole), 1, start)
-
-
-def _layer(layer: Layer, model: Decoder) -> dict[str, Destination]:
+def _layer(layer: Layer, model: Decoder, prefix: str) -> dict[str, Destination]:
     spec, local, group = model.spec, model.local, model.group
     queries, keys = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     first_query = group.rank * local.num_heads * spec.head_dim
     first_key = first_kv_head(spec, group.rank, group.size) * spec.head_dim
-    parts = [("q", queries, first_query), ("k", keys, first_key), ("v", keys, first_key)]
+    starts = {"q": first_query, "k": first_key, "v": first_key}
+    wholes = {"q": queries, "k": keys, "v": keys}
     sizes = [local.num_heads * spec.head_dim, *[local.num_kv_heads * spec.head_dim] * 2]
-    names = {
-        "input_layernorm.weight": _whole(layer.input_norm),
-        "post_attention_layernorm.weight": _whole(layer.post_norm),
-        "self_attn.o_proj.weight": _columns(layer.o, queries, first_query),
+    attention = prefix + "self_attn."
+    cuts = {
+        f"{attention}{part}_proj": Cut(wholes[part], spec.hidden, starts[part], size, 0, spec.hidden)
+        for part, size in zip(starts, sizes, strict=True)
     }
-    for (part, whole, start), weight in zip(parts, layer.qkv.split(sizes), strict=True):
-        names[f"self_attn.{part}_proj.weight"] = _rows(weight, whole, start)
+    o = Cut(spec.hidden, queries, 0, spec.hidden, first_query, sizes[0])
+    names = {
+        prefix + "input_layernorm.weight": _whole(layer.input_norm),
+        prefix + "post_attention_layernorm.weight": _whole(layer.post_norm),
+        **_matrices(layer.qkv, cuts, model),
+        **_matrices(layer.o, {attention + "o_proj": o}, model),
+    }
     if layer.qkv_bias is not None:
-        for (part, whole, start), bias in zip(parts, layer.qkv_bias.split(sizes), strict=True):
-            names[f"self_attn.{part}_proj.bias"] = _rows(bias, whole, start)
+        for part, bias in zip(starts, layer.qkv_bias.split(sizes), strict=True):
+            names[f"{attention}{part}_proj.bias"] = _rows(bias, wholes[part], starts[part])
     if layer.o_bias is not None:
-        names["self_attn.o_proj.bias"] = _whole(layer.o_bias)
+        names[attention + "o_proj.bias"] = _whole(layer.o_bias)
     if layer.head_norm is not None:
-        names["self_attn.q_norm.weight"] = _whole(layer.head_norm.query)
-        names["self_attn.k_norm.weight"] = _whole(layer.head_norm.key)
-    mlp = layer.mlp
+        names[attention + "q_norm.weight"] = _whole(layer.head_norm.query)
+        names[attention + "k_norm.weight"] = _whole(layer.head_norm.key)
+    mlp, prefix = layer.mlp, prefix + "mlp."
     if isinstance(mlp, Experts):
-        names["mlp.gate.weight"] = _whole(mlp.router)
-        whole = mlp.spec.inner * group.size
-        for expert, (gate_up, down) in enumerate(zip(mlp.gate_up, mlp.down, strict=True)):
-            prefix = f"mlp.experts.{expert}."
-            names |= {prefix + name: part for name, part in _gated(gate_up, down, whole, group.rank).items()}
-        return names
-    names |= {f"mlp.{name}": part for name, part in _gated(mlp.gate_up, mlp.down, spec.inner, group.rank).items()}
+        return names | _experts(mlp, model, prefix)
+    names |= _gated(mlp.gate_up, mlp.down, spec.inner, model, prefix)
     if mlp.gate_up_bias is not None and mlp.down_bias is not None:
-        names["mlp.down_proj.bias"] = _whole(mlp.down_bias)
+        names[prefix + "down_proj.bias"] = _whole(mlp.down_bias)
         for name, bias in zip(("gate", "up"), mlp.gate_up_bias.chunk(2), strict=True):
-            names[f"mlp.{name}_proj.bias"] = _rows(bias, spec.inner, group.rank * local.inner)
+            names[f"{prefix}{name}_proj.bias"] = _rows(bias, spec.inner, group.rank * local.inner)
     return names
 
 
-def _gated(gate_up: Tensor, down: Tensor, inner: int, rank: int) -> dict[str, Destination]:
+def _experts(mlp: Experts, model: Decoder, prefix: str) -> dict[str, Destination]:
+    names = {prefix + "gate.weight": _whole(mlp.router)}
+    if mlp.router_bias is not None:
+        names[prefix + "gate.bias"] = _whole(mlp.router_bias)
+    if mlp.correction is not None:
+        names[prefix + "gate.e_score_correction_bias"] = _whole(mlp.correction)
+    if mlp.shared is not None:
+        inner = mlp.spec.shared_inner * model.group.size
+        names |= _gated(mlp.shared.gate_up, mlp.shared.down, inner, model, prefix + "shared_experts.")
+    inner, quantization = mlp.spec.inner * model.group.size, model.spec.quantization
+    weights = mlp.weights
+    if isinstance(weights.gate_up, Packed) and quantization is not None and quantization.scheme.only_experts:
+        cuts = _gated_cuts(inner, mlp.spec.inner, 2, model)
+        for name, weight, cut in zip(("gate_up", "down"), (weights.gate_up, weights.down), cuts, strict=True):
+            for full, part in _packed(weight, 0, cut, model, f"{prefix}experts.{name}_proj", "_").items():
+                shape = mlp.spec.num_experts, *part.shape[1:]
+                names[full] = part._replace(shape=shape, experts=tuple(mlp.held))
+        return names
+    for slot, index in enumerate(mlp.held):
+        expert = weights.expert(slot)
+        names |= _gated(expert.gate_up, expert.down, inner, model, f"{prefix}experts.{index}.")
+    return names
+
+
+def _gated(gate_up: Weight, down: Weight, inner: int, model: Decoder, prefix: str) -> dict[str, Destination]:
     """The three matrices of a gated unit whose whole inner size is ``inner``."""
-    gate, up = gate_up.chunk(2)
-    start = rank * len(gate)
+    rows, columns = _gated_cuts(inner, inner // model.group.size, 1, model)
     return {
-        "gate_proj.weight": _rows(gate, inner, start),
-        "up_proj.weight": _rows(up, inner, start),
-        "down_proj.weight": _columns(down, inner, start),
+        **_matrices(gate_up, {prefix + "gate_proj": rows, prefix + "up_proj": rows}, model),
+        **_matrices(down, {prefix + "down_proj": columns}, model),
     }
+
+
+def _gated_cuts(inner: int, size: int, times: int, model: Decoder) -> tuple[Cut, Cut]:
+    """What a rank has of a matrix with ``times`` rows for each inner column, and of that which follows it."""
+    hidden, start = model.spec.hidden, model.group.rank * size
+    rows = Cut(times * inner, hidden, times * start, times * size, 0, hidden)
+    return rows, Cut(hidden, inner, 0, hidden, start, size)
+
+
+def _matrices(weight: Weight, cuts: dict[str, Cut], model: Decoder) -> dict[str, Destination]:
+    """Of modules whose matrices lie one below the other in ``weight``."""
+    names: dict[str, Destination] = {}
+    row = 0
+    for part, (module, cut) in enumerate(cuts.items()):
+        if isinstance(weight, Packed):
+            names |= _packed(weight, part, cut, model, module, ".")
+            continue
+        dim, start = (1, cut.first_column) if cut.along_columns else (0, cut.first_row)
+        rows = weight[row : row + cut.num_rows]
+        names[module + ".weight"] = Destination(rows, (cut.rows, cut.columns), dim, start)
+        row += cut.num_rows
+    return names
+
+
+def _packed(weight: Weight, part: int, cut: Cut, model: Decoder, module: str, joint: str) -> dict[str, Destination]:
+    quantization = model.spec.quantization
+    assert quantization is not None
+    assert isinstance(weight, Packed)
+    try:
+        found = quantization.scheme.destinations(weight, part, cut)
+    except ValueError as error:
+        raise cannot_divide(module, error, model.group.size) from None
+    return {f"{module}{joint}{suffix}": destination for suffix, destination in found.items()}

@@ -31,12 +31,13 @@ def shard(spec: ModelSpec, size: int) -> ModelSpec:
         _check_multiple("the inner size of the feed-forward part", spec.inner, size)
     if spec.moe is not None:
         _check_multiple("the inner size of an expert", spec.moe.inner, size)
+        _check_multiple("the inner size of the shared experts", spec.moe.shared_inner, size)
     return replace(
         spec,
         num_heads=spec.num_heads // size,
         num_kv_heads=local_kv_heads(spec, size),
         inner=spec.inner // size,
-        moe=spec.moe and replace(spec.moe, inner=spec.moe.inner // size),
+        moe=spec.moe and replace(spec.moe, inner=spec.moe.inner // size, shared_inner=spec.moe.shared_inner // size),
     )
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ...core.errors import ConfigError
+from ...kernels.routing import Routing
+from .quantization import Quantization, parse_quantization
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,27 @@ class MoeSpec:
     inner: int
     renormalize: bool
     """Whether the weights of the chosen experts sum to one."""
+    method: str = "softmax"
+    """How tokens choose: a key of `kernels.routing.METHODS`."""
+    num_groups: int = 1
+    """Of experts, where a token chooses groups first."""
+    top_groups: int = 1
+    """How many of these it chooses."""
+    scale: float = 1.0
+    """Of the weights."""
+    router_bias: bool = False
+    """Whether the router adds a bias."""
+    biases: bool = False
+    """Whether the experts add biases."""
+    activation: str = "silu"
+    """The experts' gated unit: a key of `kernels.activation.GATED`."""
+    shared_inner: int = 0
+    """Inner size of the experts, taken together, that every token goes to."""
+
+    @property
+    def routing(self) -> Routing:
+        """As the kernels take it."""
+        return Routing(self.method, self.top_k, self.renormalize, self.num_groups, self.top_groups, self.scale)
 
 
 @dataclass(frozen=True)
@@ -49,6 +72,7 @@ class ModelSpec:
     eos_ids: tuple[int, ...]
     dtype: str
     """Of the checkpoint: float32, bfloat16 or float16."""
+    quantization: Quantization | None = None
 
 
 _Reader = Callable[[Mapping[str, Any]], dict[str, Any]]
@@ -164,9 +188,6 @@ def parse_spec(config: Mapping[str, Any], generation: Mapping[str, Any], where: 
         raise ConfigError(
             f"{where}: architecture {names[0]} is not supported", fix=f"supported: {', '.join(ARCHITECTURES)}"
         )
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method")
-        raise ConfigError(f"{where}: quantization {method} is not supported", fix="use the unquantised checkpoint")
     activation = config.get("hidden_act", "silu")
     if activation != "silu":
         raise ConfigError(f"{where}: hidden_act {activation!r} is not supported", fix="supported: silu")
@@ -200,6 +221,8 @@ def _build(config: Mapping[str, Any], generation: Mapping[str, Any], name: str, 
     if moe is not None and not 0 < moe.top_k <= moe.num_experts:
         raise ValueError(f"num_experts_per_tok {moe.top_k} is not within 1 … {moe.num_experts} experts")
     eos = generation.get("eos_token_id", config.get("eos_token_id"))
+    dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
+    quantization = config.get("quantization_config")
     return ModelSpec(
         architecture=name,
         vocab_size=config["vocab_size"],
@@ -214,7 +237,8 @@ def _build(config: Mapping[str, Any], generation: Mapping[str, Any], name: str, 
         max_positions=config["max_position_embeddings"],
         tied_embeddings=bool(config.get("tie_word_embeddings", False)),
         eos_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
-        dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch."),
+        dtype=dtype,
+        quantization=parse_quantization(quantization, dtype) if quantization else None,
         **own,
     )
 

@@ -6,11 +6,13 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from prometheus_client import CollectorRegistry
 from support.checkpoints import FAMILIES, greedy, make_checkpoint
+from support.quantized import CASES, make_quantized
 from tandem.core.clock import SystemClock
 from tandem.core.config import ColocatedPool, Config
 from tandem.core.errors import ConfigError
@@ -72,6 +74,21 @@ def test_equal_to_transformers(family: str, tmp_path: Path) -> None:
     assert [generate(engine, [prompt], 40)[0] for prompt in prompts] == want
     engine.runner.graphs = None
     assert generate(engine, prompts, 40) == want
+
+
+@pytest.mark.parametrize(("family", "layout", "sizes"), CASES, ids=[f"{f}-{layout}" for f, layout, _ in CASES])
+def test_quantised_weights(family: str, layout: str, sizes: dict[str, Any], tmp_path: Path) -> None:
+    """Equal to transformers with what the weights say, in graphs and without."""
+    if "fp8" in layout and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("this GPU has no float8, and torch serves without graphs")
+    model = make_quantized(family, layout, tmp_path, **sizes).cuda()
+    prompts = [[(7 * i * i + j * 13) % 131 for j in range(length)] for i, length in enumerate((1, 9, 70))]
+    want = [greedy(model, prompt, 20) for prompt in prompts]
+    engine = engine_of(tmp_path)
+    assert engine.runner.graphs is not None
+    assert generate(engine, prompts, 20) == want
+    engine.runner.graphs = None
+    assert generate(engine, prompts, 20) == want
 
 
 @pytest.mark.parametrize(("dtype", "kv_dtype"), [("bfloat16", "auto"), ("float16", "auto"), ("bfloat16", "fp8_e4m3")])

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from tandem.kernels import moe, moe_few, moe_sorted, on_gpu
+from tandem.kernels.expert_weights import ExpertWeights
 
 pytestmark = pytest.mark.skipif(not on_gpu.AVAILABLE, reason="Triton is not installed")
 
@@ -95,6 +96,40 @@ def test_sorted(
 ) -> None:
     given = arguments(rng, tokens, experts, top_k, hidden, inner, dtype)
     close(moe_sorted.fused(*given), moe.reference(*given))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("tokens", "experts", "top_k", "hidden", "inner"), [(1, 5, 2, 16, 8), (37, 12, 3, 40, 9), (3, 40, 8, 48, 17)]
+)
+def test_after_routing(
+    rng: torch.Generator, tokens: int, experts: int, top_k: int, hidden: int, inner: int, dtype: torch.dtype
+) -> None:
+    """Experts of which this rank has some: half the pairs are nobody's here."""
+    given = arguments(rng, tokens, experts, top_k, hidden, inner, dtype)
+    own = ExpertWeights(given.gate_up, given.down)
+    weights = torch.rand(tokens, top_k, generator=rng, device=DEVICE)
+    rows = [torch.randperm(2 * experts, generator=rng, device=DEVICE)[:top_k] for _ in range(tokens)]
+    ids = (torch.stack(rows) - experts).clamp(min=-1)
+    none = torch.full_like(ids, -1)
+    ways = [moe_sorted.fused_experts, moe.fused_experts]
+    for way in [*ways, *([] if tokens > 4 else [lambda *given: moe_few.fused_experts(*given, FEW[tokens // 2])])]:
+        close(way(given.x, weights, ids, own), moe.reference_experts(given.x, weights, ids, own))
+        assert way(given.x, weights, none, own).equal(torch.zeros_like(given.x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("experts", "rows"), [(3, 1), (5, 37)])
+def test_rows_of_their_own(rng: torch.Generator, experts: int, rows: int, dtype: torch.dtype) -> None:
+    """Each expert's tokens in rows of its own; what is in the others does not matter."""
+    given = arguments(rng, 4, experts, 1, 24, 10, dtype)
+    own = ExpertWeights(given.gate_up, given.down)
+    x = torch.randn(experts, rows, 24, generator=rng, device=DEVICE).to(dtype)
+    counts = torch.tensor([rows, 0, 1, *range(2, experts - 1)], device=DEVICE)
+    inside = torch.arange(rows, device=DEVICE) < counts[:, None]
+    want = moe.reference_batched(x, counts, own)
+    x[~inside] = torch.nan
+    close(moe_sorted.fused_batched(x, counts, own)[inside], want[inside])
 
 
 @pytest.mark.parametrize(("tokens", "top_k"), [(1, 1), (7, 3), (16, 8), (13, 8)])

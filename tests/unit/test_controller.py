@@ -239,3 +239,27 @@ def test_nothing_is_started_again_once_stopped() -> None:
         assert len(launched.order) == 3
 
     asyncio.run(run())
+
+
+def test_one_death_takes_its_group_along_and_no_other() -> None:
+    async def run() -> None:
+        pools = {"prefill": {"expert_parallel": 1}, "decode": {"replicas": 4}}
+        config = Config.model_validate({"pools": pools, "experts": {"parallel": 2}})
+        launched, clock = Launched(hold=True), ManualClock()
+        controller = Controller(config, launched, clock)
+        starting = asyncio.create_task(controller.start())
+        await settle()
+        await asyncio.gather(*(controller.meet(f"decode-{index}#1", str(index)) for index in range(4)))
+        for process in launched.processes.values():
+            process.is_ready.set()
+        await starting
+        clock.advance(60)
+        launched.processes["decode-3#1"].die("SIGKILL")
+        await settle()
+        assert [peer for peer in launched.order if peer.endswith("#2")] == ["decode-3#2", "decode-2#2"]
+        assert not launched.processes["decode-0#1"].death.done()
+        texts = [event.text for event in await controller.events(0, 0.1)]
+        assert "decode-2#1 shared experts with decode-3#1, and start anew" in texts
+        await controller.stop(0)
+
+    asyncio.run(run())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tandem.bench import packed
 from tandem.bench.kernels import MODELS, Figure, Product, main, plans, products, summary
 from tandem.core.errors import ConfigError
 from tandem.engine.models.spec import parse_spec
@@ -46,6 +47,22 @@ def test_the_table() -> None:
     assert text[3].endswith("every plan failed")
 
 
+@pytest.mark.parametrize("scheme", packed.SCHEMES)
+def test_quantised_weights_to_measure(scheme: str) -> None:
+    """Each scheme's are finite, of the size of a trained model's, and a plan can be tried for each number of rows."""
+    cpu = torch.device("cpu")
+    weight = packed.random_weight(packed.SCHEMES[scheme], [128], 256, cpu)
+    assert 0.1 < weight.dequantize(torch.float32).std() * 256**0.5 < 10
+    assert (
+        packed.random_weight(packed.SCHEMES[scheme], [64, 64], 256, cpu, 3)[2]
+        .dequantize(torch.float16)
+        .isfinite()
+        .all()
+    )
+    for tokens in (1, 2, 3, 16, 64):
+        assert all(plan.tokens >= 16 or isinstance(plan, packed.Gemv) for plan in packed.plans(tokens))
+
+
 def test_what_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     for arguments, said in ((["moe", "--model", "qwen3-8b"], "no experts"), (["linear", "--tp", "5"], "--tp")):
         with pytest.raises(ConfigError, match=said):
@@ -53,3 +70,7 @@ def test_what_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match="GPU"):
         main(["linear"])
+    with pytest.raises(ConfigError, match="GPU"):
+        packed.main(["linear"])
+    with pytest.raises(ConfigError, match="no experts"):
+        packed.main(["moe", "--model", "qwen3-8b"])

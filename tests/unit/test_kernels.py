@@ -9,6 +9,7 @@ import numba
 import numpy as np
 import pytest
 import torch
+import transformers
 from tandem.kernels import (
     activation,
     decode_attention,
@@ -21,9 +22,11 @@ from tandem.kernels import (
     sampling,
 )
 from tandem.kernels.compiled import num_threads, set_num_threads
+from tandem.kernels.expert_weights import ExpertWeights
 from tandem.kernels.exponential import exp_inplace
 from tandem.kernels.prefill_attention import Span, Spans
 from tandem.kernels.sampling import INVALID, SamplingRows
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
 
 @pytest.fixture(params=[1, 2], autouse=True)
@@ -228,6 +231,50 @@ def test_moe(
     down = torch.randn(experts, hidden, inner, generator=rng) / inner**0.5
     want = moe.reference(x, router, gate_up, down, top_k, renormalize)
     close(moe.native(x, router, gate_up, down, top_k, renormalize), want, 1e-4)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 23])
+@pytest.mark.parametrize("large", [False, True])
+def test_experts_of_some_pairs(rng: torch.Generator, tokens: int, large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pairs of token and expert that are another rank's count as nothing, be it all of a token's."""
+    if large:
+        monkeypatch.setattr(moe, "MAX_COMPILED_EXPERT", 0)
+    x, weights = torch.randn(tokens, 18, generator=rng), torch.rand(tokens, 3, generator=rng)
+    ids = torch.stack([torch.randperm(9, generator=rng)[:3] - 4 for _ in range(tokens)] or [torch.empty(3).long()])
+    ids = ids[:tokens].clamp(min=-1)
+    own = ExpertWeights(torch.randn(5, 14, 18, generator=rng) / 4, torch.randn(5, 18, 7, generator=rng) / 2)
+    want = torch.zeros(tokens, 18, dtype=torch.float64)
+    for t, k in (ids >= 0).nonzero().tolist():
+        gate, up = (own.gate_up[ids[t, k]].double() @ x[t].double()).chunk(2)
+        want[t] += weights[t, k] * (own.down[ids[t, k]].double() @ (torch.nn.functional.silu(gate) * up))
+    for got in (moe.reference_experts(x, weights, ids, own), moe.native_experts(x, weights, ids, own)):
+        torch.testing.assert_close(got, want.float(), rtol=1e-4, atol=1e-4)
+
+
+def test_biased_experts_with_a_clamped_unit(rng: torch.Generator) -> None:
+    """gpt-oss's, against transformers'."""
+    config = transformers.GptOssConfig(
+        hidden_size=16, intermediate_size=10, num_local_experts=4, num_experts_per_tok=2, num_hidden_layers=1
+    )
+    theirs = GptOssExperts(config)
+    for parameter in theirs.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=rng)
+    x, weights = torch.randn(7, 16, generator=rng), torch.rand(7, 2, generator=rng)
+    ids = torch.stack([torch.randperm(4, generator=rng)[:2] for _ in range(7)])
+    gate_up, bias = theirs.gate_up_proj.data, theirs.gate_up_proj_bias.data
+    own = ExpertWeights(
+        torch.cat([gate_up[:, :, ::2], gate_up[:, :, 1::2]], -1).transpose(1, 2),
+        theirs.down_proj.data.transpose(1, 2),
+        torch.cat([bias[:, ::2], bias[:, 1::2]], -1),
+        theirs.down_proj_bias.data,
+        "clamped_swiglu",
+    )
+    with torch.no_grad():
+        want = theirs(x, ids, weights)
+    close(moe.reference_experts(x, weights, ids, own), want, 1e-5)
+    assert {name: len(tensor) for name, tensor in own.tensors().items()} == dict.fromkeys(
+        ("gate_up", "down", "gate_up_bias", "down_bias"), 4
+    )
 
 
 def test_moe_with_bfloat16_weights(rng: torch.Generator) -> None:

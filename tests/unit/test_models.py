@@ -65,7 +65,7 @@ def test_end_tokens() -> None:
     [
         ({"architectures": ["GPT2LMHeadModel"]}, "architecture GPT2LMHeadModel is not supported"),
         ({"architectures": None, "model_type": "gpt2"}, "model_type gpt2 is not supported"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantization gptq is not supported"),
+        ({"quantization_config": {"quant_method": "quip"}}, "quant_method: expected one of awq, .*, found 'quip'"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
         ({"num_key_value_heads": 3}, "is not a multiple of"),
         ({"head_dim": 3}, "head_dim 3 is odd"),

@@ -1,0 +1,325 @@
+"""Ranks that have different experts of one model, and requests of their own (Lepikhin et al. 2020, arXiv:2006.16668).
+
+Attention is each rank's own affair. In a layer with experts every token goes to the ranks that have the experts it was
+routed to, and what they make of it comes back. This takes all ranks: before a step they agree whether there is one, and
+who has nothing to compute in it takes part with no tokens.
+
+There are two forms. Exact sends each token where it goes and nothing else, for which the hosts tell each other how
+many rows to expect. Fixed sends everybody's tokens to everybody in buffers of one size: it costs more bytes, its shapes
+depend on nothing, and no host waits.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from datetime import timedelta
+from enum import IntEnum
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..core.errors import ConfigError, WorkerError
+from ..kernels.device import describe
+from ..kernels.moe_oracle import KERNELS, ExpertsSpec, Kernel, select
+from .expert_maps import ExpertMaps
+from .models.spec import ModelSpec
+from .tensor_parallel import TorchGroup
+
+STALL_S = 25.0
+"""A rank that has been waited for so long has failed."""
+
+_START_S = 600.0
+"""While ranks read and compile, they wait longer."""
+
+# torch 2.13 renamed it.
+_gather: Callable[..., object] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+class StepSize(IntEnum):
+    """What a rank has to compute next; the ranks do the most that one of them asks for."""
+
+    NOTHING = 0
+    FEW = 1
+    """At most as many tokens as a fixed buffer has rows."""
+    MANY = 2
+
+
+class ExpertPlace(NamedTuple):
+    """A rank's place among those that share the experts of a model."""
+
+    rank: int
+    size: int
+    meet: Callable[[], str]
+    """Blocks until all ranks are about to join, and says where: a rendezvous for `ExpertGroup.join`."""
+
+
+class Sent(NamedTuple):
+    """Tokens that came here in the exact form, and what is needed to send the outcome back."""
+
+    x: Tensor
+    """[rows, hidden]"""
+    weights: Tensor
+    """[rows, top_k] float32"""
+    ids: Tensor
+    """[rows, top_k] int64, this rank's experts; −1 for others'."""
+    tokens: Tensor
+    """[sent rows] int64, which own token each row was that went out."""
+    num_tokens: int
+    sent: list[int]
+    """Rows that went to each rank."""
+    received: list[int]
+
+
+class Placed(NamedTuple):
+    """Tokens that came here in the fixed form, each expert's in rows of its own."""
+
+    x: Tensor
+    """[local experts, ranks · rows, hidden]"""
+    counts: Tensor
+    """[local experts] int64, how many of the rows are tokens."""
+    places: Tensor
+    """[local experts, ranks · rows] int64, the row that each token has if it is this expert's."""
+    weights: Tensor
+    """[local experts, ranks · rows] float32; 0 for tokens that are not this expert's."""
+    num_tokens: int
+
+
+class ExpertGroup:
+    """A rank's end. Every operation from `join` on blocks until all ranks have called it, in the same order.
+
+    Args:
+        rank: of this process, in 0 … ``size`` − 1.
+        size: how many share the experts.
+        maps: who has what.
+        fixed_rows: tokens of a rank that a fixed buffer holds; 0: there is no fixed form.
+        batched: computes what comes in the fixed form.
+
+    Attributes:
+        loads: [layers, local experts] int64, tokens that came to each, which nobody sets back here.
+        fixed: whether the step has the fixed form.
+    """
+
+    def __init__(
+        self, rank: int, size: int, maps: ExpertMaps, fixed_rows: int = 0, batched: Kernel | None = None
+    ) -> None:
+        self.rank, self.size = rank, size
+        self.maps = maps
+        self.fixed_rows = fixed_rows
+        self.batched = batched
+        self.fixed = False
+        self.loads = torch.zeros(len(maps.physical), maps.num_local, dtype=torch.int64, device=maps.physical.device)
+        self._ranks: TorchGroup | None = None
+        self._hosts: dist.ProcessGroup | None = None
+        self._group: dist.ProcessGroup | None = None
+
+    def join(self, rendezvous: str, device: torch.device) -> None:
+        """Meet the others; see `TorchGroup`. Ranks may now be late by minutes: they compile.
+
+        Raises:
+            WorkerError: a rank did not come.
+        """
+        self._ranks = TorchGroup(self.rank, self.size, rendezvous, device, timeout_s=_START_S, direct=False)
+
+    def serve(self) -> None:
+        """From now on a rank that does not come within `STALL_S` has failed.
+
+        Raises:
+            WorkerError: a rank did not come.
+        """
+        assert self._ranks is not None, "nobody has been met"
+        self._ranks.barrier()
+        self._hosts = dist.new_group(timeout=timedelta(seconds=STALL_S), backend="gloo")
+        if self.loads.device.type == "cpu":  # NCCL has connected the GPUs, and watches over them itself
+            self._group = self._hosts
+
+    def work_of(self, num_tokens: int) -> StepSize:
+        """How a step of so many tokens is announced."""
+        return StepSize.FEW if num_tokens <= self.fixed_rows else StepSize.MANY
+
+    def agree(self, work: StepSize) -> StepSize:
+        """What all do next.
+
+        Raises:
+            WorkerError: a rank did not take part.
+        """
+        most = torch.tensor([int(work)])
+        self._do("agreeing on a step", lambda: dist.all_reduce(most, dist.ReduceOp.MAX, group=self._hosts))
+        agreed = StepSize(int(most))
+        self.fixed = agreed is StepSize.FEW
+        return agreed
+
+    def dispatch(self, layer: int, x: Tensor, weights: Tensor, ids: Tensor) -> Sent:
+        """Send tokens to their experts' ranks, once to each, and take what comes here.
+
+        Args:
+            layer: number among those with experts.
+            x: [tokens, hidden].
+            weights: [tokens, top_k] float32.
+            ids: [tokens, top_k] experts.
+
+        Raises:
+            WorkerError: a rank did not take part.
+        """
+        slots = self.maps.slots(layer, ids, self.rank)
+        owners, num_local = slots // self.maps.num_local, self.maps.num_local
+        every = torch.arange(self.size, device=x.device)
+        goes = (owners.unsqueeze(0) == every.view(-1, 1, 1)).any(-1)
+        to, tokens = goes.nonzero(as_tuple=True)
+        own = torch.where(owners[tokens] == to.unsqueeze(1), slots[tokens] % num_local, -1)
+        rows = _pack(x[tokens], weights[tokens], own)
+        counts = goes.sum(1)
+        arriving = torch.empty_like(counts)
+        self._do("counting rows", lambda: dist.all_to_all_single(arriving, counts, group=self._group))
+        sent, received = counts.tolist(), arriving.tolist()
+        came = self._exchange(rows, sent, received)
+        got, got_weights, got_ids = _unpack(came, x.shape[1], ids.shape[1], x.dtype)
+        self._count(layer, got_ids)
+        return Sent(got, got_weights, got_ids, tokens, len(x), sent, received)
+
+    def combine(self, out: Tensor, sent: Sent) -> Tensor:
+        """Send each row's weighted sum over this rank's experts back, and add up what comes: [tokens, hidden].
+
+        Args:
+            out: [rows, hidden], of the rows that `dispatch` brought.
+            sent: what it told.
+
+        Raises:
+            WorkerError: a rank did not take part.
+        """
+        back = self._exchange(_bytes(out), sent.received, sent.sent).view(out.dtype)
+        total = torch.zeros(sent.num_tokens, out.shape[1], dtype=out.dtype, device=out.device)
+        return total.index_add_(0, sent.tokens, back)
+
+    def dispatch_fixed(self, layer: int, x: Tensor, weights: Tensor, ids: Tensor) -> Placed:
+        """`dispatch` in the fixed form, for at most ``fixed_rows`` tokens. Shapes depend on nothing but that.
+
+        Raises:
+            WorkerError: a rank did not take part.
+        """
+        num_tokens, top_k = ids.shape
+        rows = _pack(x, weights, self.maps.slots(layer, ids, self.rank))
+        # Nobody's slot is negative.
+        mine = torch.full((self.fixed_rows, rows.shape[1]), 0xFF, dtype=torch.uint8, device=x.device)
+        mine[:num_tokens] = rows
+        every = torch.empty(self.size * self.fixed_rows, rows.shape[1], dtype=torch.uint8, device=x.device)
+        self._do("sending tokens", lambda: _gather(every, mine, group=self._group))
+        got, got_weights, slots = _unpack(every, x.shape[1], top_k, x.dtype)
+        first, num_local = self.rank * self.maps.num_local, self.maps.num_local
+        local = torch.where((slots >= first) & (slots < first + num_local), slots - first, -1)
+        self._count(layer, local)
+        each = local.unsqueeze(0) == torch.arange(num_local, device=x.device).view(-1, 1, 1)
+        theirs = each.any(-1)
+        places = (theirs.cumsum(1) - 1).clamp(min=0)
+        order = theirs.to(torch.int8).argsort(dim=1, descending=True, stable=True)
+        share = torch.where(each, got_weights.unsqueeze(0), 0.0).sum(-1)
+        return Placed(got[order], theirs.sum(1), places, share, num_tokens)
+
+    def combine_fixed(self, out: Tensor, placed: Placed) -> Tensor:
+        """`combine` in the fixed form; ``out`` [local experts, ranks · rows, hidden], not weighted.
+
+        Raises:
+            WorkerError: a rank did not take part.
+        """
+        places = placed.places.unsqueeze(-1).expand(-1, -1, out.shape[2])
+        share = placed.weights.unsqueeze(-1).to(out.dtype)
+        # Rows that are no tokens hold anything, even what is not a number.
+        partial = torch.where(share != 0, out.gather(1, places) * share, 0.0).sum(0, dtype=out.dtype)
+        back = torch.empty_like(partial)
+        source, target = _bytes(partial), back.view(torch.uint8)
+        self._do("sending tokens back", lambda: dist.all_to_all_single(target, source, group=self._group))
+        return back.view(self.size, self.fixed_rows, -1).sum(0)[: placed.num_tokens]
+
+    def close(self) -> None:
+        """Leave, all ranks together. After an error a process should end instead."""
+        if self._ranks is not None:
+            self._ranks.close()
+
+    def _exchange(self, rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
+        came = torch.empty(sum(received), rows.shape[1], dtype=rows.dtype, device=rows.device)
+        self._do("exchanging rows", lambda: dist.all_to_all_single(came, rows, received, sent, group=self._group))
+        return came
+
+    def _count(self, layer: int, ids: Tensor) -> None:
+        """Of this rank's experts; rows that only fill a buffer up, and others' experts, count for nobody."""
+        flat = ids.flatten()
+        self.loads[layer].index_add_(0, flat.clamp(min=0), (flat >= 0).to(torch.int64))
+
+    def _do(self, what: str, operation: Callable[[], object]) -> None:
+        try:
+            operation()
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()
+            raise WorkerError(
+                f"rank {self.rank} of {self.size} that share experts: {what} failed: "
+                f"{reason[0] if reason else type(error).__name__}",
+                fix="the rank that failed says why in its own log; all of them start anew",
+            ) from error
+
+
+def open_rendezvous(address: str) -> str:
+    """Where others may join a group whose first rank is this process, which listens when it joins.
+
+    Args:
+        address: of this host.
+    """
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as free:
+        free.bind((address, 0))
+        port = free.getsockname()[1]
+    return f"tcp://[{address}]:{port}" if ":" in address else f"tcp://{address}:{port}"
+
+
+def make_group(
+    place: ExpertPlace,
+    spec: ModelSpec,
+    experts: ExpertsSpec | None,
+    num_redundant: int,
+    device: torch.device,
+    rows: int,
+) -> ExpertGroup:
+    """A rank's end for a model, which has not met the others yet.
+
+    Args:
+        place: of this rank.
+        spec: of the model.
+        experts: what it asks of its kernel.
+        num_redundant: slots beyond one for each expert.
+        device: of this rank.
+        rows: tokens of a rank that a fixed buffer is to hold, where the device computes in that form.
+
+    Raises:
+        ConfigError: the model has no experts, or they cannot be divided.
+    """
+    if spec.moe is None or experts is None:
+        raise ConfigError(
+            f"experts.parallel: {place.size} workers are to share experts, and {spec.architecture} has none",
+            fix="leave out experts.parallel",
+        )
+    maps = ExpertMaps(len(spec.moe_layers), spec.moe.num_experts, num_redundant, place.size, device)
+    if device.type == "cpu":  # bytes cost more than waiting
+        return ExpertGroup(place.rank, place.size, maps)
+    batched = select(experts._replace(format="batched"), describe(device)).backend
+    return ExpertGroup(place.rank, place.size, maps, rows, KERNELS[batched])
+
+
+def _pack(x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+    """[rows, bytes] uint8: a message a row."""
+    return torch.cat([_bytes(part) for part in (x, weights, ids.to(torch.int32))], dim=1)
+
+
+def _bytes(x: Tensor) -> Tensor:
+    """The bytes of each row. Torch views no tensor without rows whose strides are another library's."""
+    if not len(x):
+        return torch.empty(0, x.shape[1] * x.element_size(), dtype=torch.uint8, device=x.device)
+    return x.contiguous().view(torch.uint8)
+
+
+def _unpack(rows: Tensor, hidden: int, top_k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    x, weights, ids = rows.split([hidden * dtype.itemsize, 4 * top_k, 4 * top_k], dim=1)
+    return (
+        x.contiguous().view(dtype),
+        weights.contiguous().view(torch.float32),
+        ids.contiguous().view(torch.int32).to(torch.int64),
+    )

@@ -1,0 +1,35 @@
+"""Ranks that have different experts say what one with all of them says: float32, real processes, gloo."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from support.checkpoints import make_checkpoint
+from support.quantized import make_quantized
+from support.ranks import run_ranks
+from support.sharded_experts import FAMILIES, check, share, share_and_leave
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("families")
+    for family, changes in FAMILIES.items():
+        make_checkpoint(family, folder / family, **changes)
+    return folder
+
+
+@pytest.mark.parametrize(("size", "num_redundant"), [(2, 0), (4, 4)])
+def test_ranks_say_what_one_says(size: int, num_redundant: int, folder: Path) -> None:
+    """Each with prompts of its own, in chunks, then decode steps; one has none, and some end before others."""
+    check(run_ranks(size, share_and_leave, folder, num_redundant))
+
+
+def test_quantised_experts(tmp_path: Path) -> None:
+    """Published expert by expert, and all in one tensor, of which the second rank has 5, 6, 7, 0 and 1."""
+    sizes = {"num_experts": 8, "decoder_sparse_step": 1}
+    make_quantized("qwen3_moe", "fp8_blocks", tmp_path / "qwen3_moe-fp8", **sizes)
+    make_quantized(
+        "qwen3_moe", "mxfp4", tmp_path / "qwen3_moe-mxfp4", hidden_size=64, moe_intermediate_size=32, **sizes
+    )
+    check(run_ranks(2, share, tmp_path, 2, "cpu", ("qwen3_moe-fp8", "qwen3_moe-mxfp4")))

@@ -1,0 +1,159 @@
+"""Who has which expert, and who meets whom, without processes."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+
+import pytest
+import torch
+from tandem.cluster.expert_groups import ExpertGroups
+from tandem.core.config import Config, load_config
+from tandem.core.environment import prepare_collectives_between_hosts
+from tandem.core.errors import ConfigError, WorkerError
+from tandem.engine.expert_maps import ExpertMaps
+from tandem.engine.expert_parallel import ExpertPlace, make_group, open_rendezvous
+from tandem.engine.models.experts import experts_spec
+from tandem.engine.models.spec import parse_spec
+
+CPU = torch.device("cpu")
+
+
+async def settle() -> None:
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+def config(**changes: object) -> Config:
+    pools = {"prefill": {"expert_parallel": 1}, "decode": {"replicas": 4}}
+    return Config.model_validate({"pools": pools, "experts": {"parallel": 2}} | changes)
+
+
+# ---- maps -----------------------------------------------------------------------------------------------------------
+
+
+def test_every_expert_is_somewhere_and_none_twice_on_a_rank() -> None:
+    maps = ExpertMaps(2, 6, 2, 4, CPU)
+    held = [maps.held_by(1, rank) for rank in range(4)]
+    assert held == [[0, 1], [2, 3], [4, 5], [0, 1]]
+    assert maps.num_replicas[0].tolist() == [2, 2, 1, 1, 1, 1]
+    assert maps.replicas[0, 0].tolist() == [0, 6, -1]
+
+
+def test_replicas_share_the_tokens() -> None:
+    maps = ExpertMaps(1, 4, 2, 2, CPU)
+    ids = torch.tensor([[0, 3]]).expand(1000, 2)
+    slots = maps.slots(0, ids, rank=1)
+    assert set(slots[:, 1].tolist()) == {3}
+    assert 400 < int((slots[:, 0] == 0).sum()) < 600
+    assert set(slots[:, 0].tolist()) == {0, 4}
+    assert not slots.equal(maps.slots(0, ids, rank=0))
+
+
+def test_slots_change_hands() -> None:
+    maps = ExpertMaps(2, 3, 1, 2, CPU)
+    maps.assign(0, [2, 1, 0, 2])
+    assert maps.held_by(0, 0) == [2, 1]
+    assert maps.held_by(1, 0) == [0, 1]
+    assert set(maps.slots(0, torch.tensor([[0], [0]]), 0).flatten().tolist()) == {2}
+    assert set(maps.slots(0, torch.full((50, 1), 2), 0).flatten().tolist()) == {0, 3}
+    assert maps.slots(0, torch.empty(0, 2, dtype=torch.int64), 0).shape == (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("experts", "redundant", "ranks", "said", "fix"),
+    [
+        (6, 0, 4, "6 experts, 0 of them redundant, cannot be divided among 4 ranks", "experts.redundant: 2"),
+        (7, 2, 2, "9 experts, 2 of them redundant", "experts.redundant: 3"),
+        (4, 6, 2, "gives each of 2 ranks 5 experts, the model has 4", "at most 4"),
+    ],
+)
+def test_experts_that_do_not_divide(experts: int, redundant: int, ranks: int, said: str, fix: str) -> None:
+    with pytest.raises(ConfigError, match=said) as caught:
+        ExpertMaps(1, experts, redundant, ranks, CPU)
+    assert fix in caught.value.fix
+
+
+def test_a_model_without_experts() -> None:
+    dense = parse_spec(
+        {
+            "architectures": ["LlamaForCausalLM"], "vocab_size": 9, "hidden_size": 8, "intermediate_size": 8,
+            "num_hidden_layers": 1, "num_attention_heads": 2, "rms_norm_eps": 1e-6, "max_position_embeddings": 64,
+        },
+        {},
+    )  # fmt: skip
+    assert experts_spec(dense, torch.float32) is None
+    with pytest.raises(ConfigError, match="2 workers are to share experts, and LlamaForCausalLM has none"):
+        make_group(ExpertPlace(0, 2, str), dense, None, 0, CPU, 8)
+
+
+# ---- configuration --------------------------------------------------------------------------------------------------
+
+
+def test_pools_may_differ() -> None:
+    asked = config()
+    assert [asked.expert_parallel(role) for role in ("prefill", "decode", "colocated", "gateway")] == [1, 2, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["experts.parallel=2"], "pools.prefill.replicas: 1 is no multiple of 2 workers that share experts"),
+        (
+            ["pools={colocated: {replicas: 2, tensor_parallel: 2}}", "experts.parallel=2"],
+            "workers share either experts or layers",
+        ),
+        (["experts.parallel=0"], "experts.parallel"),
+    ],
+)
+def test_pools_that_cannot(overrides: list[str], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        load_config(None, overrides)
+
+
+# ---- meeting --------------------------------------------------------------------------------------------------------
+
+
+def test_a_group_meets_at_its_first_rank() -> None:
+    async def run() -> None:
+        groups = ExpertGroups(config())
+        waiting = asyncio.create_task(groups.meet("decode-1#1", "b"))
+        other = asyncio.create_task(groups.meet("decode-2#1", "c"))
+        await settle()
+        assert not waiting.done()
+        assert await groups.meet("decode-0#1", "a") == await waiting == "a"
+        assert groups.gone("prefill-0#1") == groups.gone("decode-2#1") == frozenset()
+        with pytest.raises(WorkerError, match="decode-2#1 is gone"):
+            await other
+        assert groups.gone("decode-1#1") == {"decode-0#1"}
+        assert groups.gone("decode-0#1") == frozenset(), "it went because of the other"
+        with pytest.raises(WorkerError, match="prefill-0#1 shares no experts"):
+            await groups.meet("prefill-0#1", "d")
+
+    asyncio.run(run())
+
+
+def test_a_new_life_takes_the_place_of_the_last() -> None:
+    async def run() -> None:
+        groups = ExpertGroups(config())
+        old = asyncio.create_task(groups.meet("decode-0#1", "old"))
+        await settle()
+        new = asyncio.create_task(groups.meet("decode-0#2", "new"))
+        await settle()
+        with pytest.raises(WorkerError):
+            await old
+        assert groups.gone("decode-0#1") == frozenset()
+        assert await groups.meet("decode-1#1", "b") == await new == "new"
+
+    asyncio.run(run())
+
+
+def test_where_others_find_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    prepare_collectives_between_hosts("192.0.2.77")  # nobody's
+    assert "GLOO_SOCKET_IFNAME" not in os.environ
+    prepare_collectives_between_hosts("127.0.0.1")
+    assert os.environ["GLOO_SOCKET_IFNAME"] == os.environ["NCCL_SOCKET_IFNAME"]
+    assert open_rendezvous("127.0.0.1").startswith("tcp://127.0.0.1:")
