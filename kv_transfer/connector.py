@@ -138,7 +138,7 @@ class Connector:
                 layout.num_layers,
                 groups,
                 layout.num_parts,
-            ),  # fmt: skip
+            ),
             layer_groups=self.layer_groups,
             ranks=[
                 RankSpec(

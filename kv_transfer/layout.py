@@ -1,8 +1,8 @@
 """Where the bytes of a KV block lie, and lists of byte ranges.
 
-Block-major across layers, ``[block, place, part, kv_head, token, head_dim]``: a block is one contiguous run, and a range
-of its layers is one run inside it. A layer's place is its index in its KV group. The parts are keys and values; latent
-attention caches one row a token, from which it makes both, and so has one part and one head.
+Block-major across layers, ``[block, place, part, kv_head, token, head_dim]``: a block is one contiguous run, and a
+range of its layers is one run inside it. A layer's place is its index in its KV group. The parts are keys and values;
+latent attention caches one row a token, from which it makes both, and so has one part and one head.
 """
 
 from __future__ import annotations
