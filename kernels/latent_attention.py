@@ -139,10 +139,17 @@ def reference_prefill(q: Tensor, cache: Tensor, layer: int, spans: Spans, scale:
             last = min(first + count, stop)
             seen = context_len - stop + torch.arange(first, last, device=q.device) + 1
             beyond = (at >= seen.unsqueeze(1)).unsqueeze(1)
-            scores = (q[first:last].flatten(0, 1) @ rows.T).view(last - first, heads, -1).float() * scale
+            scores = _exact_product(q[first:last].flatten(0, 1), rows.T).view(last - first, heads, -1) * scale
             weights = torch.softmax(scores.masked_fill(beyond, float("-inf")), dim=-1).to(q.dtype)
             out[first:last] = (weights.flatten(0, 1) @ rows[:, :rank]).view(last - first, heads, rank)
     return out
+
+
+def _exact_product(a: Tensor, b: Tensor) -> Tensor:
+    """In float32, whatever the inputs are."""
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
 
 
 def fused_write(
@@ -250,6 +257,7 @@ def fused_decode(
         q, own, block_tables, context_lens, parts, sums, sequences, heads, block_tokens, block_tables.stride(0),
         own.stride(0), own.stride(1), scale, splits, rank, next_power_of_2(rank), width - rank,
         next_power_of_2(width - rank), _HEADS, _TOKENS, num_warps=4,
+        num_stages=1 if q.dtype == torch.float32 else 2,
     )  # fmt: skip
     if splits == 1:
         return out.copy_(parts[0])

@@ -96,16 +96,17 @@ def test_split_contexts_and_empty_ones(rng: torch.Generator, monkeypatch: pytest
     assert not got[2].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("limit", [1 << 25, 300], ids=["at once", "in tiles"])
-def test_prefill(limit: int, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prefill(limit: int, dtype: torch.dtype, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     """A chunk after a context, and a whole prompt, beside rows that are others'."""
     monkeypatch.setattr(latent_attention, "_MAX_ELEMENTS", limit)
-    paged = Paged(rng, [37, 9], 26, 8, torch.float32)
-    q = random(rng, 2 + 12 + 9, 5, 26)
+    paged = Paged(rng, [37, 9], 26, 8, dtype)
+    q = random(rng, 2 + 12 + 9, 5, 26, dtype=dtype)
     spans = Spans.of([Span(2, 14, paged.tables[0, :5], 37), Span(14, 23, paged.tables[1, :2], 9)])
     got = latent_attention.reference_prefill(q, paged.cache, LAYER, spans, 0.2, 20)
-    close(got[2:14], exact(q[2:14], paged.rows[0], 0.2, 20), 2e-5)
-    close(got[14:], exact(q[14:], paged.rows[1], 0.2, 20), 2e-5)
+    close(got[2:14], exact(q[2:14], paged.rows[0], 0.2, 20), TOLERANCE[dtype])
+    close(got[14:], exact(q[14:], paged.rows[1], 0.2, 20), TOLERANCE[dtype])
 
 
 @needs_triton

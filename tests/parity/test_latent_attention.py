@@ -12,24 +12,27 @@ from tandem.core.config import Config
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "num_ranks"),
     [
-        {},
-        {"topk_method": "greedy", "attention_bias": False, "moe_layer_freq": 1, "first_k_dense_replace": 2},
-        {"q_lora_rank": 18, "n_group": 2, "topk_group": 1},
+        ({}, (1, 1)),
+        ({"topk_method": "greedy", "attention_bias": False, "first_k_dense_replace": 2}, (2, 1)),
+        ({"q_lora_rank": 18, "n_group": 2, "topk_group": 1}, (1, 2)),
     ],
     ids=["grouped", "greedy", "compressed queries"],
 )
-def test_deepseek_v2(changes: dict[str, object], tmp_path: Path) -> None:
-    """Prefill apart from decode, in chunks and unequal blocks: prompts' logits, and 24 greedy tokens."""
+def test_deepseek_v2(changes: dict[str, object], num_ranks: tuple[int, int], tmp_path: Path) -> None:
+    """Prefill apart from decode, in chunks, unequal blocks and ranks: prompts' logits, and 24 greedy tokens."""
     model = make_checkpoint("deepseek_v2", tmp_path, **changes)
 
     def config(block_tokens: int) -> Config:
         return Config.model_validate(
             {
                 "model": {"path": str(tmp_path)},
-                "kv": {"block_tokens": block_tokens, "capacity": "2MiB", "checksums": True},
-                "pools": {"prefill": {"max_batched_tokens": 16}, "decode": {}},
+                "kv": {"block_tokens": block_tokens, "capacity": "2MiB", "checksums": num_ranks == (1, 1)},
+                "pools": {
+                    "prefill": {"max_batched_tokens": 16, "tensor_parallel": num_ranks[0]},
+                    "decode": {"tensor_parallel": num_ranks[1]},
+                },
                 "routing": {"local_prefill": "never"},
             }
         )
