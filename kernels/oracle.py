@@ -184,9 +184,12 @@ def _numba_refuses(op: str, needs: Needs, device: Device) -> str | None:
 
 
 _TRITON_CAPABILITY = (8, 0)
-_LATENT = {"latent_write", "latent_decode", "latent_prefill"}
-_ON_KV = {"rotary", "decode_attention", "prefill_attention", "decode_layers", *_LATENT}
-_OUTSIDE_LAYERS = {"sample", "complete", "penalize", "count_output", "prefill_attention", "decode_layers", *_LATENT}
+GROUPED = frozenset({"rotary", "decode_attention", "prefill_attention"})
+LATENT = frozenset({"latent_write", "latent_decode", "latent_prefill"})
+"""Operations of grouped-query and of latent attention: a model has one or the other."""
+
+_ON_KV = {"decode_layers", *GROUPED, *LATENT}
+_OUTSIDE_LAYERS = {"sample", "complete", "penalize", "count_output", "prefill_attention", "decode_layers", *LATENT}
 """What `decode_layers` does not replace."""
 
 _RECORDABLE = {

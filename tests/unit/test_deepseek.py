@@ -9,12 +9,15 @@ import pytest
 import safetensors.torch
 import torch
 from support.checkpoints import make_checkpoint
+from tandem.cluster.cli.explain import choices_for
+from tandem.core.config import Config
 from tandem.core.errors import ConfigError
 from tandem.engine.models.decoder import Decoder
 from tandem.engine.models.experts import Experts
 from tandem.engine.models.shard import kv_heads_of, shard
 from tandem.engine.models.spec import parse_spec, read_spec
 from tandem.engine.weights import check_weights, load_weights
+from tandem.kernels.device import PRESETS
 from tandem.kernels.oracle import REFERENCE
 from tandem.kv_transfer.layout import KVLayout
 
@@ -78,6 +81,14 @@ def test_v2_scales_the_weights_that_it_does_not_normalise() -> None:
 def test_what_cannot_be_served_says_why(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parse_spec({key: value for key, value in {**V3, **changes}.items() if value is not ...}, {})
+
+
+def test_who_serves_latents_is_explained() -> None:
+    for device, decode in (("cpu", "torch"), ("h100", "triton")):
+        choices = choices_for(Config(), parse_spec(V3, {}), PRESETS[device])
+        assert choices["latent_decode"].backend == decode
+        assert choices["latent_prefill"].backend == "torch"
+        assert "decode_attention" not in choices
 
 
 def test_blocks_of_scales_are_not_cut_through() -> None:
