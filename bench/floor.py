@@ -48,7 +48,8 @@ def decode_s(spec: ModelSpec, batch: int, context: int, element_bytes: int, ceil
     for layer in range(spec.num_layers):
         weights += _mlp_weights(spec, layer, touched)
     kv = batch * sum(
-        2 * spec.num_kv_heads * spec.head_dim * (min(context, window) if window else context) for window in spec.windows
+        spec.num_kv_parts * spec.num_kv_heads * spec.head_dim * (min(context, window) if window else context)
+        for window in spec.windows
     )
     return (weights + kv) * element_bytes / ceilings.bytes_per_s
 
@@ -63,18 +64,29 @@ def prefill_s(spec: ModelSpec, batch: int, context: int, ceilings: Ceilings) -> 
     for window in spec.windows:
         seen = min(context, window) if window else context
         pairs += seen * (context - seen / 2)
-    attention = 4 * spec.num_heads * spec.head_dim * pairs
+    seen_dim = spec.latent.query_dim + spec.latent.value_dim if spec.latent else 2 * spec.head_dim
+    attention = 2 * spec.num_heads * seen_dim * pairs
     return batch * (2 * weights * context + attention + 2 * spec.vocab_size * spec.hidden) / ceilings.flops
 
 
 def _attention_weights(spec: ModelSpec) -> float:
-    return spec.num_layers * spec.hidden * spec.head_dim * 2 * (spec.num_heads + spec.num_kv_heads)
+    latent = spec.latent
+    if latent is None:
+        return spec.num_layers * spec.hidden * spec.head_dim * 2 * (spec.num_heads + spec.num_kv_heads)
+    queries = spec.num_heads * latent.query_dim
+    down = spec.hidden * (latent.q_rank + latent.row_dim)
+    up = (
+        queries * (latent.q_rank or spec.hidden)
+        + spec.num_heads * (latent.nope_dim + latent.value_dim) * latent.kv_rank
+    )
+    return spec.num_layers * (down + up + spec.num_heads * latent.value_dim * spec.hidden)
 
 
 def _mlp_weights(spec: ModelSpec, layer: int, share: float) -> float:
     if spec.moe is None or layer not in spec.moe_layers:
         return 3.0 * spec.hidden * spec.inner
-    return spec.moe.num_experts * (3 * spec.hidden * spec.moe.inner * share + spec.hidden)
+    shared = 3 * spec.hidden * spec.moe.shared_inner
+    return spec.moe.num_experts * (3 * spec.hidden * spec.moe.inner * share + spec.hidden) + shared
 
 
 def _best_s(run: Callable[[], object], device: torch.device) -> float:

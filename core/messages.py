@@ -229,6 +229,8 @@ class CacheSpec(Struct, frozen=True):
     num_layers: Count
     """Places in a block."""
     groups: Annotated[list[KVGroupSpec], Meta(max_length=1024)]
+    num_parts: Annotated[int, Meta(ge=1, le=2)] = 2
+    """Keys and values, or 1: rows that serve as both."""
 
 
 class RankSpec(Struct, frozen=True):

@@ -107,6 +107,7 @@ def build_engine(
         head_dim=spec.head_dim,
         block_tokens=config.kv.block_tokens,
         dtype=kv_dtype,
+        num_parts=spec.num_kv_parts,
     )
     meta = Decoder(spec, 16, TORCH_DTYPES[dtype], torch.device("meta"), REFERENCE, matrix_dtype, group, expert_group)
     check_weights(meta, None if config.model.load == "dummy" else folder)
@@ -180,8 +181,9 @@ def _all_compiled(spec: ModelSpec) -> bool:
     """Whether every product of a model is small enough for a compiled kernel, and one serves its weights."""
     if spec.quantization is not None:
         return False
-    heads = spec.num_heads + 2 * spec.num_kv_heads
-    sizes = [spec.vocab_size * spec.hidden, heads * spec.head_dim * spec.hidden, 2 * spec.inner * spec.hidden]
+    heads, latent = spec.num_heads + 2 * spec.num_kv_heads, spec.latent
+    head_dim = max(latent.query_dim, latent.value_dim, latent.row_dim) if latent else spec.head_dim
+    sizes = [spec.vocab_size * spec.hidden, heads * head_dim * spec.hidden, 2 * spec.inner * spec.hidden]
     expert = 2 * spec.moe.inner * spec.hidden if spec.moe else 0
     return max(sizes) <= MAX_COMPILED_WEIGHTS and expert <= MAX_COMPILED_EXPERT
 
@@ -211,8 +213,8 @@ def warm_up(engine: Engine, max_batched_tokens: int, progress: Progress) -> None
     for sequence in batch:
         engine.discard(sequence)
     model, local = engine.model, engine.model.local
-    own_dtype = engine.cache.tensor.dtype == model.dtype
-    if model.ops.prefill_attention is FUSED.prefill_attention and own_dtype and not local.sinks:
+    plain = local.latent is None and not local.sinks and engine.cache.tensor.dtype == model.dtype
+    if model.ops.prefill_attention is FUSED.prefill_attention and plain:
         progress("attention plans", 0.0)
         longest = min(max_batched_tokens, local.max_positions)
         prepare(local.num_heads, local.num_kv_heads, local.head_dim, model.dtype, model.device, longest)

@@ -53,7 +53,7 @@ class DecodeGraphs:
 
     Args:
         model: on a GPU, with operations that never wait for the device.
-        cache: [blocks, places, 2, kv_heads, block_tokens, head_dim].
+        cache: of `KVLayout.shape`.
         state: of the sequences.
         max_rows: of the largest batch.
         spare_row: of the state.

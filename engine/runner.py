@@ -101,7 +101,7 @@ class Runner:
 
     Args:
         model: with its weights.
-        cache: [blocks, layers, 2, kv_heads, block_tokens, head_dim].
+        cache: of `KVLayout.shape`.
         layer_groups: first layer of each group of layers that is published as one.
 
     Attributes:

@@ -76,6 +76,7 @@ def load_weights(model: Decoder, folder: Path, progress: Progress | None = None)
             if progress is not None:
                 progress(done, total)
         file.close()
+    model.absorb()
 
 
 def _plan(model: Decoder, folder: Path) -> list[tuple[_File, dict[str, Destination]]]:
@@ -93,7 +94,7 @@ def _plan(model: Decoder, folder: Path) -> list[tuple[_File, dict[str, Destinati
                 _check(file, key, wanted[name])
                 places[key] = wanted[name]
                 missing.discard(name)
-            elif key not in others and not ignored(key, model.spec.tied_embeddings):
+            elif key not in others and not ignored(key, model.spec):
                 raise ConfigError(
                     f"{file.path}: unexpected tensor {key}: {model.spec.architecture} has none of that name"
                     f"{_of_another_scheme(key, wanted, model)}"
@@ -153,6 +154,7 @@ def fill_dummy(model: Decoder, seed: int) -> None:
             whole.normal_(0.0, 0.02, generator=generator)
             if whole is not tensor:
                 tensor.copy_(place.part_of(whole))
+    model.absorb()
     if model.device.type == "cuda":
         # Whoever plans the cache counts what the device has free, not what torch keeps for later.
         torch.cuda.empty_cache()

@@ -1,9 +1,9 @@
 """64-bit sums of a KV cache's elements, whichever blocks hold them.
 
-Each row (one token, one head, keys or values of one layer) is cut into words; a word is mixed with its position among
-all words of its unit of tokens, and the results are added. The mixing is a step of SplitMix64 (Steele et al. 2014,
-doi:10.1145/2660193.2660195): a changed bit changes half of the result's, equal changes at two places do not cancel. It
-finds errors; it does not resist an adversary.
+Each row (one token, one head, one part of one layer: keys or values) is cut into words; a word is mixed with its
+position among all words of its unit of tokens, and the results are added. The mixing is a step of SplitMix64 (Steele et
+al. 2014, doi:10.1145/2660193.2660195): a changed bit changes half of the result's, equal changes at two places do not
+cancel. It finds errors; it does not resist an adversary.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def reference(
     layers: np.ndarray,
     first_place: int,
     num_places: int,
-    num_heads: int,
+    num_planes: int,
     block_tokens: int,
     row_bytes: int,
     unit: int,
@@ -35,7 +35,7 @@ def reference(
     """Add the words of some tokens to the sums of their units.
 
     Args:
-        cache: [blocks, num_places, 2, num_heads, block_tokens, row_bytes] as [bytes] uint8.
+        cache: [blocks, num_places, num_planes, block_tokens, row_bytes] as [bytes] uint8.
         sums: [units] uint64, added to.
         blocks: [n] int64.
         starts: [n] int64: the first token to sum of each block, as a position of the sequence.
@@ -43,27 +43,26 @@ def reference(
         layers: [places] int64: what tells the places apart, at ``first_place`` and after.
         first_place: the first place to sum.
         num_places: of a block.
-        num_heads: of a place.
+        num_planes: of a place: its heads' keys, then their values; or rows that serve as both.
         block_tokens: tokens of a block.
         row_bytes: of one token in one head.
         unit: tokens of a sum.
         first_unit: number of the unit that ``sums[0]`` is for.
     """
     size = word_bytes(row_bytes)
-    words = cache.reshape(-1, num_places, 2, num_heads, block_tokens, row_bytes // size, size)
+    words = cache.reshape(-1, num_places, num_planes, block_tokens, row_bytes // size, size)
     for block, start, stop in zip(blocks.tolist(), starts.tolist(), stops.tolist(), strict=True):
         for token in range(start, stop):
             for place, layer in enumerate(layers.tolist(), first_place):
-                for kind in range(2):
-                    for head in range(num_heads):
-                        row = words[block, place, kind, head, token % block_tokens]
-                        first = (((layer * 2 + kind) * num_heads + head) * unit + token % unit) * len(row)
-                        for i, word in enumerate(row):
-                            value = int.from_bytes(word.tobytes(), "little")
-                            mixed = (value ^ ((first + i + 1) * _GOLDEN)) & _MASK
-                            mixed = ((mixed ^ (mixed >> 30)) * _MIX) & _MASK
-                            at = token // unit - first_unit
-                            sums[at] = (int(sums[at]) + (mixed ^ (mixed >> 27))) & _MASK
+                for plane in range(num_planes):
+                    row = words[block, place, plane, token % block_tokens]
+                    first = ((layer * num_planes + plane) * unit + token % unit) * len(row)
+                    for i, word in enumerate(row):
+                        value = int.from_bytes(word.tobytes(), "little")
+                        mixed = (value ^ ((first + i + 1) * _GOLDEN)) & _MASK
+                        mixed = ((mixed ^ (mixed >> 30)) * _MIX) & _MASK
+                        at = token // unit - first_unit
+                        sums[at] = (int(sums[at]) + (mixed ^ (mixed >> 27))) & _MASK
 
 
 def native(
@@ -75,14 +74,14 @@ def native(
     layers: np.ndarray,
     first_place: int,
     num_places: int,
-    num_heads: int,
+    num_planes: int,
     block_tokens: int,
     row_bytes: int,
     unit: int,
     first_unit: int,
 ) -> None:
     """`reference`, without the GIL."""
-    sizes = first_place, num_places, num_heads, block_tokens
+    sizes = first_place, num_places, num_planes, block_tokens
     if not AVAILABLE:
         reference(cache, sums, blocks, starts, stops, layers, *sizes, row_bytes, unit, first_unit)
         return
@@ -106,7 +105,7 @@ def _sum(
     layers: np.ndarray,
     first_place: int,
     num_places: int,
-    num_heads: int,
+    num_planes: int,
     block_tokens: int,
     row_words: int,
     unit: int,
@@ -121,10 +120,10 @@ def _sum(
             count = (stop - token) * row_words
             total = np.uint64(0)
             for p in range(len(layers)):
-                for plane in range(2 * num_heads):
-                    block_row = (blocks[b] * num_places + first_place + p) * 2 * num_heads + plane
+                for plane in range(num_planes):
+                    block_row = (blocks[b] * num_places + first_place + p) * num_planes + plane
                     at = (block_row * block_tokens + token % block_tokens) * row_words
-                    first = ((layers[p] * 2 * num_heads + plane) * unit + token % unit) * row_words + 1
+                    first = ((layers[p] * num_planes + plane) * unit + token % unit) * row_words + 1
                     part = words[at : at + count]
                     for i in range(count):
                         mixed = np.uint64(part[i]) ^ (np.uint64(first + i) * golden)

@@ -16,6 +16,7 @@ from . import (
     decode_layers,
     fp8_linear,
     gated_linear,
+    latent_attention,
     linear,
     moe_oracle,
     packed_linear,
@@ -43,6 +44,10 @@ class Ops(NamedTuple):
     rotary: Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]
     decode_attention: Callable[..., Tensor]
     prefill_attention: Callable[..., Tensor]
+    latent_write: Callable[..., Tensor]
+    """See `latent_attention.reference_write`."""
+    latent_decode: Callable[..., Tensor]
+    latent_prefill: Callable[..., Tensor]
     silu_mul: Callable[..., Tensor]
     moe: moe_oracle.Kernel
     """Of a layer's experts; `moe_oracle` chooses it."""
@@ -73,6 +78,9 @@ REFERENCE = Ops(
     rotary=rotary.reference,
     decode_attention=decode_attention.reference,
     prefill_attention=prefill_attention.reference,
+    latent_write=latent_attention.reference_write,
+    latent_decode=latent_attention.reference_decode,
+    latent_prefill=latent_attention.reference_prefill,
     silu_mul=activation.reference,
     moe=moe_oracle.TORCH,
     sample=sampling.reference,
@@ -90,6 +98,9 @@ NATIVE = Ops(
     rotary=rotary.native,
     decode_attention=decode_attention.native,
     prefill_attention=prefill_attention.native,
+    latent_write=latent_attention.reference_write,
+    latent_decode=latent_attention.reference_decode,
+    latent_prefill=latent_attention.reference_prefill,
     silu_mul=activation.native,
     moe=moe_oracle.NUMBA,
     sample=sampling.native,
@@ -107,6 +118,9 @@ FUSED = Ops(
     rotary=rotary.fused,
     decode_attention=decode_attention.fused,
     prefill_attention=prefill_attention.fused,
+    latent_write=latent_attention.fused_write,
+    latent_decode=latent_attention.fused_decode,
+    latent_prefill=latent_attention.reference_prefill,
     silu_mul=activation.fused,
     moe=moe_oracle.TRITON,
     sample=sampling.fused,
@@ -172,8 +186,12 @@ def _numba_refuses(op: str, needs: Needs, device: Device) -> str | None:
 
 
 _TRITON_CAPABILITY = (8, 0)
-_ON_KV = {"rotary", "decode_attention", "prefill_attention", "decode_layers"}
-_OUTSIDE_LAYERS = {"sample", "complete", "penalize", "count_output", "prefill_attention", "decode_layers"}
+GROUPED = frozenset({"rotary", "decode_attention", "prefill_attention"})
+LATENT = frozenset({"latent_write", "latent_decode", "latent_prefill"})
+"""Operations of grouped-query and of latent attention: a model has one or the other."""
+
+_ON_KV = {"decode_layers", *GROUPED, *LATENT}
+_OUTSIDE_LAYERS = {"sample", "complete", "penalize", "count_output", "prefill_attention", "decode_layers", *LATENT}
 """What `decode_layers` does not replace."""
 
 _RECORDABLE = {
@@ -182,7 +200,7 @@ _RECORDABLE = {
     "gated_linear",
     "rms_norm",
     "silu_mul",
-    *(_OUTSIDE_LAYERS - {"sample", "complete"}),
+    *(_OUTSIDE_LAYERS - {"sample", "complete", "latent_write", "latent_decode"}),
 }
 """Operations of which every version can be recorded, or which a recording does without."""
 

@@ -78,9 +78,9 @@ class Checksums:
                 at = places
             numbers = np.array([group.layers[place] - layers.start for place in places], np.int64)
             row_bytes = layout.head_dim * DTYPE_BYTES[layout.dtype]
-            positions = np.arange(start, stop) * size
+            positions, num_planes = np.arange(start, stop) * size, layout.num_parts * layout.num_kv_heads
             element_sums.native(
                 cache, sums, blocks, np.maximum(positions, needed.start), np.minimum(positions + size, needed.stop),
-                numbers, at.start, layout.num_layers, layout.num_kv_heads, size, row_bytes, unit, first_unit,
+                numbers, at.start, layout.num_layers, num_planes, size, row_bytes, unit, first_unit,
             )  # fmt: skip
         return sums

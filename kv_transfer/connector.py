@@ -130,7 +130,15 @@ class Connector:
             protocol=PROTOCOL_VERSION,
             peer=self._peer,
             fingerprint=self._fingerprint,
-            cache=CacheSpec(num_heads, layout.head_dim, layout.block_tokens, layout.dtype, layout.num_layers, groups),
+            cache=CacheSpec(
+                num_heads,
+                layout.head_dim,
+                layout.block_tokens,
+                layout.dtype,
+                layout.num_layers,
+                groups,
+                layout.num_parts,
+            ),
             layer_groups=self.layer_groups,
             ranks=[
                 RankSpec(

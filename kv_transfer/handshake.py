@@ -18,7 +18,7 @@ def refusal(reader: Hello, source: Hello) -> str:
     if source.fingerprint != reader.fingerprint:
         return f"model: {source.peer} serves {source.fingerprint}, {reader.peer} {reader.fingerprint}"
     theirs, ours = source.cache, reader.cache
-    for field in ("num_kv_heads", "head_dim", "num_layers", "groups"):
+    for field in ("num_parts", "num_kv_heads", "head_dim", "num_layers", "groups"):
         found, expected = getattr(theirs, field), getattr(ours, field)
         if found != expected:
             return _differs(field, who, found, expected)

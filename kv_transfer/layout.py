@@ -1,7 +1,8 @@
 """Where the bytes of a KV block lie, and lists of byte ranges.
 
-Block-major across layers, ``[block, place, K|V, kv_head, token, head_dim]``: a block is one contiguous run, and a range
-of its layers is one run inside it. A layer's place is its index in its KV group.
+Block-major across layers, ``[block, place, part, kv_head, token, head_dim]``: a block is one contiguous run, and a
+range of its layers is one run inside it. A layer's place is its index in its KV group. The parts are keys and values;
+latent attention caches one row a token, from which it makes both, and so has one part and one head.
 """
 
 from __future__ import annotations
@@ -39,11 +40,23 @@ class KVLayout(msgspec.Struct, frozen=True):
     head_dim: int
     block_tokens: int
     dtype: str
+    num_parts: int = 2
+    """Keys and values, or 1: rows that serve as both."""
+
+    @property
+    def num_planes(self) -> int:
+        """Parts of all places."""
+        return self.num_parts * self.num_layers
+
+    @property
+    def plane_bytes(self) -> int:
+        """Bytes of one block in one part of one layer."""
+        return self.num_kv_heads * self.block_tokens * self.head_dim * DTYPE_BYTES[self.dtype]
 
     @property
     def layer_bytes(self) -> int:
         """Bytes of one block in one layer."""
-        return 2 * self.num_kv_heads * self.block_tokens * self.head_dim * DTYPE_BYTES[self.dtype]
+        return self.num_parts * self.plane_bytes
 
     @property
     def block_bytes(self) -> int:
@@ -57,7 +70,7 @@ class KVLayout(msgspec.Struct, frozen=True):
 
     def shape(self, num_blocks: int) -> tuple[int, ...]:
         """Of a cache of ``num_blocks``, in elements."""
-        return (num_blocks, self.num_layers, 2, self.num_kv_heads, self.block_tokens, self.head_dim)
+        return (num_blocks, self.num_layers, self.num_parts, self.num_kv_heads, self.block_tokens, self.head_dim)
 
 
 class KVGroup(NamedTuple):

@@ -30,7 +30,7 @@ class Side(NamedTuple):
 
 
 def plan_copies(source: Side, target: Side, heads: range, places: range, tokens: range) -> Runs:
-    """Ranges that copy every element of (places, K and V, heads, tokens) from one cache to another, and no other.
+    """Ranges that copy every element of (places, parts, heads, tokens) from one cache to another, and no other.
 
     Runs are counted in the source's bytes; where dtypes differ, the target's are that many elements of its own.
     Neighbouring ranges are joined where they touch on both sides.
@@ -158,7 +158,7 @@ def _places(side: Side, heads: range, places: range, detail: _Detail) -> np.ndar
     first = places.start * layout.layer_bytes + (heads.start - side.first_head) * head_bytes
     if detail is _Detail.BLOCK:
         return np.array([first], np.int64)
-    planes = first + np.arange(2 * len(places), dtype=np.int64) * (layout.layer_bytes // 2)
+    planes = first + np.arange(layout.num_parts * len(places), dtype=np.int64) * layout.plane_bytes
     if detail is _Detail.PLANE:
         return planes
     return np.add.outer(planes, np.arange(len(heads), dtype=np.int64) * head_bytes).ravel()
@@ -177,7 +177,8 @@ def _join(
     """Runs of some parts, each of ``lengths`` tokens, cut as ``detail`` says."""
     order = np.argsort(to, kind="stable")
     ranges = _places(target, heads, places, detail)
-    rows = {_Detail.BLOCK: 2 * len(places) * len(heads), _Detail.PLANE: len(heads), _Detail.HEAD: 1}[detail]
+    num_planes = source.layout.num_parts * len(places)
+    rows = {_Detail.BLOCK: num_planes * len(heads), _Detail.PLANE: len(heads), _Detail.HEAD: 1}[detail]
     return coalesce(
         np.add.outer(from_[order], _places(source, heads, places, detail)).ravel(),
         np.add.outer(to[order], ranges).ravel(),

@@ -20,7 +20,7 @@ from ...engine.models.spec import ModelSpec, read_spec
 from ...kernels.device import PRESETS, Device, describe
 from ...kernels.moe_oracle import Choice
 from ...kernels.moe_oracle import select as select_experts
-from ...kernels.oracle import Needs, choose
+from ...kernels.oracle import GROUPED, LATENT, Needs, choose
 
 _MIN_TABLE_WIDTH = 120
 
@@ -71,7 +71,7 @@ def choices_for(config: Config, spec: ModelSpec, device: Device) -> dict[str, Ch
     choices = choose(Needs(dtype, kv_dtype, experts, scheme, spec.sinks), device, config.model.kernels)
     if experts is not None and sharing > 1 and device.type == "cuda":
         choices["moe, few tokens"] = select_experts(experts._replace(format="batched"), device)
-    absent = set()
+    absent = set(LATENT if spec.latent is None else GROUPED)
     if spec.moe is None:
         absent.add("moe")
     elif len(spec.moe_layers) == spec.num_layers and not spec.moe.shared_inner:

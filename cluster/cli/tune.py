@@ -199,7 +199,7 @@ def _token_bytes(config: Config) -> int:
     spec = read_spec(model_folder(config))
     pool = config.pools.prefill or config.pools.colocated
     _, dtype = plan_dtypes(config, spec, "cuda" if pool is not None and pool.gpus_per_replica else "cpu")
-    return 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * DTYPE_BYTES[dtype]
+    return spec.num_kv_parts * spec.num_layers * spec.num_kv_heads * spec.head_dim * DTYPE_BYTES[dtype]
 
 
 def _links(given: Sequence[str]) -> dict[str, Cost]:

@@ -16,6 +16,7 @@ from ..batch import Batch, GroupBlocks
 from ..expert_parallel import ExpertGroup
 from ..tensor_parallel import Alone, Group
 from .experts import Experts
+from .latent_attention import LatentAttention
 from .mlp import Mlp
 from .parameters import Parameters
 from .rope import cos_sin_table
@@ -46,24 +47,18 @@ class Layer:
         place: int,
         experts: ExpertGroup | None,
     ) -> None:
-        heads, kv_heads, head_dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
-        rows = [heads * head_dim, *[kv_heads * head_dim] * 2]
         prefix = f"model.layers.{index}."
-        attention = prefix + "self_attn."
         self.index = index
         self.kv_group = kv_group
         self.place = place
         self.window = spec.windows[index]
         self.eps = spec.norm_eps
-        self.scale = head_dim**-0.5
         self.input_norm = make(spec.hidden)
-        self.qkv = make.matrix(attention, ("q_proj", "k_proj", "v_proj"), rows, spec.hidden)
-        self.qkv_bias = make(sum(rows)) if spec.qkv_bias else None
-        self.head_norm = HeadNorm(make(head_dim), make(head_dim), spec.norm_eps) if spec.qk_norm else None
-        self.o = make.matrix(attention, ("o_proj",), [spec.hidden], heads * head_dim, cut_columns=True)
-        self.o_bias = make(spec.hidden) if spec.o_bias else None
-        self.sinks = make(heads) if spec.sinks else None
-        self._added_bias = self.o_bias if group.rank == 0 else None
+        self.latent: LatentAttention | None = None
+        if spec.latent is None:
+            self._make_attention(spec, make, group.rank, prefix + "self_attn.")
+        else:
+            self.latent = LatentAttention(spec, index, make, group.rank, kv_group, place)
         self.post_norm = make(spec.hidden)
         self.mlp: Mlp | Experts
         if index in spec.moe_layers:
@@ -72,10 +67,22 @@ class Layer:
             self.mlp = Mlp(spec.hidden, spec.inner, make, spec.mlp_bias, group.rank, prefix + "mlp.")
         self._group = group
 
+    def _make_attention(self, spec: ModelSpec, make: Parameters, rank: int, attention: str) -> None:
+        heads, kv_heads, head_dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
+        rows = [heads * head_dim, *[kv_heads * head_dim] * 2]
+        self.scale = head_dim**-0.5
+        self.qkv = make.matrix(attention, ("q_proj", "k_proj", "v_proj"), rows, spec.hidden)
+        self.qkv_bias = make(sum(rows)) if spec.qkv_bias else None
+        self.head_norm = HeadNorm(make(head_dim), make(head_dim), spec.norm_eps) if spec.qk_norm else None
+        self.o = make.matrix(attention, ("o_proj",), [spec.hidden], heads * head_dim, cut_columns=True)
+        self.o_bias = make(spec.hidden) if spec.o_bias else None
+        self.sinks = make(heads) if spec.sinks else None
+        self._added_bias = self.o_bias if rank == 0 else None
+
     def weights(self) -> LayerWeights | None:
         """What `kernels.decode_layers` computes with; None for a layer that it does not cover."""
         mlp = self.mlp
-        if self.sinks is not None or (isinstance(mlp, Mlp) and mlp.gate_up_bias is not None):
+        if self.latent is not None or self.sinks is not None or (isinstance(mlp, Mlp) and mlp.gate_up_bias is not None):
             return None
         feed = mlp.weights if isinstance(mlp, Experts) else mlp
         qkv, o, gate_up, down = self.qkv, self.o, feed.gate_up, feed.down
@@ -106,10 +113,13 @@ class Layer:
         self, x: Tensor, residual: Tensor | None, batch: Batch, cache: Tensor, cos_sin: Tensor, ops: Ops
     ) -> tuple[Tensor, Tensor]:
         x, residual = ops.rms_norm(x, residual, self.input_norm, self.eps)
-        qkv = ops.multiply(x, self.qkv, self.qkv_bias)
-        own = batch.groups[self.kv_group]
-        rotated = ops.rotary(qkv, self.head_norm, cos_sin, batch.positions, cache, self.place, own.slots)
-        x = ops.multiply(self._attend(*rotated, batch, own, cache, ops).flatten(1), self.o, self._added_bias)
+        if self.latent is not None:
+            x = self.latent(x, batch, cache, cos_sin, ops)
+        else:
+            qkv = ops.multiply(x, self.qkv, self.qkv_bias)
+            own = batch.groups[self.kv_group]
+            rotated = ops.rotary(qkv, self.head_norm, cos_sin, batch.positions, cache, self.place, own.slots)
+            x = ops.multiply(self._attend(*rotated, batch, own, cache, ops).flatten(1), self.o, self._added_bias)
         x, residual = ops.rms_norm(self._group.all_reduce(x), residual, self.post_norm, self.eps)
         return self._group.all_reduce(self.mlp(x, ops)), residual
 
@@ -184,7 +194,7 @@ class Decoder:
             Layer(self.local, index, make, group, *places[index], experts) for index in range(spec.num_layers)
         ]
         self.norm = make(spec.hidden)
-        table = cos_sin_table(spec.rope, spec.head_dim, max_model_len, spec.max_positions)
+        table = cos_sin_table(spec.rope, spec.rope_dim, max_model_len, spec.max_positions)
         self._cos_sin = table.to(device)
         self._decode_layers = self._prepare()
 
@@ -217,6 +227,12 @@ class Decoder:
         covered = [w for w in weights if w is not None and num_weights(w) <= MAX_WEIGHTS]
         return [Prepared(w) for w in covered] if len(covered) == len(self.layers) else []
 
+    def absorb(self) -> None:
+        """Make of weights that have just been loaded what steps compute with, where that differs."""
+        for layer in self.layers:
+            if layer.latent is not None:
+                layer.latent.absorb(self.dtype)
+
     @torch.inference_mode()
     def forward(
         self,
@@ -230,7 +246,7 @@ class Decoder:
 
         Args:
             batch: the tokens.
-            cache: [blocks, places, 2, kv_heads, block_tokens, head_dim]; of this rank's heads.
+            cache: of `KVLayout.shape`; of this rank's heads.
             groups: first layer of each layer group.
             publish: called with a layer group's number when its layers' KV is in the cache.
             look: called after each layer with its number and two tensors [tokens, hidden] that are overwritten later,

@@ -98,7 +98,8 @@ class Experts:
         count, prefix = len(self.held), expert_prefix(layer)
         self.router = make(moe.num_experts, spec.hidden)
         self.router_bias = make(moe.num_experts) if moe.router_bias else None
-        self.correction = make(moe.num_experts) if moe.method == "sigmoid_grouped" else None
+        # Published corrections differ by less than bfloat16 can tell apart.
+        self.correction = make(moe.num_experts).float() if moe.method == "sigmoid_grouped" else None
         self.weights = ExpertWeights(
             make.matrix(prefix, _GATE_UP, [moe.inner] * 2, spec.hidden, num_experts=count),
             make.matrix(prefix, _DOWN, [spec.hidden], moe.inner, cut_columns=True, num_experts=count),

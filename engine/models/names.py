@@ -8,8 +8,10 @@ from ...kernels.schemes.destination import Destination
 from ...kernels.schemes.packed import Cut, Packed, Weight, small
 from .decoder import Decoder, Layer
 from .experts import Experts
+from .latent_attention import LatentAttention
 from .parameters import cannot_divide
 from .shard import first_kv_head, vocabulary_rows
+from .spec import ModelSpec
 
 
 def destinations(model: Decoder) -> dict[str, Destination]:
@@ -56,11 +58,14 @@ def alternatives(name: str) -> list[str]:
     return []
 
 
-def ignored(name: str, tied_embeddings: bool) -> bool:
+def ignored(name: str, spec: ModelSpec) -> bool:
     """Whether a tensor that a checkpoint has and the model does not need is harmless."""
     # Scales of a quantised KV cache, which ours does without.
     unused = name.endswith((".rotary_emb.inv_freq", ".k_scale", ".v_scale"))
-    return unused or (tied_embeddings and name == "lm_head.weight")
+    # Layers beyond the model's predict further tokens.
+    layer = name.removeprefix("model.layers.").partition(".")[0]
+    unused = unused or (spec.latent is not None and layer.isdecimal() and int(layer) >= spec.num_layers)
+    return unused or (spec.tied_embeddings and name == "lm_head.weight")
 
 
 def _whole(tensor: Tensor) -> Destination:
@@ -73,24 +78,72 @@ def _rows(tensor: Tensor, whole: int, start: int) -> Destination:
 
 def _layer(layer: Layer, model: Decoder, prefix: str) -> dict[str, Destination]:
     spec, local, group = model.spec, model.local, model.group
+    names = {
+        prefix + "input_layernorm.weight": _whole(layer.input_norm),
+        prefix + "post_attention_layernorm.weight": _whole(layer.post_norm),
+    }
+    if layer.latent is not None:
+        names |= _latent_attention(layer.latent, model, prefix + "self_attn.")
+    else:
+        names |= _attention(layer, model, prefix + "self_attn.")
+    mlp, prefix = layer.mlp, prefix + "mlp."
+    if isinstance(mlp, Experts):
+        return names | _experts(mlp, model, prefix)
+    names |= _gated(mlp.gate_up, mlp.down, spec.inner, model, prefix)
+    if mlp.gate_up_bias is not None and mlp.down_bias is not None:
+        names[prefix + "down_proj.bias"] = _whole(mlp.down_bias)
+        for name, bias in zip(("gate", "up"), mlp.gate_up_bias.chunk(2), strict=True):
+            names[f"{prefix}{name}_proj.bias"] = _rows(bias, spec.inner, group.rank * local.inner)
+    return names
+
+
+def _latent_attention(own: LatentAttention, model: Decoder, prefix: str) -> dict[str, Destination]:
+    spec, group, latent = model.spec, model.group, own.latent
+    heads = model.local.num_heads
+
+    def of_heads(columns: int, dim: int) -> Cut:
+        rows = heads * dim
+        return Cut(spec.num_heads * dim, columns, group.rank * rows, rows, 0, columns)
+
+    sizes = {"kv_a_proj_with_mqa": latent.row_dim}
+    if latent.q_rank:
+        sizes = {"q_a_proj": latent.q_rank} | sizes
+    down = {prefix + name: Cut(rows, spec.hidden, 0, rows, 0, spec.hidden) for name, rows in sizes.items()}
+    columns = heads * latent.value_dim
+    kv = of_heads(latent.kv_rank, latent.nope_dim + latent.value_dim)
+    o = Cut(spec.hidden, spec.num_heads * latent.value_dim, 0, spec.hidden, group.rank * columns, columns)
+    q, wide = ("q_b_proj", latent.q_rank) if latent.q_rank else ("q_proj", spec.hidden)
+    names = {
+        prefix + "kv_a_layernorm.weight": _whole(own.kv_norm),
+        **_matrices(own.down, down, model),
+        **_matrices(own.q, {prefix + q: of_heads(wide, latent.query_dim)}, model),
+        **_matrices(own.kv, {prefix + "kv_b_proj": kv}, model),
+        **_matrices(own.o, {prefix + "o_proj": o}, model),
+    }
+    if own.q_norm is not None:
+        names[prefix + "q_a_layernorm.weight"] = _whole(own.q_norm)
+    if own.down_bias is not None:
+        for name, bias in zip(sizes, own.down_bias.split(list(sizes.values())), strict=True):
+            names[f"{prefix}{name}.bias"] = _whole(bias)
+    if own.o_bias is not None:
+        names[prefix + "o_proj.bias"] = _whole(own.o_bias)
+    return names
+
+
+def _attention(layer: Layer, model: Decoder, attention: str) -> dict[str, Destination]:
+    spec, local, group = model.spec, model.local, model.group
     queries, keys = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     first_query = group.rank * local.num_heads * spec.head_dim
     first_key = first_kv_head(spec, group.rank, group.size) * spec.head_dim
     starts = {"q": first_query, "k": first_key, "v": first_key}
     wholes = {"q": queries, "k": keys, "v": keys}
     sizes = [local.num_heads * spec.head_dim, *[local.num_kv_heads * spec.head_dim] * 2]
-    attention = prefix + "self_attn."
     cuts = {
         f"{attention}{part}_proj": Cut(wholes[part], spec.hidden, starts[part], size, 0, spec.hidden)
         for part, size in zip(starts, sizes, strict=True)
     }
     o = Cut(spec.hidden, queries, 0, spec.hidden, first_query, sizes[0])
-    names = {
-        prefix + "input_layernorm.weight": _whole(layer.input_norm),
-        prefix + "post_attention_layernorm.weight": _whole(layer.post_norm),
-        **_matrices(layer.qkv, cuts, model),
-        **_matrices(layer.o, {attention + "o_proj": o}, model),
-    }
+    names = {**_matrices(layer.qkv, cuts, model), **_matrices(layer.o, {attention + "o_proj": o}, model)}
     if layer.qkv_bias is not None:
         for part, bias in zip(starts, layer.qkv_bias.split(sizes), strict=True):
             names[f"{attention}{part}_proj.bias"] = _rows(bias, wholes[part], starts[part])
@@ -101,14 +154,6 @@ def _layer(layer: Layer, model: Decoder, prefix: str) -> dict[str, Destination]:
     if layer.head_norm is not None:
         names[attention + "q_norm.weight"] = _whole(layer.head_norm.query)
         names[attention + "k_norm.weight"] = _whole(layer.head_norm.key)
-    mlp, prefix = layer.mlp, prefix + "mlp."
-    if isinstance(mlp, Experts):
-        return names | _experts(mlp, model, prefix)
-    names |= _gated(mlp.gate_up, mlp.down, spec.inner, model, prefix)
-    if mlp.gate_up_bias is not None and mlp.down_bias is not None:
-        names[prefix + "down_proj.bias"] = _whole(mlp.down_bias)
-        for name, bias in zip(("gate", "up"), mlp.gate_up_bias.chunk(2), strict=True):
-            names[f"{prefix}{name}_proj.bias"] = _rows(bias, spec.inner, group.rank * local.inner)
     return names
 
 

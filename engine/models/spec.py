@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,8 +50,38 @@ class MoeSpec:
 
 
 @dataclass(frozen=True)
+class LatentSpec:
+    """Multi-head latent attention: keys and values are made of a latent that all heads share."""
+
+    q_rank: int
+    """Of compressed queries; 0: they are not compressed."""
+    kv_rank: int
+    """Of the latent."""
+    nope_dim: int
+    """Of a head's queries and keys, the part that is not rotated."""
+    rope_dim: int
+    """And the part that is; of keys, the heads share it."""
+    value_dim: int
+    interleaved: bool
+    """Whether numbers that are rotated together are neighbours, or half of ``rope_dim`` apart."""
+    scale: float
+    """Of the scores."""
+
+    @property
+    def query_dim(self) -> int:
+        """Of a head's queries."""
+        return self.nope_dim + self.rope_dim
+
+    @property
+    def row_dim(self) -> int:
+        """What the cache has of a token in a layer."""
+        return self.kv_rank + self.rope_dim
+
+
+@dataclass(frozen=True)
 class ModelSpec:
-    """A decoder-only transformer with grouped-query attention, rotary positions, RMS norms and gated SiLU units."""
+    """A decoder-only transformer with grouped-query or latent attention, rotary positions, RMS norms and gated SiLU
+    units."""
 
     architecture: str
     vocab_size: int
@@ -59,7 +90,9 @@ class ModelSpec:
     num_layers: int
     num_heads: int
     num_kv_heads: int
+    """1 with latent attention: what is cached serves all heads."""
     head_dim: int
+    """Of what is cached: with latent attention, of its rows."""
     norm_eps: float
     rope: Mapping[str, Any]
     max_positions: int
@@ -78,6 +111,18 @@ class ModelSpec:
     quantization: Quantization | None = None
     sinks: bool = False
     """Whether each head has a learned logit beside those of the tokens."""
+    latent: LatentSpec | None = None
+    """None: grouped-query attention."""
+
+    @property
+    def num_kv_parts(self) -> int:
+        """What the cache has of a token, layer and head: a key and a value, or one row that serves as both."""
+        return 1 if self.latent else 2
+
+    @property
+    def rope_dim(self) -> int:
+        """Of a head, how much is rotated."""
+        return self.latent.rope_dim if self.latent else self.head_dim
 
 
 _Reader = Callable[[Mapping[str, Any]], dict[str, Any]]
@@ -163,6 +208,89 @@ def _gpt_oss(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _deepseek_v2(config: Mapping[str, Any]) -> dict[str, Any]:
+    method = config.get("topk_method", "greedy")
+    if method not in ("greedy", "group_limited_greedy"):
+        raise ValueError(f"topk_method: expected greedy or group_limited_greedy, found {method!r}")
+    renormalize = bool(config.get("norm_topk_prob", False)) and config["num_experts_per_tok"] > 1
+    return _deepseek(
+        config,
+        interleaved=True,
+        method="softmax" if method == "greedy" else "softmax_grouped",
+        scale=1.0 if renormalize else float(config.get("routed_scaling_factor", 1.0)),
+        renormalize=renormalize,
+    )
+
+
+def _deepseek_v3(config: Mapping[str, Any]) -> dict[str, Any]:
+    for key, served in (("topk_method", "noaux_tc"), ("scoring_func", "sigmoid")):
+        if config.get(key, served) != served:
+            raise ValueError(f"{key}: expected {served}, found {config[key]!r}")
+    return _deepseek(
+        config,
+        interleaved=bool(config.get("rope_interleave", True)),
+        method="sigmoid_grouped",
+        scale=float(config.get("routed_scaling_factor", 1.0)),
+        renormalize=bool(config.get("norm_topk_prob", True)),
+    )
+
+
+def _deepseek(
+    config: Mapping[str, Any], *, interleaved: bool, method: str, scale: float, renormalize: bool
+) -> dict[str, Any]:
+    if config.get("mlp_bias"):
+        raise ValueError("mlp_bias: expected false, found true")
+    layers, bias = config["num_hidden_layers"], bool(config.get("attention_bias", False))
+    grouped = method != "softmax"
+    moe = MoeSpec(
+        num_experts=config["n_routed_experts"],
+        top_k=config["num_experts_per_tok"],
+        inner=config["moe_intermediate_size"],
+        renormalize=renormalize,
+        method=method,
+        num_groups=(config.get("n_group") or 1) if grouped else 1,
+        top_groups=(config.get("topk_group") or 1) if grouped else 1,
+        scale=scale,
+        shared_inner=(config.get("n_shared_experts") or 0) * config["moe_intermediate_size"],
+    )
+    if moe.num_experts % moe.num_groups or not 0 < moe.top_groups <= moe.num_groups:
+        raise ValueError(
+            f"n_group, topk_group: expected groups that divide {moe.num_experts} experts, and some of them, found "
+            f"{moe.num_groups} and {moe.top_groups}"
+        )
+    latent = _latent(config, interleaved)
+    first, step = config.get("first_k_dense_replace", 0), config.get("moe_layer_freq", 1)
+    return {
+        "qkv_bias": bias,
+        "o_bias": bias,
+        "num_kv_heads": 1,
+        "head_dim": latent.row_dim,
+        "latent": latent,
+        "moe": moe,
+        "moe_layers": frozenset(i for i in range(layers) if i >= first and i % step == 0),
+    }
+
+
+def _latent(config: Mapping[str, Any], interleaved: bool) -> LatentSpec:
+    nope, turned = config["qk_nope_head_dim"], config["qk_rope_head_dim"]
+    if turned % 2:
+        raise ValueError(f"qk_rope_head_dim {turned} is odd; rotary positions need pairs")
+    rope = _rope(config)
+    # YaRN's sharpening (arXiv:2309.00071) is of all dimensions here, not of the rotated ones alone.
+    sharper = 1.0
+    if rope.get("rope_type", "default") != "default" and rope.get("mscale_all_dim") and rope["factor"] > 1:
+        sharper = 0.1 * rope["mscale_all_dim"] * math.log(rope["factor"]) + 1.0
+    return LatentSpec(
+        q_rank=config.get("q_lora_rank") or 0,
+        kv_rank=config["kv_lora_rank"],
+        nope_dim=nope,
+        rope_dim=turned,
+        value_dim=config["v_head_dim"],
+        interleaved=interleaved,
+        scale=(nope + turned) ** -0.5 * sharper**2,
+    )
+
+
 def _first(config: Mapping[str, Any], name: str, other: str) -> Any:
     """A key that writers of config.json spell in two ways."""
     return config[name] if name in config else config[other] if other in config else config[name]
@@ -180,6 +308,8 @@ def _qwen_windows(config: Mapping[str, Any]) -> list[int]:
 
 ARCHITECTURES: dict[str, _Reader] = {
     "GptOssForCausalLM": _gpt_oss,
+    "DeepseekV2ForCausalLM": _deepseek_v2,
+    "DeepseekV3ForCausalLM": _deepseek_v3,
     "LlamaForCausalLM": _llama,
     "MistralForCausalLM": _mistral,
     "MixtralForCausalLM": _mixtral,
@@ -243,6 +373,8 @@ def _build(config: Mapping[str, Any], generation: Mapping[str, Any], name: str, 
     if head_dim % 2:
         raise ValueError(f"head_dim {head_dim} is odd; rotary positions need pairs")
     own: dict[str, Any] = {
+        "num_kv_heads": kv_heads,
+        "head_dim": head_dim,
         "qkv_bias": False,
         "o_bias": False,
         "mlp_bias": False,
@@ -265,8 +397,6 @@ def _build(config: Mapping[str, Any], generation: Mapping[str, Any], name: str, 
         inner=config["intermediate_size"],
         num_layers=layers,
         num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=head_dim,
         norm_eps=float(config["rms_norm_eps"]),
         rope=_rope(config),
         max_positions=config["max_position_embeddings"],

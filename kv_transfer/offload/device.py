@@ -46,9 +46,9 @@ class DeviceBlocks:
         self._device = device
         self._ranks = list(ranks)
         self._sources = list({rank.heads.start: rank for rank in ranks}.values())
-        self._head_bytes = layout.layer_bytes // 2 // layout.num_kv_heads
+        self._head_bytes = layout.plane_bytes // layout.num_kv_heads
         self._num_heads = layout.num_kv_heads
-        self._planes = np.arange(2 * layout.num_layers)  # of a block: keys and values of each layer
+        self._planes = np.arange(layout.num_planes)  # of a block: keys and values of each layer
         self._base = ranks[0].address
         self._out, self._in = CopyQueue(device, programs), CopyQueue(device, programs)
         self._out.warm_up()

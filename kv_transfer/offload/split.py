@@ -30,8 +30,8 @@ class SplitBlocks:
 
     def __init__(self, layout: KVLayout, ranks: Sequence[RankBlocks]) -> None:
         self.block_bytes = layout.block_bytes
-        planes = 2 * layout.num_layers  # of a block: keys and values of each layer
-        self._shape = planes, layout.num_kv_heads, layout.layer_bytes // 2 // layout.num_kv_heads
+        planes = layout.num_planes  # of a block: keys and values of each layer
+        self._shape = planes, layout.num_kv_heads, layout.plane_bytes // layout.num_kv_heads
         self._parts = [
             (slice(rank.heads.start, rank.heads.stop), rank.array.reshape(-1, planes, len(rank.heads), self._shape[2]))
             for rank in ranks

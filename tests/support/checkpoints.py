@@ -74,6 +74,28 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
+    "deepseek_v2": (
+        "DeepseekV2",
+        {
+            "num_key_value_heads": 6, "q_lora_rank": None, "kv_lora_rank": 20, "qk_nope_head_dim": 10,
+            "qk_rope_head_dim": 6, "v_head_dim": 14, "attention_bias": True, "first_k_dense_replace": 1,
+            "n_routed_experts": 6, "n_shared_experts": 2, "num_experts_per_tok": 2, "moe_intermediate_size": 20,
+            "topk_method": "group_limited_greedy", "n_group": 3, "topk_group": 2, "routed_scaling_factor": 1.5,
+        },
+    ),
+    "deepseek_v3": (
+        "DeepseekV3",
+        {
+            "num_key_value_heads": 6, "q_lora_rank": 28, "kv_lora_rank": 22, "qk_nope_head_dim": 14,
+            "qk_rope_head_dim": 8, "v_head_dim": 10, "first_k_dense_replace": 1, "n_routed_experts": 8,
+            "n_shared_experts": 1, "num_experts_per_tok": 3, "moe_intermediate_size": 20, "n_group": 4,
+            "topk_group": 2, "norm_topk_prob": True,
+            "rope_parameters": {
+                "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 256,
+                "mscale": 0.7, "mscale_all_dim": 1.0,
+            },
+        },
+    ),
 }  # fmt: skip
 
 
@@ -86,7 +108,8 @@ def make_checkpoint(family: str, folder: Path, seed: int = 0, **overrides: Any) 
     model.set_experts_implementation("eager")  # the others refuse odd sizes
     with torch.no_grad():
         # Norms and biases start at one and zero, where a mistake in them would not show.
-        for parameter_name, parameter in model.named_parameters():
+        corrections = [named for named in model.named_buffers() if named[0].endswith("correction_bias")]
+        for parameter_name, parameter in [*model.named_parameters(), *corrections]:
             if "norm" in parameter_name:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
             elif parameter_name.endswith("bias"):

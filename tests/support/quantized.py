@@ -191,6 +191,7 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("llama", "gptq", _SIZES),
     ("qwen3_moe", "gptq_zeros", _MIXTURE),
     ("qwen3_moe", "gptq_order", _MIXTURE),
+    ("deepseek_v3", "fp8_blocks", {}),
     ("mixtral", "awq", _MIXTRAL),
     ("qwen3_moe", "mxfp4", {"hidden_size": 64, "moe_intermediate_size": 32}),
     ("gpt_oss", "mxfp4", {"hidden_size": 64, "intermediate_size": 32}),
@@ -217,7 +218,11 @@ def make_quantized(family: str, layout: str, folder: Path, **overrides: Any) -> 
             continue
         module = name.removesuffix(".weight")
         expert = ".experts." in module
-        if (not module.endswith("_proj") and not expert) or module in skipped or not name.endswith(".weight"):
+        if (
+            (not module.endswith(("_proj", "_with_mqa")) and not expert)
+            or module in skipped
+            or not name.endswith(".weight")
+        ):
             continue
         if layout == "mxfp4":
             if not expert:

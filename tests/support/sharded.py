@@ -36,6 +36,7 @@ FAMILIES: dict[str, dict[str, object]] = {
     "qwen3_moe": {"num_attention_heads": 8, "moe_intermediate_size": 20},
     "mixtral": {"num_attention_heads": 8, "head_dim": 8, "num_key_value_heads": 8},
     "gpt_oss": {"num_attention_heads": 8, "intermediate_size": 20},
+    "deepseek_v3": {"num_attention_heads": 8, "num_key_value_heads": 8},
 }
 BLOCK_TOKENS = 8
 
@@ -70,7 +71,8 @@ def engine_of(folder: Path, group: Group, device: torch.device) -> Engine:
     model = Decoder(spec, 256, torch.float32, device, ops, group=group)
     load_weights(model, folder)
     heads = local_kv_heads(spec, group.size)
-    layout = KVLayout(max(len(kv.layers) for kv in model.groups), heads, spec.head_dim, BLOCK_TOKENS, "float32")
+    places = max(len(kv.layers) for kv in model.groups)
+    layout = KVLayout(places, heads, spec.head_dim, BLOCK_TOKENS, "float32", spec.num_kv_parts)
     cache = KVCache(layout, 64, device)
     return Engine(Runner(model, cache.tensor, [0]), cache, prefix_cache=False)
 

@@ -18,9 +18,9 @@ HEADS = 2
 
 
 def cache_of(kv: torch.Tensor, windows: list[int], block_tokens: int, dtype: str, seed: int) -> tuple[Checksums, list]:  # type: ignore[type-arg]
-    """A cache that holds ``kv``, [layer, K|V, head, token, dim], in random blocks, and noise elsewhere; and tables."""
+    """A cache that holds ``kv``, [layer, part, head, token, dim], in random blocks, and noise elsewhere; and tables."""
     groups = group_layers(windows)
-    layout = KVLayout(max(len(g.layers) for g in groups), HEADS, kv.shape[-1], block_tokens, dtype)
+    layout = KVLayout(max(len(g.layers) for g in groups), HEADS, kv.shape[-1], block_tokens, dtype, kv.shape[1])
     noise = np.random.default_rng(seed)
     memory = noise.integers(0, 60, 3 * NUM_BLOCKS * layout.block_bytes, np.uint8)
     blocks = torch.from_numpy(memory).view(DTYPES[dtype]).view(layout.shape(3 * NUM_BLOCKS))
@@ -43,7 +43,8 @@ def cache_of(kv: torch.Tensor, windows: list[int], block_tokens: int, dtype: str
 def test_sums_do_not_depend_on_where_elements_lie(
     windows: list[int], dim: int, dtype: str, data: st.DataObject
 ) -> None:
-    kv = torch.randn(len(windows), 2, HEADS, TOKENS, dim, generator=torch.Generator().manual_seed(dim))
+    num_parts = data.draw(st.integers(1, 2))
+    kv = torch.randn(len(windows), num_parts, HEADS, TOKENS, dim, generator=torch.Generator().manual_seed(dim))
     kv = convert(kv, DTYPES[dtype]).float()
     sizes = data.draw(st.tuples(st.integers(1, 8), st.integers(1, 8)))
     dtypes = [dtype, data.draw(st.sampled_from(["float32", dtype]))]  # either holds these numbers exactly
@@ -71,9 +72,9 @@ def test_sums_do_not_depend_on_where_elements_lie(
 @pytest.mark.parametrize("row_bytes", [8, 16, 24, 12, 10, 2, 5])
 @pytest.mark.parametrize(("block_tokens", "unit"), [(4, 4), (3, 6), (4, 6)])
 def test_compiled_sums_are_the_reference(row_bytes: int, block_tokens: int, unit: int) -> None:
-    places, heads = 3, 2
+    places, planes = 3, 4
     rng = np.random.default_rng(row_bytes)
-    cache = rng.integers(0, 256, 8 * places * 2 * heads * block_tokens * row_bytes, np.uint8)
+    cache = rng.integers(0, 256, 8 * places * planes * block_tokens * row_bytes, np.uint8)
     blocks = rng.permutation(8)[:4].astype(np.int64)
     positions = np.arange(4) * block_tokens + 6 // block_tokens * block_tokens
     starts = np.maximum(positions, 7)
@@ -82,7 +83,7 @@ def test_compiled_sums_are_the_reference(row_bytes: int, block_tokens: int, unit
     got = []
     for version in (element_sums.reference, element_sums.native):
         sums = np.full(8, 3, np.uint64)
-        version(cache, sums, blocks, starts, stops, layers, 1, places, heads, block_tokens, row_bytes, unit, 1)
+        version(cache, sums, blocks, starts, stops, layers, 1, places, planes, block_tokens, row_bytes, unit, 1)
         got.append(sums)
     np.testing.assert_array_equal(got[0], got[1])
     assert (got[0] != 3).sum() >= 2

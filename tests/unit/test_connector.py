@@ -425,6 +425,7 @@ def windowed(*windows: int) -> dict[str, Any]:
     [
         (lambda h: {"protocol": 1}, ("protocol", "1", "2")),
         (lambda h: {"fingerprint": "model at another revision"}, ("model", "another revision", "decode-0#1 model")),
+        (lambda h: {"cache": msgspec.structs.replace(h.cache, num_parts=1)}, ("kv.num_parts", "1", "2")),
         (lambda h: {"cache": msgspec.structs.replace(h.cache, num_kv_heads=8)}, ("kv.num_kv_heads", "8", "4")),
         (lambda h: {"cache": msgspec.structs.replace(h.cache, head_dim=6)}, ("kv.head_dim", "6", "4")),
         (lambda h: {"cache": msgspec.structs.replace(h.cache, num_layers=7)}, ("kv.num_layers", "7", "4")),

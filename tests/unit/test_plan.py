@@ -25,6 +25,7 @@ class Case:
 
     def __init__(self, draw: st.DrawFn) -> None:
         total_heads = draw(st.integers(1, 4))
+        self.num_parts = draw(st.integers(1, 2))
         self.sides = []
         first_token = draw(st.integers(0, 12))
         self.tokens = range(first_token, first_token + draw(st.integers(0, 14)))
@@ -39,7 +40,7 @@ class Case:
                 block_tokens = draw(st.integers(1, 6))
             if not equal:
                 dtype = draw(st.sampled_from(DTYPE_NAMES))
-            layout = KVLayout(num_places, count, head_dim, block_tokens, dtype)
+            layout = KVLayout(num_places, count, head_dim, block_tokens, dtype, self.num_parts)
             before = draw(st.integers(0, self.tokens.start // block_tokens)) * block_tokens
             needed = -(-self.tokens.stop // block_tokens) - before // block_tokens
             blocks = np.array(draw(st.permutations(range(NUM_BLOCKS)))[: needed + draw(st.integers(0, 2))], np.int64)
@@ -57,7 +58,7 @@ class Case:
     def slowly(self, source: torch.Tensor, target: torch.Tensor) -> None:
         """Copy element by element."""
         for place in self.places:
-            for kind in range(2):
+            for kind in range(self.num_parts):
                 for head in self.heads:
                     for token in self.tokens:
                         for dim in range(self.source.layout.head_dim):
@@ -98,7 +99,7 @@ def test_a_plan_moves_what_an_element_by_element_copy_moves(case: Case) -> None:
     assert check_runs(at_target, 1 << 40, len(memory(target))) == ""
     assert check_runs(runs, len(memory(source)), 1 << 40) == ""
     assert (np.diff(runs.target_offsets) > 0).all()
-    elements = len(case.places) * 2 * len(case.heads) * len(case.tokens) * ours.head_dim
+    elements = len(case.places) * case.num_parts * len(case.heads) * len(case.tokens) * ours.head_dim
     assert runs.num_bytes == elements * DTYPE_BYTES[ours.dtype]
     for convert in (convert_runs.reference, convert_runs.native):
         moved = target.clone()
