@@ -203,7 +203,8 @@ def test_fp8_kv_is_the_nearest_number(rng: torch.Generator) -> None:
         limited = given.clamp(-448, 448)
         assert ((kept - limited).abs() <= limited.abs() / 16 + 2**-10).all()
     assert held.abs().max() == 448
-    arguments = 0.01, 0
+    # With so large keys, a softmax that is not decided by the last bit of a product.
+    arguments = 1e-4, 0
     want = prefill_attention.reference(q, k, v, cache.float(), 0, Spans.of([Span(0, 20, table, 20)]), *arguments)
     close(prefill_attention.reference(q, k, v, cache, 0, Spans.of([Span(0, 20, table, 20)]), *arguments), want)
     last = decode_attention.reference(q[-1:], cache, 0, table.unsqueeze(0), torch.tensor([20]), *arguments)
