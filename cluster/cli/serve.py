@@ -16,7 +16,6 @@ from rich.console import Console
 from ...core.config import DEMO_MODEL, Config, load_config, model_folder, model_name
 from ...core.environment import prepare_local_ray
 from ...core.errors import TandemError, WorkerError
-from ...engine.models.spec import context_length, read_spec
 from ..gateway.listener import listen
 from .progress import Interrupted, Progress, show_launch
 
@@ -32,10 +31,10 @@ _READY_TIMEOUT_S = 30.0
 def serve(file: Path | None, overrides: list[str]) -> None:
     """Start, show, stay; return after a signal. Raises ConfigError before anything was started."""
     console = Console(highlight=False)
-    config = load_config(file, overrides)
-    _check(config)
     stop = threading.Event()
     _watch_signals(stop)
+    config = load_config(file, overrides)
+    _check(config)
     _run(config, console, stop)
 
 
@@ -46,7 +45,10 @@ def _watch_signals(stop: threading.Event) -> None:
 
 
 def _check(config: Config) -> None:
-    """What can be known to fail, fails within a second."""
+    """What can be known to fail, fails within seconds."""
+    # Imported here: it brings torch, and Ctrl-C is for us while that takes its time.
+    from ...engine.models.spec import context_length, read_spec
+
     context_length(read_spec(model_folder(config)), config.model.max_model_len)
     listen(config.gateway.host, config.gateway.port).close()
 
@@ -54,7 +56,6 @@ def _check(config: Config) -> None:
 def _run(config: Config, console: Console, stop: threading.Event) -> None:
     started_s = time.monotonic()
     progress = Progress(console, stop.is_set)
-    progress.show("starting Ray")
     prepare_local_ray()
     from ..actors import Cluster, default_log_folder
     from ..ray_cluster import LocalRay
@@ -62,6 +63,7 @@ def _run(config: Config, console: Console, stop: threading.Event) -> None:
     ray: LocalRay | None = None
     cluster: Cluster | None = None
     try:
+        progress.show("starting Ray")
         ray = LocalRay(config)
         _watch_signals(stop)  # Ray has put a handler of its own in place
         log_folder = default_log_folder() / time.strftime("%Y%m%d-%H%M%S")
