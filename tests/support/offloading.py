@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+import random
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,44 @@ def check(pair: Pair) -> None:
         assert node.offloader.num_open == 0
         node.check_idle()
         assert node.worker.drained()
+
+
+def random_load(
+    slow: Slow,
+    rng: random.Random,
+    pick: Callable[[], tuple[int, int]],
+    golden: Mapping[tuple[int, int], list[int]],
+) -> None:
+    """Prompts that come and are called off at any time: equal tokens, and nothing leaks.
+
+    Args:
+        slow: closed at the end.
+        rng: decides.
+        pick: the next prompt, as `prompt_of` takes it.
+        golden: each prompt's undisturbed tokens.
+    """
+    pair = slow.pair
+    wanted: dict[int, tuple[int, int]] = {}
+    aborted: set[int] = set()
+    for _ in range(60):
+        if rng.random() < 0.3:
+            which = pick()
+            wanted[pair.submit(prompt_of(*which), max_tokens=12)] = which
+        if wanted and rng.random() < 0.1:
+            ticket = rng.choice(list(wanted))
+            aborted.add(ticket)
+            pair.abort(ticket)
+        pair.turn()
+        if rng.random() < 0.3:
+            pair.clock.advance(rng.choice((0.005, 0.05, 1.0)))
+        for node in pair.nodes.values():
+            node.engine.pool.check()
+    slow.run()
+    for ticket, which in wanted.items():
+        if ticket not in aborted:
+            assert pair.outputs[ticket].tokens[0] == golden[which]
+    check(pair)
+    pair.close()
 
 
 def until_ready(pair: Pair) -> None:

@@ -20,6 +20,7 @@ from support.offloading import (
     check,
     config_of,
     prompt_of,
+    random_load,
     real,
     until_ready,
     value,
@@ -308,28 +309,7 @@ def test_random_loads(folder: Path, golden: dict[tuple[int, int], list[int]], po
     slow = Slow(
         config, *times, rng.choice((4, 12, 100)), rng.choice((Write.THROUGH, Write.SECOND_USE)), rng.random() < 0.5
     )
-    pair = slow.pair
-    wanted: dict[int, tuple[int, int]] = {}
-    aborted: set[int] = set()
-    for _ in range(60):
-        if rng.random() < 0.3:
-            which = rng.randrange(6), rng.choice((20, 60, 90))
-            wanted[pair.submit(prompt_of(*which), max_tokens=12)] = which
-        if wanted and rng.random() < 0.1:
-            ticket = rng.choice(list(wanted))
-            aborted.add(ticket)
-            pair.abort(ticket)
-        pair.turn()
-        if rng.random() < 0.3:
-            pair.clock.advance(rng.choice((0.005, 0.05, 1.0)))
-        for node in pair.nodes.values():
-            node.engine.pool.check()
-    slow.run()
-    for ticket, which in wanted.items():
-        if ticket not in aborted:
-            assert pair.outputs[ticket].tokens[0] == golden[which]
-    check(pair)
-    pair.close()
+    random_load(slow, rng, lambda: (rng.randrange(6), rng.choice((20, 60, 90))), golden)
 
 
 # ---- whether it is worth it -----------------------------------------------------------------------------------------

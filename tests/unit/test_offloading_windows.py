@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.checkpoints import make_checkpoint
-from support.offloading import Slow, block_bytes, check, config_of, prompt_of, real, until_ready, value
+from support.offloading import Slow, block_bytes, check, config_of, prompt_of, random_load, real, until_ready, value
 from support.pair import Pair
 from support.tiers import end
 from tandem.core.config import Config
@@ -111,28 +111,7 @@ def test_random_loads(model: Model, seed: int) -> None:
     config = config_of(model.folder, model.num_blocks + rng.choice((0, 20)), POOLS[rng.choice(list(POOLS))])
     times = rng.choice((0.0, 0.01, 0.1)), rng.choice((0.05, 1e9))
     slow = Slow(config, *times, rng.choice((20, 60, 400)), rng.choice(list(Write)[::2]), rng.random() < 0.5)
-    pair = slow.pair
-    wanted: dict[int, tuple[int, int]] = {}
-    aborted: set[int] = set()
-    for _ in range(60):
-        if rng.random() < 0.3:
-            which = rng.choice(model.which)
-            wanted[pair.submit(prompt_of(*which), max_tokens=12)] = which
-        if wanted and rng.random() < 0.1:
-            ticket = rng.choice(list(wanted))
-            aborted.add(ticket)
-            pair.abort(ticket)
-        pair.turn()
-        if rng.random() < 0.3:
-            pair.clock.advance(rng.choice((0.005, 0.05, 1.0)))
-        for node in pair.nodes.values():
-            node.engine.pool.check()
-    slow.run()
-    for ticket, which in wanted.items():
-        if ticket not in aborted:
-            assert pair.outputs[ticket].tokens[0] == model.golden[which]
-    check(pair)
-    pair.close()
+    random_load(slow, rng, lambda: rng.choice(model.which), model.golden)
 
 
 @given(
