@@ -338,13 +338,23 @@ def _sample(
         least = -math.inf
         if min_p[r] > 0:
             least = math.log(np.float64(min_p[r]))
+        limit = vocabulary
         if 0 < top_k[r] < vocabulary:
-            least = max(least, np.partition(keys, vocabulary - top_k[r])[vocabulary - top_k[r]])
+            limit = top_k[r]
+            least = max(least, np.partition(keys, vocabulary - limit)[vocabulary - limit])
+        total = 0.0
         if top_p[r] < 1:
-            total = 0.0
+            # What min_p and top_k left; of entries equal to the last, as many as top_k has room for.
+            equal = 0
+            above = 0
             for i in range(vocabulary):
-                if keys[i] >= least:
+                if keys[i] > least:
                     total += math.exp(keys[i])
+                    above += 1
+                elif keys[i] == least:
+                    equal += 1
+            if equal > 0:
+                total += min(equal, limit - above) * math.exp(least)
             # Tokens below this share hold less than 1 − top_p together, so that the nucleus lies above.
             least = max(least, math.log((1.0 - np.float64(top_p[r])) * total / vocabulary) - 1e-9)
         count = 0
@@ -354,17 +364,8 @@ def _sample(
                 ids[count] = i
                 count += 1
         order = np.argsort(-kept[:count], kind="mergesort")
-        if 0 < top_k[r] < count:
-            count = top_k[r]
+        count = min(count, limit)
         if top_p[r] < 1:
-            total = 0.0
-            if 0 < top_k[r] < vocabulary:
-                for j in range(count):
-                    total += math.exp(kept[order[j]])
-            else:
-                for i in range(vocabulary):
-                    if min_p[r] <= 0 or keys[i] >= math.log(np.float64(min_p[r])):
-                        total += math.exp(keys[i])
             before = 0.0
             for j in range(count):
                 if before >= np.float64(top_p[r]) * total:

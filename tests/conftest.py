@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 import tempfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,6 +40,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="MINUTES",
         help="run the soak tests, and repeat each chaos test with random seeds, for so long",
     )
+    parser.addoption("--seed", type=int, help="what random inputs are made of, instead of the test's name")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -77,3 +79,20 @@ def temporary_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
 def soak_minutes(request: pytest.FixtureRequest) -> float:
     """How long soak tests run."""
     return float(request.config.getoption("--soak"))
+
+
+@pytest.fixture
+def seed(request: pytest.FixtureRequest) -> int:
+    """What random inputs are made of: on a CPU the test's name, so that a test which passed fails by a change alone;
+    on a GPU, and in a soak, every run sees others. A failure prints it, for ``--seed``."""
+    seed = request.config.getoption("--seed")
+    if seed is None:
+        fresh = torch.cuda.is_available() or request.config.getoption("--soak")
+        seed = torch.seed() % 2**31 if fresh else zlib.crc32(request.node.nodeid.encode()) % 2**31
+    print("seed", seed)
+    return int(seed)
+
+
+@pytest.fixture
+def rng(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)

@@ -11,10 +11,8 @@ from tandem.kernels import all_reduce, on_gpu
 pytestmark = pytest.mark.skipif(not on_gpu.AVAILABLE, reason="Triton is not installed")
 
 
-def test_many_calls_in_shared_memory() -> None:
+def test_many_calls_in_shared_memory(seed: int) -> None:
     """Three processes, sizes and types mixed, with pauses: always the bits of the reference. Who leaves is missed."""
-    seed = torch.seed() % 2**31
-    print("seed", seed)
     memories = [torch.zeros(all_reduce.memory_bytes(3), dtype=torch.uint8).share_memory_() for _ in range(3)]
     gone = torch.zeros(3, dtype=torch.int64).share_memory_()
     assert len(set(run_ranks(3, interpreted, memories, gone, seed))) == 1

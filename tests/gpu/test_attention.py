@@ -30,13 +30,6 @@ HAS_FP8 = not CUDA or torch.cuda.get_device_capability() >= (8, 9)
 SHAPES = [(8, 2, 32, 16), (5, 1, 14, 64), (4, 4, 16, 1), (16, 1, 128, 16), (6, 2, 160, 8)]
 
 
-@pytest.fixture
-def rng() -> torch.Generator:
-    seed = torch.seed() % 2**31
-    print("seed", seed)
-    return torch.Generator(DEVICE).manual_seed(seed)
-
-
 @pytest.fixture(autouse=True)
 def poisoned_outputs() -> Iterator[None]:
     """Uninitialised memory is NaN."""

@@ -18,13 +18,6 @@ DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if CUDA else [])]
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 
 
-@pytest.fixture
-def rng() -> torch.Generator:
-    seed = torch.seed() % 2**31
-    print("seed", seed)
-    return torch.Generator(DEVICE).manual_seed(seed)
-
-
 def random(rng: torch.Generator, *shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> torch.Tensor:
     return (scale * torch.randn(shape, generator=rng, device=DEVICE)).to(dtype)
 

@@ -22,13 +22,6 @@ LAYER = 1
 needs_triton = pytest.mark.skipif(not on_gpu.AVAILABLE, reason="Triton is not installed")
 
 
-@pytest.fixture
-def rng() -> torch.Generator:
-    seed = torch.seed() % 2**31
-    print("seed", seed)
-    return torch.Generator(DEVICE).manual_seed(seed)
-
-
 def random(rng: torch.Generator, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(shape, generator=rng, device=DEVICE).to(dtype)
 

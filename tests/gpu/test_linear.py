@@ -25,13 +25,6 @@ TILES = [Tile(16, 32, 1, 4, 3, False), Tile(32, 64, 3, 4, 4, False), Tile(64, 32
 PLANS_TRIED = [*GEMVS, *TILES, Tile(64, 32, 4, 4, 3, True)]
 
 
-@pytest.fixture
-def rng() -> torch.Generator:
-    seed = torch.seed() % 2**31
-    print("seed", seed)
-    return torch.Generator(DEVICE).manual_seed(seed)
-
-
 def random(rng: torch.Generator, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(shape, generator=rng, device=DEVICE).to(dtype)
 

@@ -34,13 +34,6 @@ class Arguments(NamedTuple):
     renormalize: bool
 
 
-@pytest.fixture
-def rng() -> torch.Generator:
-    seed = torch.seed() % 2**31
-    print("seed", seed)
-    return torch.Generator(DEVICE).manual_seed(seed)
-
-
 def arguments(
     rng: torch.Generator, tokens: int, experts: int, top_k: int, hidden: int, inner: int, dtype: torch.dtype
 ) -> Arguments:

@@ -40,13 +40,6 @@ EXACT = {
 }
 
 
-@pytest.fixture
-def rng() -> torch.Generator:
-    seed = torch.seed() % 2**31
-    print("seed", seed)
-    return torch.Generator(DEVICE).manual_seed(seed)
-
-
 def random_weight(rng: torch.Generator, name: str, *experts: int) -> Packed:
     """A scheme's memory, with random content whose products have a size of one; of experts, twice as many rows."""
     scheme, parts, columns = EXACT[name]

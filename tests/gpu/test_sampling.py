@@ -27,13 +27,6 @@ ROWS = 200 if CUDA else 12
 MARGIN = 1e-4
 
 
-@pytest.fixture
-def rng() -> torch.Generator:
-    seed = torch.seed() % 2**31
-    print("seed", seed)
-    return torch.Generator(DEVICE).manual_seed(seed)
-
-
 def random_logits(
     rng: torch.Generator, rows: int, vocabulary: int, dtype: torch.dtype, step: float = 0.0
 ) -> torch.Tensor:

@@ -26,10 +26,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_all_reduce(size: int, tmp_path: Path) -> None:
+def test_all_reduce(size: int, tmp_path: Path, seed: int) -> None:
     """The reference's bits, always, eager and in graphs; who is gone is missed; and how long it takes."""
-    seed = torch.seed() % 2**31
-    print("seed", seed)
     table = run_ranks(size, adding.on_gpus, f"file://{tmp_path / 'rendezvous'}", seed, timeout_s=240)[0]
     print(f"{size} x {torch.cuda.get_device_name()}: time of one sum, of 50 in a graph")
     print("  KiB   peers' memory   NCCL")

@@ -14,13 +14,6 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 TOKENS, HIDDEN, EXPERTS = 64, 16, 12
 
 
-@pytest.fixture
-def rng() -> torch.Generator:
-    seed = torch.seed() % 2**31
-    print("seed", seed)
-    return torch.Generator().manual_seed(seed)
-
-
 def same(got: tuple[torch.Tensor, torch.Tensor], weights: torch.Tensor, ids: torch.Tensor) -> None:
     """The same experts with the same weights, in any order."""
     want = torch.zeros(TOKENS, EXPERTS).scatter_(1, ids, weights.float())
