@@ -69,6 +69,8 @@ class DecodeGraphs:
         self._static = torch.zeros(self._num_words(max_rows), dtype=torch.int64, device=model.device)
         self._graphs: dict[int, _Recorded] = {}
         self._pool = torch.cuda.graph_pool_handle()
+        # Torch's own is of the device that recorded first in the process.
+        self._stream = torch.cuda.Stream(model.device)
 
     def serves(self, step: StepInput) -> bool:
         """Whether a graph can run a step: single tokens, each drawn from once."""
@@ -135,7 +137,7 @@ class DecodeGraphs:
         torch.cuda.synchronize(self._model.device)
         graph = torch.cuda.CUDAGraph()
         # NCCL's watchdog asks for the state of events meanwhile, in a thread of its own.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             logits, sampled = self._compute(tensors, size)
         self._graphs[size] = _Recorded(graph, tensors["tokens"], _borrowed(logits), sampled)
 

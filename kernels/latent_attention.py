@@ -255,14 +255,19 @@ def fused_decode(
     q = q.contiguous()
     _decode_kernel[(sequences, tiles, splits)](
         q, own, block_tables, context_lens, parts, sums, sequences, heads, block_tokens, block_tables.stride(0),
-        own.stride(0), own.stride(1), scale, splits, rank, next_power_of_2(rank), width - rank,
-        next_power_of_2(width - rank), _HEADS, _TOKENS, num_warps=4,
+        own.stride(0), own.stride(1), scale, splits, rank, _wide(rank), width - rank, _wide(width - rank), _HEADS,
+        _TOKENS, num_warps=4,
         num_stages=1 if q.dtype == torch.float32 else 2,
     )  # fmt: skip
     if splits == 1:
         return out.copy_(parts[0])
     shares = torch.softmax(sums, dim=0)  # of an empty context all sums are equal, and all parts zero
     return out.copy_((parts * shares.unsqueeze(-1)).sum(0))
+
+
+def _wide(count: int) -> int:
+    """How many columns a product takes at a time: a power of 2, and at least what tensor cores take."""
+    return max(16, next_power_of_2(count))
 
 
 @kernel
