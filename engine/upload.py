@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 _WORD_BYTES = 8
+_ALIGNED_WORDS = 2
+"""Triton compiles another version of a kernel for addresses that are no multiples of 16 bytes."""
 
 
 def upload(arrays: Mapping[str, np.ndarray], device: torch.device) -> dict[str, Tensor]:
@@ -20,7 +22,8 @@ def upload(arrays: Mapping[str, np.ndarray], device: torch.device) -> dict[str, 
     """
     if device.type == "cpu":
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
-    words = {name: -(-array.nbytes // _WORD_BYTES) for name, array in arrays.items()}
+    aligned = _ALIGNED_WORDS * _WORD_BYTES
+    words = {name: -(-array.nbytes // aligned) * _ALIGNED_WORDS for name, array in arrays.items()}
     # Pinned memory goes back to torch's cache at once, and torch gives it out again after the copy.
     pinned = torch.empty(sum(words.values()), dtype=torch.int64, pin_memory=True)
     buffer = pinned.numpy()

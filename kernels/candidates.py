@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from .on_gpu import kernel, tl
+from .on_gpu import kernel, kernel_varying, tl
 
 _TILE = 4096
 """Entries that a program holds at a time."""
@@ -85,7 +85,7 @@ def fused(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min
     return value, last
 
 
-@kernel
+@kernel_varying("temperatures", "top_ks", "top_ps", "min_ps")
 def _candidates_kernel(  # type: ignore[no-untyped-def]
     logits, temperatures, top_ks, top_ps, min_ps, values, lasts, vocabulary, row_stride,
     temperature_stride, top_k_stride, top_p_stride, min_p_stride, PIVOTS: tl.constexpr, TILE: tl.constexpr,

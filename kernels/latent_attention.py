@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .on_gpu import kernel, next_power_of_2, num_processors, tl
+from .on_gpu import kernel_varying, next_power_of_2, num_processors, tl
 from .prefill_attention import Spans
 
 _FP8_LIMIT = 448.0
@@ -179,7 +179,7 @@ def fused_write(
     return out
 
 
-@kernel
+@kernel_varying("positions", "slots")
 def _write_kernel(  # type: ignore[no-untyped-def]
     q, rows, weight, cos_sin, positions, slots, cache, out,
     heads, block_tokens, q_stride, head_stride, row_stride, block_stride, token_stride, eps,
@@ -270,7 +270,7 @@ def _wide(count: int) -> int:
     return max(16, next_power_of_2(count))
 
 
-@kernel
+@kernel_varying("sequences", "table_stride", "splits")
 def _decode_kernel(  # type: ignore[no-untyped-def]
     q, cache, block_tables, context_lens, parts, sums, sequences, heads, block_tokens, table_stride, block_stride,
     token_stride, scale, splits, RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, ROPE: tl.constexpr,

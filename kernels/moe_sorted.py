@@ -240,7 +240,7 @@ def _sort_chosen(weights: Tensor, ids: Tensor, experts: int, rows: int) -> _Sort
     return _Sorted(weights.contiguous(), order, starts, counts, ends)
 
 
-@kernel
+@kernel_varying("pairs")
 def _count_kernel(chosen, ranks, counts, pairs, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """How many pairs each expert has, and each pair's place among them, in the order of arrival."""
     pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -316,7 +316,7 @@ def _route_and_sort_kernel(  # type: ignore[no-untyped-def]
     tl.store(ends + at, tl.cumsum((count + ROWS - 1) // ROWS, axis=0), mask=at < experts)
 
 
-@kernel
+@kernel_varying("pairs")
 def _place_kernel(  # type: ignore[no-untyped-def]
     chosen, ranks, counts, order, starts, ends, pairs, experts, EXPERTS: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr,

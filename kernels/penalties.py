@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .on_gpu import kernel, next_power_of_2, tl
+from .on_gpu import kernel_varying, next_power_of_2, tl
 
 IN_PROMPT = 1 << 30
 """The bit of a count that says that the prompt holds the entry; the lower ones number its occurrences in the output."""
@@ -97,7 +97,7 @@ def fused(
     return out
 
 
-@kernel
+@kernel_varying("slots", "tokens", "rows")
 def _count_kernel(  # type: ignore[no-untyped-def]
     counts, slots, tokens, rows, count_stride, entry_stride, slot_stride, token_stride, BLOCK: tl.constexpr
 ):
@@ -109,7 +109,7 @@ def _count_kernel(  # type: ignore[no-untyped-def]
     tl.store(place, tl.load(place, mask=counted, other=0) + 1, mask=counted)
 
 
-@kernel
+@kernel_varying("slots", "presences", "frequencies", "repetitions")
 def _penalize_kernel(  # type: ignore[no-untyped-def]
     logits, counts, slots, presences, frequencies, repetitions, out, vocabulary, row_stride, count_stride, entry_stride,
     slot_stride, presence_stride, frequency_stride, repetition_stride, BLOCK: tl.constexpr,

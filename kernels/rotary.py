@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .compiled import compiled, compiled_parallel, num_threads, prange
-from .on_gpu import follow, follows, kernel, next_power_of_2, tl
+from .on_gpu import follow, follows, kernel_varying, next_power_of_2, tl
 
 _MIN_PARALLEL_ROWS = 64
 _FP8_LIMIT = 448.0
@@ -126,7 +126,7 @@ def fused(
     return q, k, v
 
 
-@kernel
+@kernel_varying("positions", "slots")
 def _rotary_kernel(  # type: ignore[no-untyped-def]
     qkv, q_weight, k_weight, cos_sin, positions, slots, cache,
     heads, kv_heads, block_tokens, qkv_stride, block_stride, kv_stride, head_stride, token_stride,

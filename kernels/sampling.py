@@ -20,7 +20,7 @@ from torch import Tensor
 from ..core.randomness import GAMMA, MIX1, MIX2, WORD, stream_key
 from . import candidates
 from .compiled import compiled
-from .on_gpu import kernel, next_power_of_2, tl
+from .on_gpu import kernel, kernel_varying, next_power_of_2, tl
 
 _CHUNK = 2048
 """Entries among which one program finds a winner."""
@@ -120,7 +120,7 @@ def fused(logits: Tensor, rows: SamplingRows) -> Tensor:
     return out
 
 
-@kernel
+@kernel_varying("temperatures", "seeds", "positions")
 def _draw_kernel(  # type: ignore[no-untyped-def]
     logits, temperatures, seeds, positions, least, last, tops, times, ids, vocabulary, chunks,
     row_stride, temperature_stride, seed_stride, position_stride,
@@ -155,7 +155,7 @@ def _draw_kernel(  # type: ignore[no-untyped-def]
     tl.store(ids + place, tl.program_id(1) * CHUNK + winner)
 
 
-@kernel
+@kernel_varying("temperatures")
 def _choose_kernel(  # type: ignore[no-untyped-def]
     temperatures, tops, times, ids, out, chunks, temperature_stride, INVALID: tl.constexpr, CHUNKS: tl.constexpr
 ):
