@@ -1,7 +1,7 @@
 """How fast scattered blocks go from a GPU to the host's registered memory, and back, and both at once.
 
-In turns, of the same ranges: one kernel, as tiers have it (`DeviceBlocks`); a copy engine, one memcpy for each range;
-and, for what the link gives, one memcpy of as many bytes at once.
+In turns, of the same ranges: one kernel, as tiers have it (`DeviceBlocks`); copy engines by one call, as tiers have it for
+large ranges; one memcpy for each range; and, for what the link gives, one memcpy of as many bytes at once.
 """
 
 from __future__ import annotations
@@ -69,6 +69,11 @@ def measure(ends: Ends, run_bytes: int, programs: Sequence[int], total_bytes: in
         for copy in copies:
             copy.synchronize()
 
+    def by_batch(ways: Sequence[str]) -> None:
+        copies = [queues[way, programs[0]].start_large(*_from_to(ends, way), runs[way]) for way in ways]
+        for copy in copies:
+            copy.synchronize()
+
     def by_engine(ways: Sequence[str], found: dict[str, Runs]) -> None:
         for way in ways:
             memcpy(*_from_to(ends, way), found[way], streams[way])
@@ -80,6 +85,7 @@ def measure(ends: Ends, run_bytes: int, programs: Sequence[int], total_bytes: in
         ways = ("h2d", "d2h") if way == "both" else (way,)
         for count in programs:
             calls[way, f"kernel_{count}"] = lambda ways=ways, count=count: by_kernel(ways, count)  # type: ignore[misc]
+        calls[way, "engine"] = lambda ways=ways: by_batch(ways)  # type: ignore[misc]
         calls[way, "memcpy_each"] = lambda ways=ways: by_engine(ways, runs)  # type: ignore[misc]
         calls[way, "memcpy_whole"] = lambda ways=ways: by_engine(ways, whole)  # type: ignore[misc]
     seconds: dict[tuple[str, str], list[float]] = {name: [] for name in calls}

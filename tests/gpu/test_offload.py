@@ -26,6 +26,7 @@ from tandem.engine.models.shard import kv_heads_of
 from tandem.kernels import cuda_memory, on_gpu
 from tandem.kv_transfer.layout import KVLayout
 from tandem.kv_transfer.memory import DeviceBuffer
+from tandem.kv_transfer.offload import device
 from tandem.kv_transfer.offload.build import start_host_tier
 from tandem.kv_transfer.offload.device import DeviceBlocks, RankMemory
 from tandem.kv_transfer.offload.split import RankBlocks, SplitBlocks
@@ -91,9 +92,11 @@ class SPEC:
     num_kv_heads = 4
 
 
+@pytest.mark.parametrize("by_engine", [True, False])
 @pytest.mark.parametrize("pinned", [True, False])
 @pytest.mark.parametrize("size", [1, 2, 8])
-def test_bytes(size: int, pinned: bool) -> None:
+def test_bytes(size: int, pinned: bool, by_engine: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "_LARGE_BYTES", 0 if by_engine else 1 << 60)
     ranks = Ranks(size, size)
     host = np.zeros(NUM_BLOCKS * LAYOUT.block_bytes + 64, np.uint8)
     # Neither the memory nor a block in it need begin at a page.
@@ -113,8 +116,10 @@ def test_bytes(size: int, pinned: bool) -> None:
         unpin()
 
 
-def test_both_directions_at_once() -> None:
+@pytest.mark.parametrize("by_engine", [True, False])
+def test_both_directions_at_once(by_engine: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """By several threads, as tiers have them: each batch is whole."""
+    monkeypatch.setattr(device, "_LARGE_BYTES", 0 if by_engine else 1 << 60)
     ranks = Ranks(1, 3)
     before = [array.copy() for array in ranks.arrays]
     host = np.random.default_rng(1).integers(0, 256, (NUM_BLOCKS, LAYOUT.block_bytes), dtype=np.uint8)

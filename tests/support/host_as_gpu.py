@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from tandem.core.errors import TransferError
 from tandem.kernels import cuda_memory, gather
+from tandem.kv_transfer.layout import Runs
 from tandem.kv_transfer.memory import Buffer, DeviceBuffer, SharedMemory, map_shared
 from tandem.kv_transfer.offload import device
 from tandem.kv_transfer.transports import cuda_ipc
@@ -115,6 +116,9 @@ class CopyQueue:
         copy = Copy()
         self._work.put((source, target, rows, copy))
         return copy
+
+    def start_large(self, source: int, target: int, runs: Runs, after: None = None) -> Copy:
+        return self.start(source, target, gather.lay_out(*runs), after)
 
     def warm_up(self) -> None:
         pass
