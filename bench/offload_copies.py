@@ -1,7 +1,7 @@
 """How fast scattered blocks go from a GPU to the host's registered memory, and back, and both at once.
 
-In turns, of the same ranges: one kernel, as tiers have it (`DeviceBlocks`); copy engines by one call, as tiers have it for
-large ranges; one memcpy for each range; and, for what the link gives, one memcpy of as many bytes at once.
+In turns, of the same ranges: one kernel, as tiers have it (`DeviceBlocks`); copy engines by one call, as tiers have it
+for large ranges; one memcpy for each range; and, for what the link gives, one memcpy of as many bytes at once.
 """
 
 from __future__ import annotations
