@@ -95,7 +95,7 @@ class Tracked:
         """Times between tokens up to some moment; between those there are, if that saw none."""
         times = [at_s for at_s in self.token_times_s if at_s <= until_s]
         found: list[float] = np.diff(times if len(times) > 1 else self.token_times_s).tolist()
-        return found or [0.0]
+        return found
 
 
 class Gateway:
@@ -285,8 +285,8 @@ def judge(judged: Sequence[Tracked], stop_s: float, now_s: float, options: argpa
     """Figures of the requests of a window that ended at ``stop_s``."""
     ttft_s = [tracked.ttft_s(now_s) for tracked in judged]
     gaps_s = [tracked.gaps_s(stop_s) for tracked in judged]
-    itl_s = [float(np.mean(gaps)) for gaps in gaps_s]
-    worst_s = [float(np.percentile(gaps, 99)) for gaps in gaps_s]
+    itl_s = [float(np.mean(gaps)) if gaps else 0.0 for gaps in gaps_s]
+    worst_s = [float(np.percentile(gaps, 99)) if gaps else 0.0 for gaps in gaps_s]
     in_time = [
         not t.error and bool(t.token_times_s) and first <= options.ttft_s
         for t, first in zip(judged, ttft_s, strict=True)
@@ -300,8 +300,8 @@ def judge(judged: Sequence[Tracked], stop_s: float, now_s: float, options: argpa
         "without_first_token": sum(not t.token_times_s for t in judged),
         "errors": sorted({t.error for t in judged if t.error})[:3],
         "ttft_ms": percentiles([1e3 * s for s in ttft_s], 1) if ttft_s else {},
-        "request_itl_ms": percentiles([1e3 * s for s in itl_s], 2) if itl_s else {},
-        "gap_ms": percentiles([1e3 * gap for gaps in gaps_s for gap in gaps], 2) if gaps_s else {},
+        "request_itl_ms": percentiles([1e3 * s for s in itl_s if s], 2) if any(itl_s) else {},
+        "gap_ms": percentiles([1e3 * gap for gaps in gaps_s for gap in gaps], 2) if any(itl_s) else {},
         "ttft_share": share(in_time),
         "good_share": {
             name + kind: share([ok and s <= limit / 1e3 for ok, s in zip(in_time, values, strict=True)])
@@ -388,7 +388,8 @@ def table(found: Sequence[dict[str, Any]]) -> list[str]:
                     f"{record['workload']:>10} goodput at {record['itl']}: {rates}"
                     + (f": {factor} x" if factor else "")
                 )
-            case {"good_share": shares, "ttft_ms": {"p50": ttft, "p99": late}, "gap_ms": {"p50": gap, "p99": long}}:
+            case {"good_share": shares, "ttft_ms": {"p50": ttft, "p99": late}}:
+                gap, long = (record["gap_ms"].get(key, 0.0) for key in ("p50", "p99"))
                 within = ", ".join(f"{limit} {share:.0%}" for limit, share in shares.items())
                 lines.append(
                     f"{name}: first token {ttft:6.0f} ms (p99 {late:6.0f}), then {gap:5.1f} ms (p99 {long:6.1f}), "
