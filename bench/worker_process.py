@@ -49,9 +49,8 @@ class Workers:
         self._context = SecureContext(keys)
         self._lost: list[PeerId] = []
         self.mesh = Mesh(_GATEWAY, self._context, None, receive, self._lost.append, lambda: None)
-        self._processes = [
-            _start(peer, keys, config, gpu) for peer, gpu in zip(peers, gpus or [None] * len(peers), strict=True)
-        ]
+        seen: list[int | None] = list(gpus) if gpus else [None for _ in peers]
+        self._processes = [_start(peer, keys, config, gpu) for peer, gpu in zip(peers, seen, strict=True)]
         self.members: list[Member] = []
         self.mesh.start()
         try:

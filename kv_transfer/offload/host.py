@@ -47,8 +47,9 @@ from .keeper_wire import (
 from .keys import TierKey, tenant_of
 from .pool import MappedPool, Places
 
-_COPY_BLOCKS = 16
-"""Copied while a job is locked."""
+_COPY_BLOCKS = 64
+"""Copied while a job is locked. On a GPU each such part is a launch and a wait, some tenths of a millisecond between
+copies of a few."""
 _RETRY_S = 0.2
 _WARN_PERIOD_S = 300.0
 
