@@ -12,6 +12,7 @@ Prints JSON lines, and then a table. A part that fails is a record, and the next
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import tempfile
 import time
@@ -249,7 +250,7 @@ def records(options: argparse.Namespace, folder: Path, home: Path) -> Iterator[d
             if time.perf_counter() > end_s:
                 yield {"bench": f"offload-{part}", "skipped": "the budget is spent"}
                 continue
-            begin_s = time.perf_counter()
+            begin_s, failed = time.perf_counter(), False
             try:
                 if part == "copies":
                     for record in copy_records([16 << 10, 32 << 10, 2 << 20], [8, 16, 32], 512 << 20):
@@ -262,14 +263,16 @@ def records(options: argparse.Namespace, folder: Path, home: Path) -> Iterator[d
             except Exception as error:  # noqa: BLE001 - the other parts are measured all the same
                 traceback.print_exc()
                 yield {"bench": f"offload-{part}", "error": f"{type(error).__name__}: {error}"}
-                if bench is None and part != "copies":
-                    return
-                # What it left open would disturb the next.
-                if bench is not None:
-                    bench.close()
-                    bench = None
-                    if not options.cpu:
-                        torch.cuda.empty_cache()
+                failed = True
+            if failed and bench is None and part != "copies":
+                return
+            if failed and bench is not None:
+                # What it left open would disturb the next, and a GPU has no room for two engines.
+                bench.close()
+                bench = None
+                gc.collect()
+                if not options.cpu:
+                    torch.cuda.empty_cache()
             yield {"bench": "offload-part", "part": part, "seconds": round(time.perf_counter() - begin_s, 1)}
     finally:
         if bench is not None:
