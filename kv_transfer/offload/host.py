@@ -305,7 +305,11 @@ class HostTier:
             job, pool, places = work
             del work
             if isinstance(job.job, LoadJob):
-                self._load(job, job.job, pool, places)
+                try:
+                    self._load(job, job.job, pool, places)
+                except (OSError, RuntimeError) as error:  # a GPU refuses the copy: what came before is good
+                    job.error = f"{self.name}: {error}"
+                    self._log.warning("copy", "%s: blocks could not be loaded: %s", self.name, error)
             self._done.put(job)
             self._notify()
             del pool  # a mapping that is not needed any more goes at once, not with the next load
