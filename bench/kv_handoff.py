@@ -1,31 +1,22 @@
-"""Whole handoffs between two workers, each a process with a GPU of its own: what a prompt's KV takes beyond it.
-
-`python -m tandem.bench.kv_handoff ROLE KEYS CONFIG` is one such worker; this process is the gateway.
-"""
+"""Whole handoffs between two workers, each a process with a GPU of its own: what a prompt's KV takes beyond it."""
 
 from __future__ import annotations
 
 import queue
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 
 from ..cluster.mesh import Mesh
-from ..cluster.worker_runtime import WorkerRuntime
 from ..core.config import Config
 from ..core.errors import WorkerError
-from ..core.messages import Child, Generate, Member, Membership, Message, Refused, Sampling, Stopping, Update, Usage
-from ..core.wire import ClusterKeys, SecureContext, make_cluster_keys
+from ..core.messages import Child, Generate, Message, Refused, Sampling, Stopping, Update, Usage
 from .kv_copies import percentiles
+from .worker_process import Workers
 
-_GATEWAY = "gateway-0#1"
-_ADDRESS = "127.0.0.1"
 _TIMEOUT_S = 300.0
 _PEERS = {"prefill": "prefill-0#1", "decode": "decode-0#1"}
 
@@ -63,22 +54,10 @@ def handoff_records(
         WorkerError: a worker did not come, or refused a prompt.
     """
     config = handoff_config(folder, layer_groups, bool(gpus), max(lengths))
-    keys = make_cluster_keys()
-    workers = [
-        _start(role, keys, config, gpus[index] if gpus else None) for index, role in enumerate(("prefill", "decode"))
-    ]
-    context = SecureContext(keys)
     inbox: queue.Queue[Message] = queue.Queue()
-    mesh = Mesh(_GATEWAY, context, None, lambda _, message: inbox.put(message), lambda _: None, lambda: None)
+    workers = Workers(list(_PEERS.values()), config, gpus, lambda _, message: inbox.put(message))
+    mesh = workers.mesh
     try:
-        members = [_member(worker) for worker in workers]
-        mesh.start()
-        membership = Membership(1, [*members, Member(_GATEWAY, "gateway", "", "")])
-        for worker in workers:
-            assert worker.stdin is not None
-            worker.stdin.write(msgspec.msgpack.encode(membership).hex() + "\n")
-            worker.stdin.flush()
-        mesh.connect(members[1].peer, members[1].endpoint)
         rng = np.random.default_rng(0)
         _await_link(mesh, inbox)
         ticket = 10_000
@@ -98,25 +77,7 @@ def handoff_records(
                 "bytes_per_unhidden_s": round(moved / float(np.median([u.transfer_s for u in usages])) / 1e9, 1),
             }  # fmt: skip
     finally:
-        mesh.close()
-        context.close()
-        for worker in workers:
-            worker.communicate()
-
-
-def _start(role: str, keys: ClusterKeys, config: Config, gpu: int | None) -> subprocess.Popen[str]:
-    sees = [] if gpu is None else ["env", f"CUDA_VISIBLE_DEVICES={gpu}"]
-    encoded = msgspec.msgpack.encode(keys).hex()
-    command = [*sees, sys.executable, "-m", __name__, role, encoded, config.model_dump_json()]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-
-def _member(worker: subprocess.Popen[str]) -> Member:
-    assert worker.stdout is not None
-    line = worker.stdout.readline()
-    if not line:
-        raise WorkerError("a worker ended while it started", fix="what it says stands above")
-    return msgspec.msgpack.decode(bytes.fromhex(line), type=Member)
+        workers.close()
 
 
 def _await_link(mesh: Mesh, inbox: queue.Queue[Message]) -> None:
@@ -146,21 +107,3 @@ def _ask(mesh: Mesh, inbox: queue.Queue[Message], ticket: int, tokens: list[int]
                 finished |= child.finish is not None
             usage = next(iter(message.usages), usage)
     return first_s, usage
-
-
-def serve(role: str, keys: ClusterKeys, config: Config) -> None:
-    """Be a worker until the standard input ends: tells its member record, then is told of the cluster."""
-    runtime = WorkerRuntime(_PEERS[role], role, config, keys, _ADDRESS, "node", lambda phase: None)
-    member = runtime.start()
-    print(msgspec.msgpack.encode(member).hex(), flush=True)
-    for line in sys.stdin:
-        runtime.follow(msgspec.msgpack.decode(bytes.fromhex(line), type=Membership))
-    runtime.stop(1.0)
-
-
-if __name__ == "__main__":
-    serve(
-        sys.argv[1],
-        msgspec.msgpack.decode(bytes.fromhex(sys.argv[2]), type=ClusterKeys),
-        Config.model_validate_json(sys.argv[3]),
-    )

@@ -22,6 +22,7 @@ from ..core.log import logger
 from ..core.metrics import WorkerMetrics
 from ..kv_transfer.offload.base import Lookup
 from ..kv_transfer.offload.device import DeviceBlocks
+from ..kv_transfer.offload.host import HostTier
 from ..kv_transfer.offload.keys import KeySpace, TierKey, key_space, tenant_tag
 from ..kv_transfer.offload.stack import StackResult, Write
 from .engine import Engine
@@ -43,6 +44,9 @@ _PATIENCE = 2.0
 """A load may take so many times as long as computing would."""
 _LEAST_WAIT_S = 0.05
 _KNOWN_TENANTS = 1024
+_GPU_S_PER_BYTE = 1 / 25e9
+"""From registered memory of the host, until a load is measured: half of what PCIe 5.0 gives. A GPU computes a block
+sooner than at 1 GB/s it would come, so that none would be loaded, nor measured, for long."""
 
 
 class InTiers(NamedTuple):
@@ -111,6 +115,10 @@ class Offloader(Generic[_Owner]):
         layout = whole_layout(engine)
         num_tiers = 0 if tiers is None else len(tiers.stack.levels)
         self._cost = cost or LoadCost(num_tiers, layout.block_bytes)
+        if cost is None and tiers is not None and isinstance(self._memory, DeviceBlocks):
+            for number, level in enumerate(tiers.stack.levels):
+                if isinstance(level.tier, HostTier):
+                    self._cost.s_per_byte[number] = _GPU_S_PER_BYTE
         self._spaces: Callable[[str], list[KeySpace]] = functools.lru_cache(_KNOWN_TENANTS)(
             lambda salt: [key_space(salt, layout, group) for group in range(len(self._groups))]
         )

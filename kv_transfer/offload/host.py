@@ -47,8 +47,9 @@ from .keeper_wire import (
 from .keys import TierKey, tenant_of
 from .pool import MappedPool, Places
 
-_COPY_BLOCKS = 16
-"""Copied while a job is locked."""
+_COPY_BLOCKS = 64
+"""Copied while a job is locked. On a GPU each such part is a launch and a wait, some tenths of a millisecond between
+copies of a few."""
 _RETRY_S = 0.2
 _WARN_PERIOD_S = 300.0
 
@@ -304,7 +305,11 @@ class HostTier:
             job, pool, places = work
             del work
             if isinstance(job.job, LoadJob):
-                self._load(job, job.job, pool, places)
+                try:
+                    self._load(job, job.job, pool, places)
+                except (OSError, RuntimeError) as error:  # a GPU refuses the copy: what came before is good
+                    job.error = f"{self.name}: {error}"
+                    self._log.warning("copy", "%s: blocks could not be loaded: %s", self.name, error)
             self._done.put(job)
             self._notify()
             del pool  # a mapping that is not needed any more goes at once, not with the next load

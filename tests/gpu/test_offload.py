@@ -123,7 +123,7 @@ def test_both_directions_at_once(by_engine: bool, monkeypatch: pytest.MonkeyPatc
     ranks = Ranks(1, 3)
     before = [array.copy() for array in ranks.arrays]
     host = np.random.default_rng(1).integers(0, 256, (NUM_BLOCKS, LAYOUT.block_bytes), dtype=np.uint8)
-    ranks.blocks.pin(host.reshape(-1))
+    unpin = ranks.blocks.pin(host.reshape(-1))
     out = np.zeros((4, 3, LAYOUT.block_bytes), np.uint8)
     failed: list[BaseException] = []
 
@@ -148,19 +148,21 @@ def test_both_directions_at_once(by_engine: bool, monkeypatch: pytest.MonkeyPatc
     ranks.check()
     for number in (0, 2):
         assert np.array_equal(out[number], before[0].reshape(NUM_BLOCKS, -1)[[0, 2, 4]])
+    unpin()  # what takes its pages next could not be pinned
 
 
 @pytest.mark.skipif(not CUDA, reason="no CUDA device is here, and the order of its work is what this looks at")
 def test_a_load_comes_after_what_the_gpu_was_given() -> None:
     ranks = Ranks(1, 4)
     host = np.full(LAYOUT.block_bytes, 7, np.uint8)
-    ranks.blocks.pin(host)
+    unpin = ranks.blocks.pin(host)
     block = ranks.memories[0]._buffer.tensor()[: LAYOUT.block_bytes]
     for _ in range(5):
         torch.cuda._sleep(20_000_000)
         block.fill_(1)  # as a block is cleared that was freed
         ranks.blocks.ordered().write([0], [host])
         assert bool((block == 7).all())
+    unpin()
 
 
 def test_what_is_measured_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
