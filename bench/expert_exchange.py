@@ -121,14 +121,15 @@ def measure(rank: int, size: int, task: Task, folder: str) -> list[dict[str, Any
     slots = torch.multinomial(chances, task.top_k, generator=generator).to(device)
     weights = torch.rand(task.tokens, task.top_k, generator=generator).to(device)
     exchange.live.fill_(task.tokens)
+    loads = torch.zeros(num_local, dtype=torch.int64, device=device)
     arrived = exchange.dispatch(x, weights, slots, task.tokens)
     out = arrived.x.unsqueeze(1) * arrived.weights.unsqueeze(2).to(dtype)
-    back = exchange.combine(out, slots, task.tokens)
+    back = exchange.combine(out, slots, task.tokens, loads)
     _check(back, x, weights)
 
     def ours() -> None:
         exchange.dispatch(x, weights, slots, task.tokens)
-        exchange.combine(out, slots, task.tokens)
+        exchange.combine(out, slots, task.tokens, loads)
 
     goes = (slots.unsqueeze(0) // num_local == torch.arange(size, device=device).view(-1, 1, 1)).any(-1)
     sent = goes.sum(1).tolist()
@@ -152,7 +153,7 @@ def measure(rank: int, size: int, task: Task, folder: str) -> list[dict[str, Any
         ("dispatch + combine", "all-to-all"): library,
         ("dispatch", "peer memory"): lambda: exchange.dispatch(x, weights, slots, task.tokens),
         ("dispatch", "all-to-all"): there,
-        ("combine", "peer memory"): lambda: exchange.combine(out, slots, task.tokens),
+        ("combine", "peer memory"): lambda: exchange.combine(out, slots, task.tokens, loads),
         ("combine", "all-to-all"): here,
     }
     clock = _Clock(group, device, task)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .on_gpu import kernel, next_power_of_2, tl
+from .on_gpu import kernel, kernel_varying, next_power_of_2, tl
 
 PROGRAMS = 128
 """That write at a time. Fewer than any GPU of interest has multiprocessors."""
@@ -23,7 +23,7 @@ PROGRAMS = 128
 _BLOCK = 2048
 _FLAG_BYTES = 8
 _ALIGNMENT = 128
-_POLLS = 20_000_000
+POLLS = 20_000_000
 """How often a program looks for its peers before it gives up: some tens of seconds."""
 
 
@@ -136,6 +136,7 @@ class Exchange:
     Attributes:
         live: [1] int32, how many of this rank's tokens there are; rows beyond go nowhere. On the device, so that a
             recorded launch serves any number.
+        polls: [1] int64, as given, likewise.
     """
 
     def __init__(
@@ -145,13 +146,13 @@ class Exchange:
         own: Tensor,
         buffers: Buffers,
         programs: int = PROGRAMS,
-        polls: int = _POLLS,
+        polls: int = POLLS,
     ) -> None:
         device = own.device
         self.rank = rank
         self.buffers = buffers
         self.programs = programs
-        self.polls = polls
+        self.polls = torch.tensor([polls], dtype=torch.int64, device=device)
         self.live = torch.zeros(1, dtype=torch.int32, device=device)
         self.memory = torch.tensor(addresses, dtype=torch.int64, device=device)
         self.told_so_far = torch.zeros(2, dtype=torch.int64, device=device)
@@ -191,7 +192,7 @@ class Exchange:
             self._view(at[2], tokens, top_k, torch.int32),
         )
 
-    def combine(self, out: Tensor, slots: Tensor, rows: int) -> Tensor:
+    def combine(self, out: Tensor, slots: Tensor, rows: int, loads: Tensor) -> Tensor:
         """Send what this rank's experts say of what came, and add up what the others' say of this rank's tokens.
 
         Args:
@@ -199,6 +200,7 @@ class Exchange:
                 anything where there is no expert.
             slots: as given to `dispatch`.
             rows: likewise.
+            loads: [num_local] int64, to which what came for each of this rank's experts is added.
 
         Returns:
             [tokens, hidden]; zero beyond `live`, NaN after a rank was missed.
@@ -207,7 +209,7 @@ class Exchange:
         assert out.is_contiguous() and out.dtype == dtype, "not what the buffers are made for"  # noqa: PT018
         block = min(_BLOCK, next_power_of_2(hidden))
         _combine_kernel[(self.programs,)](
-            out, self.memory, self.told_so_far, self.gave_up, self.told, self.rank, self.polls, rows, hidden,
+            out, loads, self.memory, self.told_so_far, self.gave_up, self.told, self.rank, self.polls, rows, hidden,
             out.dim() == 3, *self._constants(), block, num_warps=8,
         )  # fmt: skip
         total = torch.empty(len(slots), hidden, dtype=dtype, device=out.device)
@@ -276,9 +278,9 @@ def _dispatch_kernel(  # type: ignore[no-untyped-def]
     )  # fmt: skip
 
 
-@kernel
+@kernel_varying("loads")
 def _combine_kernel(  # type: ignore[no-untyped-def]
-    out, memory, told_so_far, gave_up, told, rank, polls, rows, hidden, EACH: tl.constexpr, SIZE: tl.constexpr,
+    out, loads, memory, told_so_far, gave_up, told, rank, polls, rows, hidden, EACH: tl.constexpr, SIZE: tl.constexpr,
     PEERS: tl.constexpr, TOP_K: tl.constexpr, CHOICES: tl.constexpr, WEIGHTS_AT: tl.constexpr, IDS_AT: tl.constexpr,
     SUMS_AT: tl.constexpr, FLAGS_AT: tl.constexpr, FLAG_BYTES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -295,6 +297,7 @@ def _combine_kernel(  # type: ignore[no-untyped-def]
         source, row = (item // parts + rank) % SIZE, item // parts // SIZE
         token = (source * rows + row).to(tl.int64)
         own = tl.load(ids + token * TOP_K + choice, mask=choice < TOP_K, other=-1)
+        tl.atomic_add(loads + own, tl.full((CHOICES,), 1, tl.int64), mask=(own >= 0) & (part == 0), sem="relaxed")
         if tl.max(own, axis=0) >= 0:
             column = part * BLOCK + tl.arange(0, BLOCK)
             held = column < hidden
@@ -335,7 +338,7 @@ def _tell_and_wait(  # type: ignore[no-untyped-def]
         own = tl.sum(tl.where(peer == rank, address, 0), axis=0)
         ours = (own + flags).to(tl.pointer_type(tl.int64)) + peer
         waiting = tl.where(takes_part, (1 << SIZE) - 1, before)
-        left = tl.where(takes_part, polls, 0)
+        left = tl.where(takes_part, tl.load(polls), 0)
         while (waiting != 0) & (left > 0):
             seen = tl.atomic_add(ours, tl.zeros((PEERS,), tl.int64), mask=exists, sem="acquire", scope="sys")
             waiting = tl.sum(tl.where(exists & (seen < target), 1 << peer, 0), axis=0)

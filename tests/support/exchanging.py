@@ -57,7 +57,9 @@ def interpreted(rank: int, size: int, memories: list[torch.Tensor], gone: torch.
         pause()
         each = number % 3 > 0
         out = _said(got.x, got.weights, got.ids, rank)
-        back = exchange.combine(out if each else _summed(out, got.ids), chosen, rows)
+        loads = torch.full((NUM_LOCAL,), 7)
+        back = exchange.combine(out if each else _summed(out, want.ids), chosen, rows, loads)
+        assert loads.tolist() == [7 + int((want.ids == expert).sum()) for expert in range(NUM_LOCAL)]
         parts = []
         for other in range(size):
             there = expert_exchange.reference_dispatch(x, weights, slots, other, rows, NUM_LOCAL)
@@ -67,13 +69,13 @@ def interpreted(rank: int, size: int, memories: list[torch.Tensor], gone: torch.
         assert not back[counts[rank] :].any()
     assert exchange.told_so_far.tolist() == [rounds * PROGRAMS] * 2
     assert not exchange.missing()
-    exchange.polls = 300
+    exchange.polls.fill_(300)
     exchange.live.fill_(1)
     one = torch.ones(1, HIDDEN), torch.ones(1, TOP_K), torch.zeros(1, TOP_K, dtype=torch.int64)
 
     def ask() -> torch.Tensor:
         arrived = exchange.dispatch(*one, 1)
-        return exchange.combine(arrived.x.clone(), one[2], 1)
+        return exchange.combine(arrived.x.clone(), one[2], 1, torch.zeros(NUM_LOCAL, dtype=torch.int64))
 
     if rank < size - 1:
         for _ in range(2):
@@ -86,7 +88,7 @@ def interpreted(rank: int, size: int, memories: list[torch.Tensor], gone: torch.
         time.sleep(0.01)
     arrived = exchange.dispatch(*one, 1)
     assert not exchange.missing()
-    assert exchange.combine(arrived.x.clone(), one[2], 1).isnan().all()
+    assert exchange.combine(arrived.x.clone(), one[2], 1, torch.zeros(NUM_LOCAL, dtype=torch.int64)).isnan().all()
     assert exchange.missing() == list(range(size - 1))
     assert ask().isnan().all()
     return rounds
