@@ -29,6 +29,7 @@ from ..engine.allocator import num_blocks_needed
 from ..engine.batch import Work
 from ..engine.build import warm_up
 from ..engine.engine import Engine
+from ..engine.expert_parallel import ExpertPlace
 from ..engine.ranks import build_on_ranks
 from ..engine.sequence import Sequence
 from ..kv_transfer.connector import Connector
@@ -100,18 +101,23 @@ class EngineBench:
         config: of the model and the cache.
         pool: its limits are used.
         device: where.
+        place: among the ranks that share experts, each of which measures the same at the same time.
     """
 
-    def __init__(self, config: Config, pool: ColocatedPool, device: torch.device) -> None:
+    def __init__(
+        self, config: Config, pool: ColocatedPool, device: torch.device, place: ExpertPlace | None = None
+    ) -> None:
         self._config = config
         self._pool = pool
         self._device = device
         start_s = time.perf_counter()
         threads = pool.threads or psutil.cpu_count() or 1
-        built, self._ranks = build_on_ranks(config, pool, threads, lambda *_: None)
+        built, self._ranks = build_on_ranks(config, pool, threads, lambda *_: None, place)
         built_s = time.perf_counter()
         warm_up(built.engine, pool.max_batched_tokens, lambda *_: None)
         self._engine: Engine = built.engine
+        if built.engine.model.experts is not None:
+            built.engine.model.experts.serve()
         self._max_model_len = built.max_model_len
         self._fingerprint = built.fingerprint
         self._rng = random.Random(0)
@@ -126,6 +132,11 @@ class EngineBench:
         }
         if device.type == "cuda":
             self.started["free_mib"] = torch.cuda.mem_get_info(device)[0] >> 20
+
+    @property
+    def engine(self) -> Engine:
+        """What is measured."""
+        return self._engine
 
     def close(self) -> None:
         """End the other ranks, if there are any."""
@@ -159,10 +170,7 @@ class EngineBench:
                 least_s = floor.prefill_s(model.spec, row.batch, row.context, ceilings)
                 record |= {"tokens_per_s": round(row.batch * row.context / seconds, 1), "of_floor": least_s / seconds}
             elif row.kind == "decode":
-                self._generate(row.batch, row.context, 4)
-                one = min(self._generate(row.batch, row.context, 1) for _ in range(2))
-                many = min(self._generate(row.batch, row.context, _DECODE_TOKENS + 1) for _ in range(2))
-                seconds = (many - one) / _DECODE_TOKENS
+                seconds = self.decode_step_s(row.batch, row.context)
                 context = row.context + _DECODE_TOKENS // 2
                 least_s = floor.decode_s(model.spec, row.batch, context, model.dtype.itemsize, ceilings)
                 record |= {"step_ms": round(seconds * 1e3, 3), "of_floor": least_s / seconds}
@@ -173,6 +181,13 @@ class EngineBench:
             yield record
             if profiles is not None and row.kind != "mixed":
                 yield record | {"profile": self._profile(row, profiles)}
+
+    def decode_step_s(self, batch: int, context: int, count: int = _DECODE_TOKENS) -> float:
+        """Seconds of a decode step: best of two, after a warm-up."""
+        self._generate(batch, context, min(4, count))
+        one = min(self._generate(batch, context, 1) for _ in range(2))
+        many = min(self._generate(batch, context, count + 1) for _ in range(2))
+        return (many - one) / count
 
     def _profile(self, row: Row, folder: Path) -> dict[str, Any]:
         trace = folder / f"{row.kind}-{row.batch}x{row.context}.json.gz"

@@ -15,6 +15,12 @@ from .row_state import RowTable
 from .sequence import Sequence
 
 
+def ladder(max_rows: int) -> list[int]:
+    """Batch sizes that get a graph: a batch runs in the next larger one."""
+    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, max_rows, 16)]
+    return [*(size for size in sizes if size < max_rows), max_rows]
+
+
 class GroupBlocks(NamedTuple):
     """Where the KV of a batch lies, in the blocks of one KV group."""
 

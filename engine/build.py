@@ -141,7 +141,8 @@ def build_engine(
         num_rows, max_blocks = max_running + MAX_CHILDREN, -(-max_model_len // layout.block_tokens)
         table = RowTable(num_rows, max_blocks, len(groups))
         runner.state = RowState(num_rows, max_blocks, layout.block_tokens, device, ops, len(groups))
-        if device.type == "cuda" and recordable(ops) and expert_group is None:
+        together = expert_group is None or expert_group.direct is not None
+        if device.type == "cuda" and recordable(ops) and together:
             runner.graphs = DecodeGraphs(model, cache.tensor, runner.state, max_running, table.spare)
     engine = Engine(runner, cache, config.kv.prefix_cache, table, max_batched_tokens)
     if config.kv.poison_freed:

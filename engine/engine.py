@@ -237,6 +237,8 @@ class Engine:
         """
         tokens, logprobs, prompt_logprobs = step.results.wait()
         self.model.group.check()
+        if self.model.experts is not None:
+            self.model.experts.check()
         self.forward_s = step.results.forward_s
         self._allocator.collected(step.number)
         samples = [SampledToken(token) if token >= 0 else None for token in tokens]

@@ -4,13 +4,15 @@ Attention is each rank's own affair. In a layer with experts every token goes to
 routed to, and what they make of it comes back. This takes all ranks: before a step they agree whether there is one, and
 who has nothing to compute in it takes part with no tokens.
 
-There are two forms. Exact sends each token where it goes and nothing else, for which the hosts tell each other how
+There are three forms. Exact sends each token where it goes and nothing else, for which the hosts tell each other how
 many rows to expect. Fixed sends everybody's tokens to everybody in buffers of one size: it costs more bytes, its shapes
-depend on nothing, and no host waits.
+depend on nothing, and no host waits. Direct stands in for fixed between GPUs that can write into each other's memory:
+each token goes where it must, no host waits, and CUDA graphs record it (`kernels.expert_exchange`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import socket
 from collections.abc import Callable
 from datetime import timedelta
@@ -22,8 +24,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..core.errors import ConfigError, WorkerError
+from ..core.log import logger
+from ..kernels import exchange_oracle
 from ..kernels.device import describe
+from ..kernels.expert_exchange import POLLS, Arrived, Buffers, Exchange
 from ..kernels.moe_oracle import KERNELS, ExpertsSpec, Kernel, select
+from ..kernels.peer_memory import PeerMemory
+from .batch import ladder
 from .expert_maps import ExpertMaps
 from .models.spec import ModelSpec
 from .tensor_parallel import TorchGroup
@@ -96,20 +103,35 @@ class ExpertGroup:
         maps: who has what.
         fixed_rows: tokens of a rank that a fixed buffer holds; 0: there is no fixed form.
         batched: computes what comes in the fixed form.
+        buffers: for the direct form, where it is wanted.
 
     Attributes:
         loads: [layers, local experts] int64, tokens that came to each, which nobody sets back here.
-        fixed: whether the step has the fixed form.
+        fixed: whether the step has the fixed form, or the direct one.
+        rows: of every rank, in such a step.
+        direct: a rank's end of the direct form, where it serves.
+        why_not_direct: why it does not, where it was wanted.
     """
 
     def __init__(
-        self, rank: int, size: int, maps: ExpertMaps, fixed_rows: int = 0, batched: Kernel | None = None
+        self,
+        rank: int,
+        size: int,
+        maps: ExpertMaps,
+        fixed_rows: int = 0,
+        batched: Kernel | None = None,
+        buffers: Buffers | None = None,
     ) -> None:
         self.rank, self.size = rank, size
         self.maps = maps
         self.fixed_rows = fixed_rows
         self.batched = batched
+        self.buffers = buffers
         self.fixed = False
+        self.rows = 0
+        self.direct: Exchange | None = None
+        self.why_not_direct = ""
+        self._memory: PeerMemory | None = None
         self.loads = torch.zeros(len(maps.physical), maps.num_local, dtype=torch.int64, device=maps.physical.device)
         self._ranks: TorchGroup | None = None
         self._hosts: dist.ProcessGroup | None = None
@@ -121,7 +143,19 @@ class ExpertGroup:
         Raises:
             WorkerError: a rank did not come.
         """
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
         self._ranks = TorchGroup(self.rank, self.size, rendezvous, device, timeout_s=_START_S, direct=False)
+        if self.buffers is not None and device.type == "cuda":
+            try:
+                self._memory = PeerMemory(self.buffers.num_bytes, self.rank, device, self._ranks.exchange)
+            except ConfigError as error:
+                self.why_not_direct = str(error)
+                logger.warning("experts' tokens are not exchanged through peers' memory: %s", error)
+            else:
+                # Meanwhile others compile kernels.
+                polls = POLLS * int(_START_S / STALL_S)
+                self.direct = Exchange(self.rank, self._memory.addresses, self._memory.own(), self.buffers, polls=polls)
 
     def serve(self) -> None:
         """From now on a rank that does not come within `STALL_S` has failed.
@@ -131,6 +165,8 @@ class ExpertGroup:
         """
         assert self._ranks is not None, "nobody has been met"
         self._ranks.barrier()
+        if self.direct is not None:
+            self.direct.polls.fill_(POLLS)
         self._hosts = dist.new_group(timeout=timedelta(seconds=STALL_S), backend="gloo")
         if self.loads.device.type == "cpu":  # NCCL has connected the GPUs, and watches over them itself
             self._group = self._hosts
@@ -139,17 +175,46 @@ class ExpertGroup:
         """How a step of so many tokens is announced."""
         return StepSize.FEW if num_tokens <= self.fixed_rows else StepSize.MANY
 
-    def agree(self, work: StepSize) -> StepSize:
-        """What all do next.
+    def agree(self, work: StepSize, num_tokens: int = 0) -> StepSize:
+        """What all do next; this rank's part of it is of so many tokens.
 
         Raises:
             WorkerError: a rank did not take part.
         """
-        most = torch.tensor([int(work)])
+        most = torch.tensor([int(work), num_tokens])
         self._do("agreeing on a step", lambda: dist.all_reduce(most, dist.ReduceOp.MAX, group=self._hosts))
-        agreed = StepSize(int(most))
+        agreed = StepSize(int(most[0]))
         self.fixed = agreed is StepSize.FEW
+        if self.fixed:
+            self.rows = next(size for size in ladder(self.fixed_rows) if int(most[1]) <= size)
+            if self.direct is not None:
+                self.direct.live.fill_(num_tokens)
         return agreed
+
+    def record(self, rows: int, slots: Tensor) -> None:
+        """A graph of a step of so many rows is being recorded, or prepared.
+
+        Args:
+            rows: of every rank.
+            slots: [rows] int64, negative where a row is no token but fills up.
+        """
+        assert self.direct is not None, "no other form can be recorded"
+        self.fixed, self.rows = True, rows
+        self.direct.live.copy_((slots >= 0).sum(0, keepdim=True))
+
+    def check(self) -> None:
+        """Does not wait. To be asked when a step's results are there.
+
+        Raises:
+            WorkerError: on the device, a rank did not take part; what was computed since is NaN.
+        """
+        missing = self.direct.missing() if self.direct is not None else []
+        if missing:
+            raise WorkerError(
+                f"rank {self.rank} of {self.size} that share experts waited in vain for rank "
+                f"{', '.join(map(str, missing))}",
+                fix="the rank that failed says why in its own log; all of them start anew",
+            )
 
     def dispatch(self, layer: int, x: Tensor, weights: Tensor, ids: Tensor) -> Sent:
         """Send tokens to their experts' ranks, once to each, and take what comes here.
@@ -232,8 +297,26 @@ class ExpertGroup:
         self._do("sending tokens back", lambda: dist.all_to_all_single(target, source, group=self._group))
         return back.view(self.size, self.fixed_rows, -1).sum(0)[: placed.num_tokens]
 
+    def dispatch_direct(
+        self, direct: Exchange, layer: int, x: Tensor, weights: Tensor, ids: Tensor
+    ) -> tuple[Arrived, Tensor]:
+        """`dispatch` in the direct form: what came, and what `combine_direct` needs to know of this rank's tokens. A
+        rank that does not take part is told by `check`."""
+        slots = self.maps.slots(layer, ids, self.rank)
+        return direct.dispatch(x, weights, slots, self.rows), slots
+
+    def combine_direct(self, direct: Exchange, layer: int, out: Tensor, slots: Tensor) -> Tensor:
+        """`combine` in the direct form; ``out`` as `Exchange.combine` takes it."""
+        return direct.combine(out, slots, self.rows, self.loads[layer])
+
     def close(self) -> None:
         """Leave, all ranks together. After an error a process should end instead."""
+        self.direct = None
+        if self._memory is not None:
+            torch.cuda.synchronize()
+            with contextlib.suppress(WorkerError):
+                self._memory.close()
+            self._memory = None
         if self._ranks is not None:
             self._ranks.close()
 
@@ -301,7 +384,9 @@ def make_group(
     if device.type == "cpu":  # bytes cost more than waiting
         return ExpertGroup(place.rank, place.size, maps)
     batched = select(experts._replace(format="batched"), describe(device)).backend
-    return ExpertGroup(place.rank, place.size, maps, rows, KERNELS[batched])
+    buffers = Buffers(place.size, rows, spec.hidden, spec.moe.top_k, maps.num_local, experts.dtype)
+    wanted = exchange_oracle.select(experts, describe(device)).backend == "peer_memory"
+    return ExpertGroup(place.rank, place.size, maps, rows, KERNELS[batched], buffers if wanted else None)
 
 
 def _pack(x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .batch import Batch, GroupBlocks, StepInput
+from .batch import Batch, GroupBlocks, StepInput, ladder
 from .models.decoder import Decoder
 from .row_state import RowState
 from .sampler import sampling_rows
@@ -29,12 +29,6 @@ _INPUTS: dict[str, tuple[type, float]] = {
 }
 """A graph's arrays, in the order in which they lie in memory, and what fills them up: of a number a row, but for the
 slots, of which there are as many as KV groups."""
-
-
-def ladder(max_rows: int) -> list[int]:
-    """Batch sizes that get a graph: a batch runs in the next larger one."""
-    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, max_rows, 16)]
-    return [*(size for size in sizes if size < max_rows), max_rows]
 
 
 class _Recorded(NamedTuple):
@@ -88,23 +82,35 @@ class DecodeGraphs:
             progress((done + 1) / len(self._sizes))
 
     @torch.inference_mode()
-    def run(self, step: StepInput) -> tuple[Tensor, Tensor, Tensor]:
+    def run(self, step: StepInput, agreed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         """Queue a step, writing its KV and keeping its tokens.
 
         Args:
             step: one that `serves` accepts; penalties and biases are left out.
+            agreed: rows of the graph, on which ranks that share experts have agreed; 0: as many as the step needs.
 
         Returns:
             (input tokens [rows], logits [rows, vocabulary], sampled tokens [rows]), overwritten by the next run.
         """
         rows = step.num_single
-        size = self._sizes[bisect.bisect_left(self._sizes, rows)]
+        size = agreed or self._sizes[bisect.bisect_left(self._sizes, rows)]
         if size not in self._graphs:
+            assert not agreed, "ranks that share experts record their graphs together, before they serve"
             self._capture(size)
         recorded = self._graphs[size]
         self._send(step, size)
         recorded.graph.replay()
         return recorded.inputs[:rows], recorded.logits[:rows], recorded.sampled[:rows]
+
+    def accompany(self, agreed: int) -> None:
+        """Queue a step without tokens, as ranks that share experts have agreed on its rows."""
+        self._send(None, agreed)
+        self._graphs[agreed].graph.replay()
+
+    @property
+    def recorded(self) -> bool:
+        """Whether there is a graph of every size."""
+        return len(self._graphs) == len(self._sizes)
 
     def _send(self, step: StepInput | None, size: int) -> None:
         """Copy a step's arrays, or rows that only fill up, to where the graph of ``size`` looks for them."""
@@ -155,6 +161,8 @@ class DecodeGraphs:
             ),
             logit_rows=None,
         )
+        if self._model.experts is not None:
+            self._model.experts.record(size, tensors["slots"][0])
         logits = self._model.forward(batch, self._cache)
         sampled = self._model.ops.sample(logits, sampling_rows(tensors))
         state.keep(tensors["rows"], sampled)

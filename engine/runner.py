@@ -139,7 +139,8 @@ class Runner:
         experts = self.model.experts
         if experts is None:
             return self._run(step, publish, eager)
-        experts.agree(experts.work_of(len(step.arrays["tokens"])))
+        num_tokens = len(step.arrays["tokens"])
+        experts.agree(experts.work_of(num_tokens), num_tokens)
         try:
             return self._run(step, publish, eager)
         except RuntimeError as error:
@@ -158,7 +159,11 @@ class Runner:
         experts = self.model.experts
         if experts is None or experts.agree(StepSize.NOTHING) is StepSize.NOTHING:
             return False
-        self.model.accompany()
+        if self.graphs is not None and self.graphs.recorded and experts.fixed:
+            self.graphs.accompany(experts.rows)
+        else:
+            self.model.accompany()
+        experts.check()
         return True
 
     def _run(self, step: StepInput, publish: Callable[[int], None] | None, eager: bool) -> Results:
@@ -168,7 +173,7 @@ class Runner:
             started.record()
         start_s = time.perf_counter()
         states = None
-        if self.graphs is not None and not eager and self.graphs.serves(step):
+        if self.graphs is not None and not eager and self._recorded(self.graphs, step):
             logits, tokens = self._replay(self.graphs, step)
             forward_s = time.perf_counter() - start_s
         else:
@@ -198,12 +203,18 @@ class Runner:
         if self.graphs is not None:
             self.graphs.capture(progress)
 
+    def _recorded(self, graphs: DecodeGraphs, step: StepInput) -> bool:
+        """Whether a graph runs a step."""
+        experts = self.model.experts
+        return graphs.serves(step) and (experts is None or (experts.fixed and graphs.recorded))
+
     def _replay(self, graphs: DecodeGraphs, step: StepInput) -> tuple[Tensor, Tensor]:
         assert self.state is not None
         if "table_places" in step.arrays:
             new = upload({name: step.arrays[name] for name in _TABLE_ENTRIES}, self.model.device)
             self.state.enter(*new.values())
-        inputs, logits, tokens = graphs.run(step)
+        experts = self.model.experts
+        inputs, logits, tokens = graphs.run(step, 0 if experts is None else experts.rows)
         if step.adjusted:
             tokens = self._draw(logits, step, upload(step.arrays, self.model.device) | {"tokens": inputs})
         return logits, tokens

@@ -183,7 +183,7 @@ class TorchGroup:
 
     def barrier(self) -> None:
         """See `Group`."""
-        self._exchange(b"\0")
+        self.exchange(b"\0")
 
     def check(self) -> None:
         """See `Group`."""
@@ -208,14 +208,18 @@ class TorchGroup:
 
     def _share_memory(self) -> None:
         try:
-            self._memory = PeerMemory(all_reduce.memory_bytes(self.size), self.rank, self._device, self._exchange)
+            self._memory = PeerMemory(all_reduce.memory_bytes(self.size), self.rank, self._device, self.exchange)
         except ConfigError as error:
             self.why_not_direct = str(error)
         else:
             self._peers = all_reduce.Peers(self.rank, self._memory.addresses, self._device)
 
-    def _exchange(self, data: bytes) -> list[bytes]:
-        """Every rank's bytes, equally many from each, through the CPUs."""
+    def exchange(self, data: bytes) -> list[bytes]:
+        """Every rank's bytes, equally many from each, through the CPUs.
+
+        Raises:
+            WorkerError: a rank did not take part.
+        """
         mine = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         parts = [torch.empty_like(mine) for _ in range(self.size)]
         try:

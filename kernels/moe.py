@@ -152,6 +152,25 @@ def fused_experts(x: Tensor, weights: Tensor, ids: Tensor, experts: ExpertWeight
     return moe_sorted.fused_experts(x, weights, ids, experts)
 
 
+def fused_each(x: Tensor, weights: Tensor, ids: Tensor, experts: ExpertWeights, expected: int) -> Tensor:
+    """`fused_experts` for those who sum up as they send on, and who have rows for more tokens than come.
+
+    Args:
+        x: [tokens, hidden].
+        weights: [tokens, top_k] float32.
+        ids: [tokens, top_k] int32, as in `fused_experts`.
+        experts: the weights.
+        expected: how many of the tokens there will be about.
+
+    Returns:
+        [tokens, top_k, hidden], each choice's weighted outcome, or their sums, [tokens, hidden]; undefined for choices
+        that are negative, and for tokens without others.
+    """
+    if experts.ordinary and moe_few.serves(len(x), len(experts), ids.shape[1]):
+        return moe_few.fused_experts(x, weights, ids, experts)
+    return moe_sorted.fused_each(x, weights, ids, experts, expected)
+
+
 @compiled
 def _route(
     x: np.ndarray, router: np.ndarray, top_k: int, renormalize: bool, chosen: np.ndarray, weights: np.ndarray

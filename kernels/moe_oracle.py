@@ -80,6 +80,8 @@ class Kernel(NamedTuple):
     refuses: Callable[[ExpertsSpec, Device], str | None]
     recordable: bool
     """Whether a CUDA graph may contain it, and the routing before it."""
+    each: Callable[..., Tensor] | None = None
+    """Of a modular one that can leave summing up to others, see `moe.fused_each`."""
 
     @property
     def family(self) -> str:
@@ -233,7 +235,9 @@ def _says(text: str) -> Callable[[ExpertsSpec, Device], str]:
 
 
 TRITON = Kernel("triton", "monolithic", moe.fused, _serves_triton, _triton("monolithic"), True)
-TRITON_MODULAR = Kernel("triton_modular", "modular", moe.fused_experts, _serves_triton, _triton("modular"), True)
+TRITON_MODULAR = Kernel(
+    "triton_modular", "modular", moe.fused_experts, _serves_triton, _triton("modular"), True, moe.fused_each
+)
 TRITON_BATCHED = Kernel(
     "triton_batched", "batched", moe_sorted.fused_batched, _says("Triton, expert by expert"), _triton("batched"), True
 )
@@ -245,8 +249,9 @@ TRITON_PACKED = Kernel(
     "triton_packed", "monolithic", moe_packed.fused, _serves_packed, _triton("monolithic", packed=True), True
 )
 TRITON_PACKED_MODULAR = Kernel(
-    "triton_packed_modular", "modular", moe_packed.fused_experts, _serves_packed, _triton("modular", packed=True), True
-)
+    "triton_packed_modular", "modular", moe_packed.fused_experts, _serves_packed, _triton("modular", packed=True), True,
+    moe_packed.fused_each,
+)  # fmt: skip
 TRITON_PACKED_BATCHED = Kernel(
     "triton_packed_batched", "batched", moe_packed.fused_batched, _serves_packed, _triton("batched", packed=True), True
 )

@@ -46,6 +46,11 @@ def fused_experts(
     return moe_sorted.fused_experts(x, weights, ids, experts, entry, _PACKED)
 
 
+def fused_each(x: Tensor, weights: Tensor, ids: Tensor, experts: ExpertWeights, expected: int) -> Tensor:
+    """`moe.fused_each` of quantised experts."""
+    return moe_sorted.fused_each(x, weights, ids, experts, expected, _PACKED)
+
+
 def fused_batched(x: Tensor, counts: Tensor, experts: ExpertWeights, entry: Entry | None = None) -> Tensor:
     """`moe.reference_batched` of quantised experts; ``entry`` instead of the table's."""
     return moe_sorted.fused_batched(x, counts, experts, entry, _PACKED)

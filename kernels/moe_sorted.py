@@ -122,6 +122,20 @@ def fused_experts(
     return result.view(tokens, top_k, -1).sum(1)
 
 
+def fused_each(
+    x: Tensor, weights: Tensor, ids: Tensor, experts: ExpertWeights, expected: int, products: Products | None = None
+) -> Tensor:
+    """`moe.fused_each`, always [tokens, top_k, hidden]; ``products`` as in `fused`."""
+    tokens, top_k = ids.shape
+    pairs, count, products = tokens * top_k, len(experts), products or PLAIN
+    entry = products.entry(expected * top_k, count, x.dtype)
+    table = _sort_chosen(weights, ids, count, entry.gate_up.rows)
+    result = torch.empty(tokens, top_k, x.shape[1], dtype=x.dtype, device=x.device)
+    num_tiles = min(pairs, pairs // entry.gate_up.rows + count)
+    products.multiply(x, experts, table, top_k, num_tiles, entry, result)
+    return result
+
+
 def fused_batched(
     x: Tensor, counts: Tensor, experts: ExpertWeights, entry: Entry | None = None, products: Products | None = None
 ) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from ..core.errors import ConfigError
 from . import cuda_memory
@@ -59,6 +60,11 @@ class PeerMemory:
                     f"rank {other} cannot share memory with its peers: {text.decode(errors='replace').strip()}",
                     fix="the GPUs must be of one host, linked, and all visible to every rank's process",
                 )
+
+    def own(self) -> Tensor:
+        """[bytes] uint8: this rank's memory."""
+        assert self._own is not None
+        return torch.as_tensor(self._own, device=torch.device("cuda", self._device))
 
     def close(self) -> None:
         """Unmap the peers' memory and, when all have, free this rank's. Nothing may use it any more."""

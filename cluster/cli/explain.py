@@ -17,6 +17,7 @@ from ...engine.build import plan_dtypes
 from ...engine.kv_cache import TORCH_DTYPES
 from ...engine.models.experts import experts_spec
 from ...engine.models.spec import ModelSpec, read_spec
+from ...kernels import exchange_oracle
 from ...kernels.device import PRESETS, Device, describe
 from ...kernels.moe_oracle import Choice
 from ...kernels.moe_oracle import select as select_experts
@@ -69,8 +70,12 @@ def choices_for(config: Config, spec: ModelSpec, device: Device) -> dict[str, Ch
     experts = experts_spec(spec, dtype, 1, sharing)
     scheme = spec.quantization.scheme if spec.quantization else None
     choices = choose(Needs(dtype, kv_dtype, experts, scheme, spec.sinks), device, config.model.kernels)
-    if experts is not None and sharing > 1 and device.type == "cuda":
-        choices["moe, few tokens"] = select_experts(experts._replace(format="batched"), device)
+    if experts is not None and sharing > 1:
+        few = exchange_oracle.select(experts, device)
+        choices["exchange"] = exchange_oracle.select(experts, device, few=False)
+        if device.type == "cuda":
+            choices["exchange, few tokens"] = few
+            choices["moe, few tokens"] = select_experts(experts._replace(format="batched"), device)
     absent = set(LATENT if spec.latent is None else GROUPED)
     if spec.moe is None:
         absent.add("moe")

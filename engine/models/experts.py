@@ -133,6 +133,15 @@ class Experts:
         self._across(self._group, x, nobody, nobody.long(), ops)
 
     def _across(self, group: ExpertGroup, x: Tensor, weights: Tensor, ids: Tensor, ops: Ops) -> Tensor:
+        if group.fixed and group.direct is not None:
+            arrived, slots = group.dispatch_direct(group.direct, self._layer, x, weights, ids)
+            came = arrived.x, arrived.weights, arrived.ids, self.weights
+            out = (
+                ops.moe.compute(*came)
+                if ops.moe.each is None
+                else ops.moe.each(*came, arrived.x.shape[0] // group.size)
+            )
+            return group.combine_direct(group.direct, self._layer, out, slots)
         if group.fixed:
             placed = group.dispatch_fixed(self._layer, x, weights, ids)
             assert group.batched is not None

@@ -8,7 +8,8 @@ import pytest
 from support.checkpoints import make_checkpoint
 from support.quantized import make_quantized
 from support.ranks import run_ranks
-from support.sharded_experts import FAMILIES, check, share, share_and_leave
+from support.sharded_experts import FAMILIES, check, share, share_and_leave, share_directly
+from tandem.kernels import on_gpu
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +24,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_ranks_say_what_one_says(size: int, num_redundant: int, folder: Path) -> None:
     """Each with prompts of its own, in chunks, then decode steps; one has none, and some end before others."""
     check(run_ranks(size, share_and_leave, folder, num_redundant))
+
+
+@pytest.mark.skipif(not on_gpu.AVAILABLE, reason="Triton is not installed")
+def test_through_peers_memory(folder: Path) -> None:
+    """The same by interpreted kernels that write into memory which two processes share."""
+    check(run_ranks(2, share_directly, folder, ("qwen3_moe",), timeout_s=300))
 
 
 def test_quantised_experts(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,11 +20,12 @@ from tandem.engine.expert_parallel import STALL_S, ExpertGroup, StepSize
 from tandem.engine.kv_cache import KVCache
 from tandem.engine.models.decoder import Decoder
 from tandem.engine.models.experts import experts_spec
-from tandem.engine.models.spec import read_spec
+from tandem.engine.models.spec import ModelSpec, read_spec
 from tandem.engine.runner import Runner
 from tandem.engine.sequence import Sequence
 from tandem.engine.weights import load_weights
 from tandem.kernels.device import describe
+from tandem.kernels.expert_exchange import Buffers, Exchange
 from tandem.kernels.moe_oracle import KERNELS
 from tandem.kernels.moe_oracle import select as select_experts
 from tandem.kernels.oracle import select
@@ -95,6 +97,7 @@ def share(
     num_redundant: int,
     device_type: str = "cpu",
     families: tuple[str, ...] = tuple(FAMILIES),
+    forms: tuple[str, ...] = ("exact", "fixed"),
 ) -> dict[str, Told]:
     """Every checkpoint in both forms, with prompts of each rank's own, until nobody has anything to compute."""
     device = CPU
@@ -105,10 +108,12 @@ def share(
     told = {}
     for family in families:
         want = list(logits_of(engine_of(folder / family, None, device), PROMPTS[rank]))
-        for form in ("exact", "fixed"):
-            group = _group_of(rank, size, folder / family, num_redundant, form == "fixed", device)
+        for form in forms:
+            group = _group_of(rank, size, folder / family, num_redundant, form != "exact", device)
             engine = engine_of(folder / family, group, device)
             group.join(f"file://{folder / 'rendezvous'}-{family}-{size}-{form}", device)
+            if form == "direct" and device_type == "cpu":
+                share_memory(group, read_spec(folder / family), folder / f"{family}-{size}")
             group.serve()
             got = list(logits_of(engine, PROMPTS[rank]))
             num_idle = 0
@@ -121,6 +126,25 @@ def share(
             told[f"{family} {form}"] = Told(max(differences, default=0.0), same, num_idle, group.loads.tolist())
             group.close()
     return told
+
+
+def share_memory(group: ExpertGroup, spec: ModelSpec, path: Path) -> None:
+    """Let ranks on CPUs write into each other's memory, which is a file's, by interpreted kernels."""
+    assert spec.moe is not None
+    buffers = Buffers(group.size, 4, spec.hidden, spec.moe.top_k, group.maps.num_local, torch.float32)
+    memories = [
+        torch.from_file(f"{path}-memory-{rank}", shared=True, size=buffers.num_bytes, dtype=torch.uint8)
+        for rank in range(group.size)
+    ]
+    addresses = [memory.data_ptr() for memory in memories]
+    group.direct = Exchange(group.rank, addresses, memories[group.rank], buffers, programs=2, polls=10_000_000)
+    group.memories = memories  # type: ignore[attr-defined] # mapped as long as it is used
+
+
+def share_directly(rank: int, size: int, folder: Path, families: tuple[str, ...]) -> dict[str, Told]:
+    """`share` in the direct form, on CPUs."""
+    os.environ["TRITON_INTERPRET"] = "1"
+    return share(rank, size, folder, 0, "cpu", families, ("direct",))
 
 
 def share_and_leave(rank: int, size: int, folder: Path, num_redundant: int) -> dict[str, Told]:
