@@ -60,7 +60,7 @@ def measure(ends: Ends, run_bytes: int, programs: Sequence[int], total_bytes: in
     runs = {"h2d": scattered(run_bytes, total_bytes, 0), "d2h": scattered(run_bytes, total_bytes, total_bytes)}
     rows = {way: gather.lay_out(*found) for way, found in runs.items()}
     whole = {way: _one_run(found) for way, found in runs.items()}
-    queues = {(way, n): CopyQueue(0, n) for way in runs for n in programs}
+    queues = {(way, n): CopyQueue(0, gather.Plan(n, 16)) for way in runs for n in programs}
     streams = {way: torch.cuda.Stream(0) for way in runs}
     next(iter(queues.values())).warm_up()
 

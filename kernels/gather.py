@@ -38,7 +38,7 @@ class Plan(NamedTuple):
     """What a launch takes of the GPU, and how much each program reads at a time."""
 
     programs: int = 16
-    warps: int = 16
+    warps: int = 32
     tile_bytes: int = 64 << 10
 
 

@@ -28,19 +28,19 @@ class Copy(Protocol):
 class CopyQueue:
     """A stream of one GPU, owned by one thread; only `adopt_thread` is for another.
 
-    The stream has priority: a copy takes at most ``programs`` of the GPU's processors whenever it runs, and a token
+    The stream has priority: a copy takes at most the plan's share of the GPU's processors whenever it runs, and a token
     that waits for its KV waits for no other kernel's turn. Work of the default stream does not wait for it, nor it for
     that: who starts a copy knows that its target is in nobody's use.
 
     Args:
         device: the GPU's number in this process.
-        programs: of a copy at a time.
+        plan: of a copy at a time.
     """
 
-    def __init__(self, device: int, programs: int) -> None:
+    def __init__(self, device: int, plan: gather.Plan) -> None:
         self.device = device
         self._device = torch.device("cuda", device)
-        self._plan = gather.Plan(programs)
+        self._plan = plan
         self._stream = torch.cuda.Stream(self._device, priority=-1)
 
     def mark(self) -> torch.cuda.Event:

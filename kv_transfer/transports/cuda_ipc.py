@@ -96,7 +96,7 @@ class CudaIpcTransport:
     def __init__(self, notify: Notify, device: int, programs: int) -> None:
         self._notify = notify
         self._device = device
-        self._copies = CopyQueue(device, programs)
+        self._copies = CopyQueue(device, gather.Plan(programs))
         self._copies.warm_up()
         self._regions: dict[str, Region] = {}
         self._peers: dict[PeerId, _Peer] = {}

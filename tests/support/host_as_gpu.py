@@ -104,7 +104,7 @@ class CopyQueue:
     delay_s = 0.0
     """How long each copy takes, at least."""
 
-    def __init__(self, device: int, programs: int) -> None:
+    def __init__(self, device: int, plan: gather.Plan) -> None:
         self.device = device
         self._work: queue.SimpleQueue[tuple[int, int, gather.Rows, Copy]] = queue.SimpleQueue()
         threading.Thread(target=self._run, daemon=True).start()
