@@ -10,7 +10,7 @@ from __future__ import annotations
 import enum
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, overload
 
 import numpy as np
 
@@ -42,6 +42,47 @@ class BlockMemory(Protocol):
     def write(self, blocks: Sequence[int], sources: Sequence[np.ndarray]) -> None:
         """Copy host memory, [block_bytes] uint8 each, into blocks. Returns when the bytes are there."""
         ...
+
+
+class SomeRows(Sequence[np.ndarray]):
+    """Some blocks of a pool. Where each is, is computed for all at once: a thread that makes views one by one keeps the
+    engine's from running.
+
+    Args:
+        array: [rows, block_bytes] uint8.
+        rows: [blocks] int64.
+    """
+
+    def __init__(self, array: np.ndarray, rows: np.ndarray) -> None:
+        self._array = array
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> np.ndarray: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[np.ndarray]: ...
+
+    def __getitem__(self, index: int | slice) -> np.ndarray | Sequence[np.ndarray]:
+        if isinstance(index, slice):
+            return SomeRows(self._array, self._rows[index])
+        row: np.ndarray = self._array[self._rows[index]]
+        return row
+
+    def addresses(self) -> np.ndarray:
+        """Of each block: [blocks] int64."""
+        starts: np.ndarray = self._array.ctypes.data + self._rows * self._array.strides[0]
+        return starts
+
+
+def addresses_of(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    """Where arrays begin: [arrays] int64."""
+    if isinstance(arrays, SomeRows):
+        return arrays.addresses()
+    return np.array([array.ctypes.data for array in arrays], np.int64)
 
 
 class HostBlocks:

@@ -7,7 +7,6 @@ host's memory has to be registered with CUDA; what is not goes through a block o
 
 from __future__ import annotations
 
-import bisect
 import mmap
 import threading
 import weakref
@@ -19,6 +18,7 @@ import numpy as np
 from ...kernels import cuda_memory, gather
 from ..copy_queue import Copy, CopyQueue
 from ..layout import KVLayout, Runs
+from .base import addresses_of
 
 _LARGE_BYTES = 1 << 20
 """Ranges from this size on are left to the GPU's copy engines. Measured on an H200 with ranges of 2 MiB, in GB/s,
@@ -75,7 +75,7 @@ class DeviceBlocks:
         place = array.ctypes.data, array.ctypes.data + array.nbytes
         cuda_memory.register_host(place[0], array.nbytes, self._device)
         with self._pin_lock:
-            self._pinned = sorted([*self._pinned, place])
+            self._pinned = [*self._pinned, place]
 
         def unpin() -> None:
             with self._pin_lock:
@@ -91,12 +91,13 @@ class DeviceBlocks:
 
     def read(self, blocks: Sequence[int], targets: Sequence[np.ndarray]) -> None:
         """See `BlockMemory`."""
-        if self._are_pinned(targets):
-            self._read(blocks, targets)
+        places = addresses_of(targets)
+        if self._are_pinned(places):
+            self._read(blocks, places)
             return
         own = self._own_block()
         for block, target in zip(blocks, targets, strict=True):
-            self._read([block], [own])
+            self._read([block], addresses_of([own]))
             target[:] = own
 
     def write(self, blocks: Sequence[int], sources: Sequence[np.ndarray]) -> None:
@@ -105,32 +106,30 @@ class DeviceBlocks:
 
     def write_after(self, mark: Any, blocks: Sequence[int], sources: Sequence[np.ndarray]) -> None:
         """`write`, after what a `CopyQueue.mark` stands for."""
-        if self._are_pinned(sources):
-            self._write(mark, blocks, sources)
+        places = addresses_of(sources)
+        if self._are_pinned(places):
+            self._write(mark, blocks, places)
             return
         own = self._own_block()
         for block, source in zip(blocks, sources, strict=True):
             own[:] = source
-            self._write(mark, [block], [own])
+            self._write(mark, [block], addresses_of([own]))
 
-    def _read(self, blocks: Sequence[int], targets: Sequence[np.ndarray]) -> None:
-        runs, base = self._runs(self._sources, blocks, targets)
+    def _read(self, blocks: Sequence[int], places: np.ndarray) -> None:
+        runs, base = self._runs(self._sources, blocks, places)
         with self._out_lock:
             copy = _start(self._out, self._base, base, runs)
         copy.synchronize()
 
-    def _write(self, mark: Any, blocks: Sequence[int], sources: Sequence[np.ndarray]) -> None:
-        runs, base = self._runs(self._ranks, blocks, sources)
+    def _write(self, mark: Any, blocks: Sequence[int], places: np.ndarray) -> None:
+        runs, base = self._runs(self._ranks, blocks, places)
         with self._in_lock:
             copy = _start(self._in, base, self._base, Runs(runs.target_offsets, runs.source_offsets, runs.sizes), mark)
         copy.synchronize()
 
-    def _runs(
-        self, ranks: Sequence[RankMemory], blocks: Sequence[int], arrays: Sequence[np.ndarray]
-    ) -> tuple[Runs, int]:
+    def _runs(self, ranks: Sequence[RankMemory], blocks: Sequence[int], addresses: np.ndarray) -> tuple[Runs, int]:
         """What is read from the GPU, and the host's address that offsets there count from."""
         numbers = np.asarray(blocks, np.int64)
-        addresses = np.array([array.ctypes.data for array in arrays], np.int64)
         base = int(addresses.min()) & ~0xF
         here, there, sizes = [], [], []
         for rank in ranks:
@@ -148,14 +147,11 @@ class DeviceBlocks:
             sizes.append(np.full(len(here[-1]), size, np.int64))
         return Runs(np.concatenate(here), np.concatenate(there), np.concatenate(sizes)), base
 
-    def _are_pinned(self, arrays: Sequence[np.ndarray]) -> bool:
-        pinned = self._pinned
-        for array in arrays:
-            start = array.ctypes.data
-            at = bisect.bisect_right(pinned, (start, 1 << 64)) - 1
-            if at < 0 or start + array.nbytes > pinned[at][1]:
-                return False
-        return True
+    def _are_pinned(self, addresses: np.ndarray) -> bool:
+        covered = np.zeros(len(addresses), np.bool_)
+        for start, stop in self._pinned:
+            covered |= (addresses >= start) & (addresses <= stop - self.block_bytes)
+        return bool(covered.all())
 
     def _own_block(self) -> np.ndarray:
         """Registered memory for one block, of the calling thread."""

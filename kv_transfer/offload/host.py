@@ -326,7 +326,7 @@ class HostTier:
                     job.error = job.error or f"{self.name} is closed"
                     return
                 if load.memory is not None:
-                    load.memory.write([load.blocks[p] for p in part], [pool.block(slot) for slot in slots.tolist()])
+                    load.memory.write([load.blocks[p] for p in part], pool.blocks(slots))
                 # The lock's release and this read do not change places with the copy's reads.
                 still = pool.still([load.keys[p] for p in part], slots, places.generations[part])
                 for place, good in zip(part, still.tolist(), strict=True):
@@ -439,7 +439,7 @@ class HostTier:
                     return mine[:start], mine[start:]
                 if store.memory is not None:
                     blocks = [store.blocks[place] for place, _ in part]
-                    store.memory.read(blocks, [pool.block(slot) for _, slot in part])
+                    store.memory.read(blocks, pool.blocks(np.array([slot for _, slot in part])))
         return mine, []
 
     def _save(self, job: OpenJob, store: StoreJob, block: np.ndarray, key: TierKey) -> None:

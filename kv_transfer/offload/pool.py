@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .base import Lookup
+from .base import Lookup, SomeRows
 from .keys import KEY_BYTES, TierKey
 
 _PAGE_BYTES = 4096
@@ -192,6 +192,10 @@ class MappedPool:
         """A slot's bytes: [block_bytes] uint8."""
         view: np.ndarray = self._blocks[slot]
         return view
+
+    def blocks(self, slots: np.ndarray) -> SomeRows:
+        """`block` of some slots, [slots] int64."""
+        return SomeRows(self._blocks, slots.astype(np.int64))
 
     def still(self, keys: Sequence[TierKey], slots: np.ndarray, generations: np.ndarray) -> np.ndarray:
         """Whether slots are still those that `find` found: [keys] bool. Keys first: the owner writes them last."""
