@@ -16,13 +16,15 @@ from tandem.core.messages import Child, Sampling
 from tandem.engine.batch import Work
 from tandem.engine.engine import Engine
 from tandem.engine.expert_maps import ExpertMaps
-from tandem.engine.expert_parallel import STALL_S, ExpertGroup, StepSize
+from tandem.engine.expert_parallel import STALL_S, ExpertGroup, StepSize, meet
 from tandem.engine.kv_cache import KVCache
 from tandem.engine.models.decoder import Decoder
 from tandem.engine.models.experts import experts_spec
+from tandem.engine.models.shard import local_kv_heads
 from tandem.engine.models.spec import ModelSpec, read_spec
 from tandem.engine.runner import Runner
 from tandem.engine.sequence import Sequence
+from tandem.engine.tensor_parallel import Alone, Group
 from tandem.engine.weights import load_weights
 from tandem.kernels.device import describe
 from tandem.kernels.expert_exchange import Buffers, Exchange
@@ -55,15 +57,15 @@ class Told(NamedTuple):
     """[layers, local experts]"""
 
 
-def engine_of(folder: Path, group: ExpertGroup | None, device: torch.device = CPU) -> Engine:
-    """An engine in float32 with a rank's experts, or all."""
+def engine_of(folder: Path, group: ExpertGroup | None, device: torch.device = CPU, layers: Group = Alone()) -> Engine:
+    """An engine in float32 with a rank's experts, or all, and its part of the layers."""
     spec = read_spec(folder)
     size = 1 if group is None else group.size
     ops = select(device, torch.float32, experts=experts_spec(spec, torch.float32, 1, size))
-    model = Decoder(spec, 256, torch.float32, device, ops, experts=group)
+    model = Decoder(spec, 256, torch.float32, device, ops, group=layers, experts=group)
     load_weights(model, folder)
     places = max(len(kv.layers) for kv in model.groups)
-    layout = KVLayout(places, spec.num_kv_heads, spec.head_dim, 8, "float32", spec.num_kv_parts)
+    layout = KVLayout(places, local_kv_heads(spec, layers.size), spec.head_dim, 8, "float32", spec.num_kv_parts)
     cache = KVCache(layout, 64, device)
     return Engine(Runner(model, cache.tensor, [0]), cache, prefix_cache=False)
 
@@ -115,17 +117,40 @@ def share(
             if form == "direct" and device_type == "cpu":
                 share_memory(group, read_spec(folder / family), folder / f"{family}-{size}")
             group.serve()
-            got = list(logits_of(engine, PROMPTS[rank]))
-            num_idle = 0
-            while engine.accompany():
-                num_idle += 1
-            assert [logits.shape for logits in got] == [logits.shape for logits in want]
-            pairs = [(a, b) for a, b in zip(got, want, strict=True) if len(a)]
-            differences = [float((a - b).abs().max()) / max(1.0, float(b.abs().max())) for a, b in pairs]
-            same = all(bool((a.argmax(-1) == b.argmax(-1)).all()) for a, b in pairs)
-            told[f"{family} {form}"] = Told(max(differences, default=0.0), same, num_idle, group.loads.tolist())
+            told[f"{family} {form}"] = _compare(engine, group, want, PROMPTS[rank])
             group.close()
     return told
+
+
+def share_both(rank: int, size: int, folder: Path, tensor_parallel: int, families: tuple[str, ...]) -> dict[str, Told]:
+    """Layers among neighbours, and experts among all, on CPUs."""
+    told = {}
+    worker = rank // tensor_parallel
+    for family in families:
+        want = list(logits_of(engine_of(folder / family, None), PROMPTS[worker]))
+        ranks = meet(rank, size, f"file://{folder / 'rendezvous'}-{family}-{size}-both", CPU)
+        layers = ranks.part(tensor_parallel)
+        group = _group_of(rank, size, folder / family, 0, False, CPU, tensor_parallel)
+        engine = engine_of(folder / family, group, CPU, layers)
+        group.take(ranks, CPU)
+        group.serve()
+        told[family] = _compare(engine, group, want, PROMPTS[worker])
+        layers.close()
+        group.close()
+    return told
+
+
+def _compare(engine: Engine, group: ExpertGroup, want: list[torch.Tensor], lengths: tuple[int, ...]) -> Told:
+    """A rank's prompts, and then the others'."""
+    got = list(logits_of(engine, lengths))
+    num_idle = 0
+    while engine.accompany():
+        num_idle += 1
+    assert [logits.shape for logits in got] == [logits.shape for logits in want]
+    pairs = [(a, b) for a, b in zip(got, want, strict=True) if len(a)]
+    differences = [float((a - b).abs().max()) / max(1.0, float(b.abs().max())) for a, b in pairs]
+    same = all(bool((a.argmax(-1) == b.argmax(-1)).all()) for a, b in pairs)
+    return Told(max(differences, default=0.0), same, num_idle, group.loads.tolist())
 
 
 def share_memory(group: ExpertGroup, spec: ModelSpec, path: Path) -> None:
@@ -155,20 +180,21 @@ def share_and_leave(rank: int, size: int, folder: Path, num_redundant: int) -> d
     return told
 
 
-def check(found: list[dict[str, Told]]) -> None:
-    """What all ranks found is what one finds."""
+def check(found: list[dict[str, Told]], tensor_parallel: int = 1) -> None:
+    """What all ranks found is what one finds; so many neighbours had the same prompts."""
     for case in found[0]:
         for rank, told in enumerate(found):
             print(f"{case}, rank {rank}: {told[case].difference:.1e}, idle {told[case].num_idle}")
             assert told[case].difference < 1e-5
             assert told[case].same_tokens
         # Every choice of every token counts in one place, and nothing else does.
-        num_tokens = sum(length + NUM_OUTPUT - 1 for lengths in PROMPTS[: len(found)] for length in lengths)
+        prompts = PROMPTS[: len(found) // tensor_parallel]
+        num_tokens = sum(length + NUM_OUTPUT - 1 for lengths in prompts for length in lengths)
         top_k = 2 if case.startswith(("mixtral", "gpt_oss")) else 3
         for layer in zip(*(told[case].loads for told in found), strict=True):
             assert sum(map(sum, layer)) == num_tokens * top_k
         # The longest prompt takes three chunks, with the last of which comes the first token.
-        assert found[1][case].num_idle == NUM_OUTPUT + 2
+        assert found[tensor_parallel][case].num_idle == NUM_OUTPUT + 2
 
 
 def _leave(rank: int, folder: Path) -> None:
@@ -186,7 +212,13 @@ def _leave(rank: int, folder: Path) -> None:
 
 
 def _group_of(
-    rank: int, size: int, folder: Path, num_redundant: int, fixed: bool, device: torch.device = CPU
+    rank: int,
+    size: int,
+    folder: Path,
+    num_redundant: int,
+    fixed: bool,
+    device: torch.device = CPU,
+    tensor_parallel: int = 1,
 ) -> ExpertGroup:
     spec = read_spec(folder)
     wanted = experts_spec(spec, torch.float32, 1, size)
@@ -194,4 +226,4 @@ def _group_of(
     assert wanted is not None
     maps = ExpertMaps(len(spec.moe_layers), spec.moe.num_experts, num_redundant, size, device)
     batched = KERNELS[select_experts(wanted._replace(format="batched"), describe(device)).backend]
-    return ExpertGroup(rank, size, maps, 4 if fixed else 0, batched)
+    return ExpertGroup(rank, size, maps, 4 if fixed else 0, batched, tensor_parallel=tensor_parallel)
