@@ -120,16 +120,16 @@ class Experts:
         if ops.moe.form == "monolithic":
             moe, own = self.spec, self.weights
             return ops.moe.compute(x, self.router, own.gate_up, own.down, moe.top_k, moe.renormalize)
-        own = slice(None) if self._group is None else self._group.part(len(x))
-        logits = ops.linear(x[own], self.router, self.router_bias)
+        mine = slice(None) if self._group is None else self._group.part(len(x))
+        logits = ops.linear(x[mine], self.router, self.router_bias)
         weights, ids = route(logits, self.spec.routing, self.correction)
         if self._group is None:
             out = ops.moe.compute(x, weights, ids, self.weights)
         else:
-            out = self._across(self._group, x[own], weights, ids, ops)
+            out = self._across(self._group, x[mine], weights, ids, ops)
             if self._group.tensor_parallel > 1:
                 whole = torch.zeros_like(x)
-                whole[own] = out
+                whole[mine] = out
                 out = whole
         return out if self.shared is None else out + self.shared(x, ops)
 

@@ -10,13 +10,15 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from tandem.core.config import Config
 from tandem.core.errors import WorkerError
 from tandem.core.hashing import root_hash
 from tandem.core.messages import Child, Sampling
 from tandem.engine.batch import Work
+from tandem.engine.build import build_engine, warm_up
 from tandem.engine.engine import Engine
 from tandem.engine.expert_maps import ExpertMaps
-from tandem.engine.expert_parallel import STALL_S, ExpertGroup, StepSize, meet
+from tandem.engine.expert_parallel import STALL_S, ExpertGroup, ExpertPlace, StepSize, meet
 from tandem.engine.kv_cache import KVCache
 from tandem.engine.models.decoder import Decoder
 from tandem.engine.models.experts import experts_spec
@@ -34,6 +36,7 @@ from tandem.kernels.oracle import select
 from tandem.kv_transfer.layout import KVLayout
 
 CPU = torch.device("cpu")
+ROOT = root_hash("experts")
 FAMILIES: dict[str, dict[str, object]] = {
     "qwen3_moe": {"num_experts": 8, "decoder_sparse_step": 1},
     "mixtral": {"num_local_experts": 4},
@@ -74,7 +77,7 @@ def logits_of(engine: Engine, lengths: tuple[int, ...]) -> Iterator[torch.Tensor
     """Compute prompts in chunks of 20, beside each other, then greedy tokens: the logits after each step."""
     prompts = [[(11 * i * i + 13 * j + n) % 131 for j in range(n)] for i, n in enumerate(lengths)]
     sequences = [
-        Sequence(f"r{i}", prompt, len(prompt), [Child(0, i)], Sampling(logprobs=1), root_hash("experts"))
+        Sequence(f"r{i}", prompt, len(prompt), [Child(0, i)], Sampling(logprobs=1), ROOT)
         for i, prompt in enumerate(prompts)
     ]
     for sequence in sequences:
@@ -111,12 +114,14 @@ def share(
     for family in families:
         want = list(logits_of(engine_of(folder / family, None, device), PROMPTS[rank]))
         for form in forms:
-            group = _group_of(rank, size, folder / family, num_redundant, form != "exact", device)
+            direct = form == "direct"
+            group = _group_of(rank, size, folder / family, num_redundant, form != "exact", device, direct=direct)
             engine = engine_of(folder / family, group, device)
             group.join(f"file://{folder / 'rendezvous'}-{family}-{size}-{form}", device)
-            if form == "direct" and device_type == "cpu":
+            if direct and device_type == "cpu":
                 share_memory(group, read_spec(folder / family), folder / f"{family}-{size}")
             group.serve()
+            assert not direct or group.direct is not None, group.why_not_direct
             told[f"{family} {form}"] = _compare(engine, group, want, PROMPTS[rank])
             group.close()
     return told
@@ -172,6 +177,55 @@ def share_directly(rank: int, size: int, folder: Path, families: tuple[str, ...]
     return share(rank, size, folder, 0, "cpu", families, ("direct",))
 
 
+def on_graphs(rank: int, size: int, folder: Path, family: str) -> tuple[list[list[int]], bool]:
+    """On GPUs, as workers are built: decode steps are graphs over peers' memory, and an idle rank replays them, too.
+
+    Returns:
+        (output tokens, with logits that were not numbers as −1; whether a rank alone says the same).
+    """
+    torch.cuda.set_device(rank)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    document = {
+        "model": {"path": str(folder / family), "dtype": "float32", "max_model_len": 128},
+        "kv": {"capacity": "8MB"},
+    }
+    config = Config.model_validate(document)
+
+    def say(place: ExpertPlace | None) -> list[list[int]]:
+        built = build_engine(config, 4, torch.device("cuda"), lambda *_: None, 32, place=place)
+        engine = built.engine
+        warm_up(engine, 32, lambda *_: None)
+        engine.runner.serve()
+        assert engine.runner.graphs is not None
+        if place is not None:
+            assert engine.model.experts is not None
+            assert engine.model.experts.direct is not None, engine.model.experts.why_not_direct
+        sequences = [
+            Sequence(f"r{i}", [(11 * j * j + 13 * i + n) % 131 for j in range(n)], n, [Child(0, i)], Sampling(), ROOT)
+            for i, n in enumerate(PROMPTS[rank])
+        ]
+        for sequence in sequences:
+            assert engine.reserve(sequence, sequence.num_tokens + 24)
+        while todo := [sequence for sequence in sequences if sequence.num_output_tokens < 24]:
+            plan = [Work(sequence, min(20, sequence.num_tokens - sequence.num_computed)) for sequence in todo]
+            for outcome in engine.step(plan):
+                if outcome.samples is not None:
+                    outcome.sequence.tokens.append(-1 if outcome.samples[0] is None else outcome.samples[0].token)
+        while engine.accompany():
+            pass
+        torch.cuda.synchronize()
+        if engine.model.experts is not None:
+            engine.model.experts.check()
+            engine.runner.graphs = None
+            engine.model.experts.close()
+        return [sequence.tokens[sequence.num_prompt_tokens :] for sequence in sequences]
+
+    alone = say(None)
+    return alone, say(
+        ExpertPlace(rank, size, lambda: f"file://{folder / 'rendezvous'}-{family}-{size}-graphs")
+    ) == alone
+
+
 def share_and_leave(rank: int, size: int, folder: Path, num_redundant: int) -> dict[str, Told]:
     """`share`; then, of two, the second leaves in the middle of a step. On CPUs: NCCL waits for those who are gone."""
     told = share(rank, size, folder, num_redundant)
@@ -219,6 +273,8 @@ def _group_of(
     fixed: bool,
     device: torch.device = CPU,
     tensor_parallel: int = 1,
+    *,
+    direct: bool = False,
 ) -> ExpertGroup:
     spec = read_spec(folder)
     wanted = experts_spec(spec, torch.float32, 1, size)
@@ -226,4 +282,7 @@ def _group_of(
     assert wanted is not None
     maps = ExpertMaps(len(spec.moe_layers), spec.moe.num_experts, num_redundant, size, device)
     batched = KERNELS[select_experts(wanted._replace(format="batched"), describe(device)).backend]
-    return ExpertGroup(rank, size, maps, 4 if fixed else 0, batched, tensor_parallel=tensor_parallel)
+    buffers = None
+    if device.type == "cuda" and direct:
+        buffers = Buffers(size, 4, spec.hidden, spec.moe.top_k, maps.num_local, torch.float32)
+    return ExpertGroup(rank, size, maps, 4 if fixed else 0, batched, buffers, tensor_parallel)
