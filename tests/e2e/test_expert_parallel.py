@@ -12,7 +12,6 @@ import pytest
 from support.load import Answer, ask_all, body
 from support.served import Served, wait_for
 
-BOTH = "pools={colocated: {replicas: 2, tensor_parallel: 2, threads: 1}}"
 POOLS = "pools={prefill: {replicas: 2, threads: 1}, decode: {replicas: 2, threads: 1}}"
 
 
@@ -51,17 +50,3 @@ def test_a_death_takes_the_group_along_and_it_forms_again(group: Served, served:
     assert [answer.tokens for answer in answers] == [answer.tokens for answer in ask_all(served.url, requests)]
     assert {group.worker(f"decode-{index}").pid for index in range(2)}.isdisjoint(process.pid for process in before)
     assert group.worker("prefill-0").create_time() < asked_s, "prefill workers are another group"
-
-
-def test_workers_of_several_ranks(tmp_path_factory: pytest.TempPathFactory, served: Served) -> None:
-    """Two workers, each of two processes that share layers; experts are spread over all four."""
-    both = Served(tmp_path_factory.mktemp("both"), "--set", BOTH, "--set", "experts.parallel=2")
-    try:
-        both.wait_ready()
-        requests = [body(index) for index in range(40, 46)]
-        answers = ask_all(both.url, requests)
-        assert all(answer.good for answer in answers), [answer.error for answer in answers]
-        assert [answer.tokens for answer in answers] == [answer.tokens for answer in ask_all(served.url, requests)]
-        assert both.stop() == 0, both.text()
-    finally:
-        both.kill()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.checkpoints import make_checkpoint
 from support.ranks import run_ranks
-from support.sharded_experts import FAMILIES, PROMPTS, check, on_graphs, share
+from support.sharded_experts import FAMILIES, NUM_TOKENS, PROMPTS, check, on_graphs, share
 
 GPUS = torch.cuda.device_count()
 SIZES = [size for size in (2, 4) if size <= GPUS] or [2]
@@ -35,5 +35,5 @@ def test_graphs(family: str, size: int, tmp_path: Path) -> None:
     make_checkpoint(family, tmp_path / family, **FAMILIES[family])
     found = run_ranks(size, on_graphs, tmp_path, family, timeout_s=400)
     for rank, (tokens, same) in enumerate(found):
-        assert [len(each) for each in tokens] == [24] * len(PROMPTS[rank])
+        assert [len(each) for each in tokens] == [NUM_TOKENS] * len(PROMPTS[rank])
         assert same, f"rank {rank}: {tokens}"

@@ -15,7 +15,7 @@ from tandem.core.errors import WorkerError
 from tandem.core.hashing import root_hash
 from tandem.core.messages import Child, Sampling
 from tandem.engine.batch import Work
-from tandem.engine.build import build_engine, warm_up
+from tandem.engine.build import warm_up
 from tandem.engine.engine import Engine
 from tandem.engine.expert_maps import ExpertMaps
 from tandem.engine.expert_parallel import STALL_S, ExpertGroup, ExpertPlace, StepSize, meet
@@ -24,6 +24,7 @@ from tandem.engine.models.decoder import Decoder
 from tandem.engine.models.experts import experts_spec
 from tandem.engine.models.shard import local_kv_heads
 from tandem.engine.models.spec import ModelSpec, read_spec
+from tandem.engine.ranks import build_on_ranks
 from tandem.engine.runner import Runner
 from tandem.engine.sequence import Sequence
 from tandem.engine.tensor_parallel import Alone, Group
@@ -46,6 +47,7 @@ FAMILIES: dict[str, dict[str, object]] = {
 # Prompts of each rank, by their lengths; what is beyond a rank's turn it spends idle.
 PROMPTS = ((45, 9), (), (33,), (1, 2, 3))
 NUM_OUTPUT = 6
+NUM_TOKENS = 24
 
 
 class Told(NamedTuple):
@@ -181,49 +183,67 @@ def on_graphs(rank: int, size: int, folder: Path, family: str) -> tuple[list[lis
     """On GPUs, as workers are built: decode steps are graphs over peers' memory, and an idle rank replays them, too.
 
     Returns:
-        (output tokens, with logits that were not numbers as −1; whether a rank alone says the same).
+        (output tokens of one with all experts, with logits that were not numbers as −1; whether ranks say the same).
     """
     torch.cuda.set_device(rank)
     torch.backends.cuda.matmul.allow_tf32 = False
-    document = {
-        "model": {"path": str(folder / family), "dtype": "float32", "max_model_len": 128},
-        "kv": {"capacity": "8MB"},
-    }
-    config = Config.model_validate(document)
+    config = _config(folder / family, {"gpus_per_replica": 1})
+    alone = _say(config, PROMPTS[rank], None)
+    place = ExpertPlace(rank, size, lambda: f"file://{folder / 'rendezvous'}-{family}-{size}-graphs")
+    return alone, _say(config, PROMPTS[rank], place) == alone
 
-    def say(place: ExpertPlace | None) -> list[list[int]]:
-        built = build_engine(config, 4, torch.device("cuda"), lambda *_: None, 32, place=place)
-        engine = built.engine
-        warm_up(engine, 32, lambda *_: None)
-        engine.runner.serve()
+
+def as_workers(worker: int, size: int, folder: Path, family: str) -> tuple[list[list[int]], bool]:
+    """On CPUs, as workers are built, of two processes each; returns as `on_graphs`."""
+    alone = _say(_config(folder / family, {}), PROMPTS[worker], None)
+    config = _config(folder / family, {"tensor_parallel": 2, "replicas": size, "expert_parallel": size})
+    place = ExpertPlace(worker, size, lambda: f"file://{folder / 'rendezvous'}-{family}-workers")
+    return alone, _say(config, PROMPTS[worker], place) == alone
+
+
+def _config(folder: Path, pool: dict[str, int]) -> Config:
+    limits = {"max_running": 4, "max_batched_tokens": 32}
+    return Config.model_validate(
+        {
+            "model": {"path": str(folder), "dtype": "float32", "max_model_len": 128},
+            "kv": {"capacity": "8MB"},
+            "pools": {"colocated": limits | pool},
+        }
+    )
+
+
+def _say(config: Config, lengths: tuple[int, ...], place: ExpertPlace | None) -> list[list[int]]:
+    """Greedy tokens of a worker, until the others have done theirs."""
+    pool = config.pools.colocated
+    assert pool is not None
+    built, others = build_on_ranks(config, pool, 1, lambda *_: None, place)
+    engine, experts = built.engine, built.engine.model.experts
+    warm_up(engine, pool.max_batched_tokens, lambda *_: None)
+    engine.runner.serve()
+    if pool.gpus_per_replica:
         assert engine.runner.graphs is not None
-        if place is not None:
-            assert engine.model.experts is not None
-            assert engine.model.experts.direct is not None, engine.model.experts.why_not_direct
-        sequences = [
-            Sequence(f"r{i}", [(11 * j * j + 13 * i + n) % 131 for j in range(n)], n, [Child(0, i)], Sampling(), ROOT)
-            for i, n in enumerate(PROMPTS[rank])
-        ]
-        for sequence in sequences:
-            assert engine.reserve(sequence, sequence.num_tokens + 24)
-        while todo := [sequence for sequence in sequences if sequence.num_output_tokens < 24]:
-            plan = [Work(sequence, min(20, sequence.num_tokens - sequence.num_computed)) for sequence in todo]
-            for outcome in engine.step(plan):
-                if outcome.samples is not None:
-                    outcome.sequence.tokens.append(-1 if outcome.samples[0] is None else outcome.samples[0].token)
-        while engine.accompany():
-            pass
+        assert experts is None or experts.direct is not None, experts.why_not_direct
+    sequences = [
+        Sequence(f"r{i}", [(11 * j * j + 13 * i + n) % 131 for j in range(n)], n, [Child(0, i)], Sampling(), ROOT)
+        for i, n in enumerate(lengths)
+    ]
+    for sequence in sequences:
+        assert engine.reserve(sequence, sequence.num_tokens + NUM_TOKENS)
+    while todo := [sequence for sequence in sequences if sequence.num_output_tokens < NUM_TOKENS]:
+        plan = [Work(sequence, min(20, sequence.num_tokens - sequence.num_computed)) for sequence in todo]
+        for outcome in engine.step(plan):
+            if outcome.samples is not None:
+                outcome.sequence.tokens.append(-1 if outcome.samples[0] is None else outcome.samples[0].token)
+    while engine.accompany():
+        pass
+    if others is not None:
+        others.close()
+    if pool.gpus_per_replica and experts is not None:
         torch.cuda.synchronize()
-        if engine.model.experts is not None:
-            engine.model.experts.check()
-            engine.runner.graphs = None
-            engine.model.experts.close()
-        return [sequence.tokens[sequence.num_prompt_tokens :] for sequence in sequences]
-
-    alone = say(None)
-    return alone, say(
-        ExpertPlace(rank, size, lambda: f"file://{folder / 'rendezvous'}-{family}-{size}-graphs")
-    ) == alone
+        experts.check()
+        engine.runner.graphs = None
+        experts.close()
+    return [sequence.tokens[sequence.num_prompt_tokens :] for sequence in sequences]
 
 
 def share_and_leave(rank: int, size: int, folder: Path, num_redundant: int) -> dict[str, Told]:
