@@ -79,7 +79,7 @@ def choices_for(config: Config, spec: ModelSpec, device: Device) -> dict[str, Ch
         choices["exchange"] = exchange_oracle.select(experts, device, few=False)
         if device.type == "cuda":
             choices["exchange, few tokens"] = few
-            choices["moe, few tokens"] = select_experts(experts._replace(format="batched"), device)
+            choices["moe, after all_gather"] = select_experts(experts._replace(format="batched"), device)
     absent = set(LATENT if spec.latent is None else GROUPED)
     if spec.moe is None:
         absent.add("moe")
