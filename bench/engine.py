@@ -116,8 +116,7 @@ class EngineBench:
         built_s = time.perf_counter()
         warm_up(built.engine, pool.max_batched_tokens, lambda *_: None)
         self._engine: Engine = built.engine
-        if built.engine.model.experts is not None:
-            built.engine.model.experts.serve()
+        built.engine.runner.serve()
         self._max_model_len = built.max_model_len
         self._fingerprint = built.fingerprint
         self._rng = random.Random(0)

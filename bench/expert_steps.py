@@ -23,6 +23,7 @@ class Task(NamedTuple):
         context: tokens of a prompt.
         steps: of a generation.
         chunk: tokens of a step with prompts.
+        ranks: that share layers; those that share experts are counted by who starts them.
     """
 
     device: str
@@ -31,6 +32,7 @@ class Task(NamedTuple):
     context: int
     steps: int
     chunk: int
+    ranks: int = 1
 
 
 def share_experts(rank: int, size: int, task: Task, folder: str) -> dict[str, Any]:
@@ -53,9 +55,9 @@ def share_experts(rank: int, size: int, task: Task, folder: str) -> dict[str, An
     return {"sharing": "experts", "direct": direct, "graphs": graphs, "batch_a_rank": batch, "step_s": seconds}
 
 
-def share_layers(_: int, __: int, size: int, task: Task, folder: str) -> dict[str, Any]:
+def share_layers(_: int, __: int, task: Task, folder: str) -> dict[str, Any]:
     """The whole of it: the first rank starts the others."""
-    config = _config(task, folder, task.batch, 0, {"tensor_parallel": size})
+    config = _config(task, folder, task.batch, 0, {"tensor_parallel": task.ranks})
     pool = config.pools.colocated
     assert pool is not None
     bench = EngineBench(config, pool, torch.device(task.device))

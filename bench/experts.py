@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-import os
+import subprocess
+import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +24,49 @@ from . import expert_exchange, expert_steps
 from .kernels import MODELS
 from .machine import describe
 
+_PARTS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "exchange": (expert_exchange.measure, expert_exchange.Task),
+    "share_experts": (expert_steps.share_experts, expert_steps.Task),
+    "share_layers": (expert_steps.share_layers, expert_steps.Task),
+}
+"""What a rank does, and with what."""
 
-def on_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """``function(rank, size, *arguments, folder)`` in as many processes at a time, and what each returned.
+
+def on_ranks(size: int, part: str, task: Sequence[Any], *, interpreted: bool = False) -> list[Any]:
+    """What the ranks found, each a process of its own. One that fails ends the others.
 
     Args:
         size: ranks.
-        function: of a module that a new process can import.
-        arguments: the same for all; a folder of this run comes after them.
+        part: of `_PARTS`.
+        task: what to measure.
+        interpreted: Triton's kernels are, by CPUs.
     """
     with tempfile.TemporaryDirectory(prefix="tandem-bench-") as folder:
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(size, mp_context=context) as pool:
-            tasks = [pool.submit(function, rank, size, *arguments, folder) for rank in range(size)]
-            return [task.result() for task in tasks]
+        given = [part, json.dumps(task), folder, str(size)]
+        sets = ["env", "TRITON_INTERPRET=1"] if interpreted else []
+        ranks = [
+            subprocess.Popen([*sets, sys.executable, "-m", "tandem.bench.experts", "rank", *given, str(rank)])
+            for rank in range(size)
+        ]
+        try:
+            while any(rank.poll() is None for rank in ranks):
+                if any(rank.returncode for rank in ranks):
+                    break
+                time.sleep(0.1)
+        finally:
+            for rank in ranks:
+                rank.kill()
+                rank.wait()
+        if any(rank.returncode for rank in ranks):
+            raise ConfigError("a rank failed, see above")
+        return [json.loads((Path(folder) / f"found-{rank}").read_text()) for rank in range(size)]
+
+
+def be_rank(part: str, task: str, folder: str, size: str, rank: str) -> None:
+    """One process of `on_ranks`."""
+    measure, kind = _PARTS[part]
+    found = measure(int(rank), int(size), kind(*json.loads(task)), folder)
+    (Path(folder) / f"found-{rank}").write_text(json.dumps(found))
 
 
 def exchange_records(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -46,7 +75,7 @@ def exchange_records(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         options.device, options.tokens, options.hidden, options.experts, options.top_k, options.dtype, options.programs,
         options.rounds, options.replays,
     )  # fmt: skip
-    found = on_ranks(options.ranks, expert_exchange.measure, task)
+    found = on_ranks(options.ranks, "exchange", task, interpreted=options.device == "cpu")
     yield from (max(records, key=lambda record: record["p50_us"]) for records in zip(*found, strict=True))
 
 
@@ -56,9 +85,9 @@ def decode_records(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     task = expert_steps.Task(options.device, model, options.batch, options.context, options.steps, options.chunk)
     best = {"experts": float("inf"), "layers": float("inf")}
     for _ in range(options.alternations):
-        found = on_ranks(options.ranks, expert_steps.share_experts, task)
+        found = on_ranks(options.ranks, "share_experts", task)
         slowest = max(found, key=lambda record: record["step_s"])
-        for record in (slowest, *on_ranks(1, expert_steps.share_layers, options.ranks, task)):
+        for record in (slowest, *on_ranks(1, "share_layers", task._replace(ranks=options.ranks))):
             best[record["sharing"]] = min(best[record["sharing"]], record["step_s"])
             seconds = record.pop("step_s")
             rate = round(options.batch / seconds, 1)
@@ -100,8 +129,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"{options.ranks} ranks need a GPU each, and {torch.cuda.device_count()} are here",
             fix="give --ranks, or --device cpu to see that it runs",
         )
-    if options.device == "cpu" and options.part == "exchange":
-        os.environ["TRITON_INTERPRET"] = "1"  # for the ranks, before they read Triton
     machine = describe()
     if options.device == "cuda":
         machine["device"] = torch.cuda.get_device_name(0)
@@ -113,6 +140,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 if __name__ == "__main__":
     try:
-        main()
+        if sys.argv[1:2] == ["rank"]:
+            be_rank(*sys.argv[2:])
+        else:
+            main()
     except ConfigError as error:
         raise SystemExit(f"tandem: {error}") from None

@@ -262,8 +262,7 @@ class WorkerRuntime:
                 self._offloader,
             )
         self._update_report()
-        if built.engine.model.experts is not None:
-            built.engine.model.experts.serve()
+        built.engine.runner.serve()
         self._mesh.start()
         self._progress("ready")
         logger.info("ready at %s", self._mesh.endpoint)

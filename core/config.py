@@ -71,7 +71,8 @@ class _Pool(_Section):
     """Processes of one host that share the model, each with a part of every layer. Prefill and decode workers may have
     different numbers of them."""
     expert_parallel: int | None = Field(default=None, ge=1, le=1024)
-    """Workers of this pool that share the experts of one model. Default: experts.parallel."""
+    """Workers of this pool that share the experts of one model, each with as many processes as tensor_parallel says,
+    over all of which experts are spread. Default: experts.parallel."""
     threads: int | None = Field(default=None, ge=1, le=1024)
     """Threads that one CPU operation may use. Default: all of the node's."""
     kv: PoolKVConfig = PoolKVConfig()
@@ -310,9 +311,10 @@ class OffloadConfig(_Section):
 class ExpertsConfig(_Section):
     parallel: int = Field(default=1, ge=1, le=1024)
     """Workers of a pool that share the experts of one model: each has some of them, and requests of its own. Divides
-    every pool's replicas. One that dies takes the others of its group along; all start anew."""
+    every pool's replicas. Where a worker has several processes (tensor_parallel), experts are spread over all of them.
+    One that dies takes the others of its group along; all start anew."""
     redundant: int = Field(default=0, ge=0, le=4096)
-    """Experts of a layer that such a group holds a second time. The model's and these divide among its workers."""
+    """Experts of a layer that such a group holds a second time. The model's and these divide among its processes."""
 
 
 class LogConfig(_Section):
@@ -375,11 +377,6 @@ class Config(_Section):
                 raise ValueError(
                     f"experts.parallel: pools.{role}.replicas: {pool.replicas} is no multiple of {size} workers that "
                     f"share experts: give {size} replicas, or pools.{role}.expert_parallel: 1"
-                )
-            if pool.tensor_parallel > 1:
-                raise ValueError(
-                    f"experts.parallel: {size} with pools.{role}.tensor_parallel: {pool.tensor_parallel}: workers "
-                    "share either experts or layers"
                 )
         return self
 

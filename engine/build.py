@@ -93,10 +93,12 @@ def build_engine(
             "the first is 0"
         )
     dtype, kv_dtype = plan_dtypes(config, spec, device.type)
-    experts = experts_spec(spec, TORCH_DTYPES[dtype], group.size, place.size if place else 1)
+    shares = (1, place.size) if place else (group.size, 1)
+    experts = experts_spec(spec, TORCH_DTYPES[dtype], *shares)
     expert_group: ExpertGroup | None = None
     if place is not None:
-        expert_group = make_group(place, spec, experts, config.experts.redundant, device, max_running)
+        redundant = config.experts.redundant
+        expert_group = make_group(place, spec, experts, redundant, device, max_running, group.size)
     scheme = spec.quantization.scheme if spec.quantization else None
     types = TORCH_DTYPES[dtype], KV_DTYPES[kv_dtype]
     ops = select(device, *types, config.model.kernels, experts, scheme, sinks=spec.sinks)
@@ -123,7 +125,10 @@ def build_engine(
             load_weights(model, folder, lambda done, total: progress("weights", done / total))
         if expert_group is not None and place is not None:
             progress("waiting for those that share the experts", 0.0)
-            expert_group.join(place.meet(), device)
+            if place.ranks is None:
+                expert_group.join(place.meet(), device)
+            else:
+                expert_group.take(place.ranks, device)
         if device.type == "cuda":
             progress("largest steps (the first time compiles kernels)", 0.0)
             memory = profile_steps(model, layout, max_batched_tokens, max_running, max_model_len, kept_layers)

@@ -61,6 +61,8 @@ class ExpertPlace(NamedTuple):
     size: int
     meet: Callable[[], str]
     """Blocks until all ranks are about to join, and says where: a rendezvous for `ExpertGroup.join`."""
+    ranks: TorchGroup | None = None
+    """All ranks, where they have met already: some of them share layers, too."""
 
 
 class Sent(NamedTuple):
@@ -104,6 +106,8 @@ class ExpertGroup:
         fixed_rows: tokens of a rank that a fixed buffer holds; 0: there is no fixed form.
         batched: computes what comes in the fixed form.
         buffers: for the direct form, where it is wanted.
+        tensor_parallel: so many neighbours among the ranks share layers, and so have the same tokens, of which each
+            sends off a part.
 
     Attributes:
         loads: [layers, local experts] int64, tokens that came to each, which nobody sets back here.
@@ -121,12 +125,14 @@ class ExpertGroup:
         fixed_rows: int = 0,
         batched: Kernel | None = None,
         buffers: Buffers | None = None,
+        tensor_parallel: int = 1,
     ) -> None:
         self.rank, self.size = rank, size
         self.maps = maps
         self.fixed_rows = fixed_rows
         self.batched = batched
         self.buffers = buffers
+        self.tensor_parallel = tensor_parallel
         self.fixed = False
         self.rows = 0
         self.direct: Exchange | None = None
@@ -145,7 +151,11 @@ class ExpertGroup:
         """
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
-        self._ranks = TorchGroup(self.rank, self.size, rendezvous, device, timeout_s=_START_S, direct=False)
+        self.take(meet(self.rank, self.size, rendezvous, device), device)
+
+    def take(self, ranks: TorchGroup, device: torch.device) -> None:
+        """`join` those who have met."""
+        self._ranks = ranks
         if self.buffers is not None and device.type == "cuda":
             try:
                 self._memory = PeerMemory(self.buffers.num_bytes, self.rank, device, self._ranks.exchange)
@@ -171,6 +181,12 @@ class ExpertGroup:
         if self.loads.device.type == "cpu":  # NCCL has connected the GPUs, and watches over them itself
             self._group = self._hosts
 
+    def part(self, num_tokens: int) -> slice:
+        """Which of its tokens a rank routes and sends off; others that share its layers have the rest."""
+        each = -(-num_tokens // self.tensor_parallel)
+        first = min(self.rank % self.tensor_parallel * each, num_tokens)
+        return slice(first, min(first + each, num_tokens))
+
     def work_of(self, num_tokens: int) -> StepSize:
         """How a step of so many tokens is announced."""
         return StepSize.FEW if num_tokens <= self.fixed_rows else StepSize.MANY
@@ -188,7 +204,8 @@ class ExpertGroup:
         if self.fixed:
             self.rows = next(size for size in ladder(self.fixed_rows) if int(most[1]) <= size)
             if self.direct is not None:
-                self.direct.live.fill_(num_tokens)
+                own = self.part(num_tokens)
+                self.direct.live.fill_(own.stop - own.start)
         return agreed
 
     def record(self, rows: int, slots: Tensor) -> None:
@@ -200,7 +217,8 @@ class ExpertGroup:
         """
         assert self.direct is not None, "no other form can be recorded"
         self.fixed, self.rows = True, rows
-        self.direct.live.copy_((slots >= 0).sum(0, keepdim=True))
+        own = self.part(rows)
+        self.direct.live.copy_((slots[own] >= 0).sum(0, keepdim=True))
 
     def check(self) -> None:
         """Does not wait. To be asked when a step's results are there.
@@ -303,11 +321,11 @@ class ExpertGroup:
         """`dispatch` in the direct form: what came, and what `combine_direct` needs to know of this rank's tokens. A
         rank that does not take part is told by `check`."""
         slots = self.maps.slots(layer, ids, self.rank)
-        return direct.dispatch(x, weights, slots, self.rows), slots
+        return direct.dispatch(x, weights, slots, self._rank_rows), slots
 
     def combine_direct(self, direct: Exchange, layer: int, out: Tensor, slots: Tensor) -> Tensor:
         """`combine` in the direct form; ``out`` as `Exchange.combine` takes it."""
-        return direct.combine(out, slots, self.rows, self.loads[layer])
+        return direct.combine(out, slots, self._rank_rows, self.loads[layer])
 
     def close(self) -> None:
         """Leave, all ranks together. After an error a process should end instead."""
@@ -319,6 +337,10 @@ class ExpertGroup:
             self._memory = None
         if self._ranks is not None:
             self._ranks.close()
+
+    @property
+    def _rank_rows(self) -> int:
+        return -(-self.rows // self.tensor_parallel)
 
     def _exchange(self, rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
         came = torch.empty(sum(received), rows.shape[1], dtype=rows.dtype, device=rows.device)
@@ -354,6 +376,15 @@ def open_rendezvous(address: str) -> str:
     return f"tcp://[{address}]:{port}" if ":" in address else f"tcp://{address}:{port}"
 
 
+def meet(rank: int, size: int, rendezvous: str, device: torch.device) -> TorchGroup:
+    """All ranks that share experts, which may be late by minutes: they read weights, and compile.
+
+    Raises:
+        WorkerError: a rank did not come.
+    """
+    return TorchGroup(rank, size, rendezvous, device, timeout_s=_START_S, direct=False)
+
+
 def make_group(
     place: ExpertPlace,
     spec: ModelSpec,
@@ -361,6 +392,7 @@ def make_group(
     num_redundant: int,
     device: torch.device,
     rows: int,
+    tensor_parallel: int = 1,
 ) -> ExpertGroup:
     """A rank's end for a model, which has not met the others yet.
 
@@ -371,6 +403,7 @@ def make_group(
         num_redundant: slots beyond one for each expert.
         device: of this rank.
         rows: tokens of a rank that a fixed buffer is to hold, where the device computes in that form.
+        tensor_parallel: neighbouring ranks that share layers.
 
     Raises:
         ConfigError: the model has no experts, or they cannot be divided.
@@ -382,11 +415,13 @@ def make_group(
         )
     maps = ExpertMaps(len(spec.moe_layers), spec.moe.num_experts, num_redundant, place.size, device)
     if device.type == "cpu":  # bytes cost more than waiting
-        return ExpertGroup(place.rank, place.size, maps)
+        return ExpertGroup(place.rank, place.size, maps, tensor_parallel=tensor_parallel)
     batched = select(experts._replace(format="batched"), describe(device)).backend
-    buffers = Buffers(place.size, rows, spec.hidden, spec.moe.top_k, maps.num_local, experts.dtype)
+    each = -(-rows // tensor_parallel)
+    buffers = Buffers(place.size, each, spec.hidden, spec.moe.top_k, maps.num_local, experts.dtype)
     wanted = exchange_oracle.select(experts, describe(device)).backend == "peer_memory"
-    return ExpertGroup(place.rank, place.size, maps, rows, KERNELS[batched], buffers if wanted else None)
+    kernel, direct = KERNELS[batched], buffers if wanted else None
+    return ExpertGroup(place.rank, place.size, maps, rows, kernel, direct, tensor_parallel)
 
 
 def _pack(x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:

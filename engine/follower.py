@@ -28,10 +28,23 @@ from ..kv_transfer.transports.base import Notify
 from ..kv_transfer.transports.mover import Mover
 from .build import build_engine, use_threads
 from .engine import Engine
-from .rank_wire import Built, Capture, Compute, CopyBlock, Holds, Message, PeerAccess, Task, encode, receive, step_of
-from .ranks import device_of
+from .rank_wire import (
+    Accompany,
+    Built,
+    Capture,
+    Compute,
+    CopyBlock,
+    Holds,
+    Message,
+    PeerAccess,
+    Serve,
+    Task,
+    encode,
+    receive,
+    step_of,
+)  # fmt: skip
+from .ranks import device_of, join
 from .runner import Runner
-from .tensor_parallel import TorchGroup
 
 
 def main(connection: socket.socket, orders: socket.socket) -> None:
@@ -64,7 +77,8 @@ def main(connection: socket.socket, orders: socket.socket) -> None:
         logger.error("rank %d of %d ends: %s", task.rank, task.size, error)
     finally:
         # The first rank does it, unless it was killed.
-        shutil.rmtree(Path(task.rendezvous.removeprefix("file://")).parent, ignore_errors=True)
+        if task.among is None:
+            shutil.rmtree(Path(task.rendezvous.removeprefix("file://")).parent, ignore_errors=True)
 
 
 def _build(connection: socket.socket, task: Task) -> Engine | None:
@@ -76,11 +90,12 @@ def _build(connection: socket.socket, task: Task) -> Engine | None:
 
     device = device_of(task.device, task.rank)
     try:
-        group = TorchGroup(task.rank, task.size, task.rendezvous, device)
+        group, place = join(task.rank, task.size, task.rendezvous, device, task.among)
         config = Config.model_validate_json(task.config)
         built = build_engine(
-            config, task.max_running, device, lambda *_: None, task.max_batched_tokens, group=group, agree=agree
-        )
+            config, task.max_running, device, lambda *_: None, task.max_batched_tokens, group=group, agree=agree,
+            place=place,
+        )  # fmt: skip
     except TandemError as error:
         send_frame(connection, encode(Built(0, str(error))))
         return None
@@ -138,6 +153,10 @@ class Follower:
                 self._runner.copy_block(message.source, message.target)
                 self._num_copies += 1
                 self._tell_copies()
+            case Serve():
+                self._runner.serve()
+            case Accompany():
+                self._runner.accompany()
             case Capture():
                 self._runner.capture()
             case PeerAccess():

@@ -30,6 +30,9 @@ class Task(msgspec.Struct, frozen=True, tag=True):
     max_running: int
     max_batched_tokens: int
     threads: int
+    among: tuple[int, int] | None = None
+    """Of the ranks that share experts, which meet at the rendezvous: the first rank's number, and how many there are.
+    None: only those that share layers meet."""
 
 
 class Built(msgspec.Struct, frozen=True, tag=True):
@@ -53,6 +56,14 @@ class Holds(msgspec.Struct, frozen=True, tag=True):
 
 class Capture(msgspec.Struct, frozen=True, tag=True):
     """Record the CUDA graphs."""
+
+
+class Serve(msgspec.Struct, frozen=True, tag=True):
+    """From now on ranks that share experts wait for each other no longer than in service."""
+
+
+class Accompany(msgspec.Struct, frozen=True, tag=True):
+    """Take part in the next step of the ranks that share experts, with no tokens."""
 
 
 class CopyBlock(msgspec.Struct, frozen=True, tag=True):
@@ -92,7 +103,7 @@ class Compute(msgspec.Struct, frozen=True, tag=True):
     eager: bool
 
 
-Message = Task | Built | Holds | Capture | CopyBlock | PeerAccess | Compute
+Message = Task | Built | Holds | Capture | Serve | Accompany | CopyBlock | PeerAccess | Compute
 
 _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
 _encoder = msgspec.msgpack.Encoder()

@@ -14,6 +14,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,9 +31,22 @@ from ..kv_transfer.transports.mover_link import MoverLink
 from .batch import StepInput
 from .build import Built as BuiltEngine
 from .build import Progress, build_engine
-from .expert_parallel import ExpertPlace
-from .rank_wire import Built, Capture, CopyBlock, Holds, Message, PeerAccess, Task, encode, encode_step, receive
-from .tensor_parallel import TorchGroup
+from .expert_parallel import ExpertPlace, meet
+from .rank_wire import (
+    Accompany,
+    Built,
+    Capture,
+    CopyBlock,
+    Holds,
+    Message,
+    PeerAccess,
+    Serve,
+    Task,
+    encode,
+    encode_step,
+    receive,
+)  # fmt: skip
+from .tensor_parallel import Group, TorchGroup
 
 
 def build_on_ranks(
@@ -59,16 +73,22 @@ def build_on_ranks(
     if pool.tensor_parallel == 1:
         device = torch.device(kind)
         return build_engine(config, pool.max_running, device, progress, pool.max_batched_tokens, place=place), None
-    ranks = Ranks(config, pool.tensor_parallel, kind, pool.max_running, pool.max_batched_tokens, threads)
+    among = None
+    if place is not None:
+        progress("waiting for those that share the experts", 0.0)
+        among = Among(place.meet(), place.rank * pool.tensor_parallel, place.size * pool.tensor_parallel)
+    ranks = Ranks(config, pool.tensor_parallel, kind, pool.max_running, pool.max_batched_tokens, threads, among)
     try:
+        group, place = ranks.join()
         built = build_engine(
             config,
             pool.max_running,
             device_of(kind, 0),
             progress,
             pool.max_batched_tokens,
-            group=ranks.join(),
+            group=group,
             agree=ranks.agree,
+            place=place,
         )
     except BaseException:
         ranks.close()
@@ -82,6 +102,42 @@ def device_of(kind: str, rank: int) -> torch.device:
     return torch.device("cuda", rank) if kind == "cuda" else torch.device("cpu")
 
 
+class Among(NamedTuple):
+    """Where the ranks of several workers meet that share experts.
+
+    Args:
+        rendezvous: see `TorchGroup`.
+        first: number of the worker's first rank among them.
+        size: how many there are.
+    """
+
+    rendezvous: str
+    first: int
+    size: int
+
+
+def join(
+    rank: int, size: int, rendezvous: str, device: torch.device, among: tuple[int, int] | None
+) -> tuple[Group, ExpertPlace | None]:
+    """A worker's ranks, and all that share experts with them. Blocks until these are there.
+
+    Args:
+        rank: of the worker's.
+        size: of the worker.
+        rendezvous: where all meet.
+        device: of this rank.
+        among: the worker's first rank among those that share experts, and how many these are; None: nobody does.
+
+    Raises:
+        WorkerError: a rank did not come.
+    """
+    if among is None:
+        return TorchGroup(rank, size, rendezvous, device), None
+    first, total = among
+    all_ranks = meet(first + rank, total, rendezvous, device)
+    return all_ranks.part(size), ExpertPlace(first + rank, total, lambda: rendezvous, all_ranks)
+
+
 class Ranks:
     """The other ranks, each a process of this host that ends with this one.
 
@@ -92,14 +148,23 @@ class Ranks:
         max_running: sequences at a time.
         max_batched_tokens: tokens of a step.
         threads: of the CPU, for each rank.
+        among: those that share experts with them, if there are any.
     """
 
     def __init__(
-        self, config: Config, size: int, device: str, max_running: int, max_batched_tokens: int, threads: int
+        self,
+        config: Config,
+        size: int,
+        device: str,
+        max_running: int,
+        max_batched_tokens: int,
+        threads: int,
+        among: Among | None = None,
     ) -> None:
         self.size = size
         self._folder = Path(tempfile.mkdtemp(prefix="tandem-ranks-"))
-        self._rendezvous = f"file://{self._folder}/rendezvous"
+        self._rendezvous = f"file://{self._folder}/rendezvous" if among is None else among.rendezvous
+        self._among = None if among is None else (among.first, among.size)
         self._device = device
         self._processes: list[subprocess.Popen[bytes]] = []
         self._connections: list[socket.socket] = []
@@ -117,16 +182,18 @@ class Ranks:
                 self._processes.append(subprocess.Popen(command, pass_fds=files, stdin=subprocess.DEVNULL))
             self._connections.append(ours)
             self._orders.append(our_orders)
-            task = Task(document, rank, size, self._rendezvous, device, max_running, max_batched_tokens, threads)
+            task = Task(
+                document, rank, size, self._rendezvous, device, max_running, max_batched_tokens, threads, self._among
+            )
             send_frame(ours, encode(task))
 
-    def join(self) -> TorchGroup:
-        """The group of all ranks. Blocks until they are there.
+    def join(self) -> tuple[Group, ExpertPlace | None]:
+        """The group of all ranks, and this one's place among those that share experts. Blocks until they are there.
 
         Raises:
             WorkerError: one did not come.
         """
-        return TorchGroup(0, self.size, self._rendezvous, device_of(self._device, 0))
+        return join(0, self.size, self._rendezvous, device_of(self._device, 0), self._among)
 
     def agree(self, num_blocks: int) -> int:
         """As many blocks as every rank has room for. Blocks until all have built their part.
@@ -165,6 +232,14 @@ class Ranks:
     def capture(self) -> None:
         """Let the others record their CUDA graphs."""
         self._tell(encode(Capture()))
+
+    def serve(self) -> None:
+        """Let the others begin to serve; see `Runner.serve`."""
+        self._tell(encode(Serve()))
+
+    def accompany(self) -> None:
+        """Let the others take part in the next step of the ranks that share experts, with no tokens."""
+        self._tell(encode(Accompany()))
 
     def transports(
         self, access: PeerAccess, notify: Notify, on_bad_frame: Callable[[], None]

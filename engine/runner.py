@@ -147,6 +147,17 @@ class Runner:
             # The others are in the middle of the step that this rank has left, and cannot be met any more.
             raise WorkerError(f"a step of ranks that share experts failed: {error}") from error
 
+    def serve(self) -> None:
+        """Everything is ready: those who share experts now miss whoever is late. Blocks until all of them call it.
+
+        Raises:
+            WorkerError: a rank did not take part.
+        """
+        if self.model.experts is not None:
+            if self.ranks is not None:
+                self.ranks.serve()
+            self.model.experts.serve()
+
     def accompany(self) -> bool:
         """Take part in the next step of the ranks that share experts, with no tokens. Blocks until all ranks are here.
 
@@ -157,6 +168,8 @@ class Runner:
             WorkerError: a rank did not take part.
         """
         experts = self.model.experts
+        if experts is not None and self.ranks is not None:
+            self.ranks.accompany()
         if experts is None or experts.agree(StepSize.NOTHING) is StepSize.NOTHING:
             return False
         if self.graphs is not None and self.graphs.recorded and experts.fixed:

@@ -61,7 +61,7 @@ def select(spec: ExpertsSpec, device: Device, *, few: bool = True) -> Choice:
         device: of every rank.
         few: for steps whose tokens fit into buffers of a fixed size.
     """
-    rejected = []
+    rejected: list[tuple[str, str]] = []
     for way in WAYS:
         reason = way.refuses(spec, device, few)
         if reason is None:

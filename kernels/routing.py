@@ -12,6 +12,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import on_gpu
+from .on_gpu import kernel, next_power_of_2, tl
+
+_MAX_FUSED_EXPERTS = 1024
+"""That one warp looks through."""
+
 
 class Routing(NamedTuple):
     """How the tokens of a layer choose.
@@ -44,8 +50,58 @@ def route(logits: Tensor, routing: Routing, correction: Tensor | None = None) ->
     Returns:
         (weights [tokens, top_k] float32, experts [tokens, top_k] int64), the best first.
     """
+    if logits.is_cuda and on_gpu.AVAILABLE and fuses(routing, logits.shape[1]):
+        return fused(logits, routing)
     weights, experts = METHODS[routing.method](logits.float(), routing, correction)
     return (weights if routing.scale == 1.0 else weights * routing.scale), experts
+
+
+def fuses(routing: Routing, num_experts: int) -> bool:
+    """Whether `fused` can route like this."""
+    return routing.method in ("softmax", "topk_softmax") and num_experts <= _MAX_FUSED_EXPERTS
+
+
+def fused(logits: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
+    """`route` on a GPU in one launch, where `fuses` allows it."""
+    tokens, experts = logits.shape
+    weights = torch.empty(tokens, routing.top_k, dtype=torch.float32, device=logits.device)
+    ids = torch.empty(tokens, routing.top_k, dtype=torch.int64, device=logits.device)
+    # The softmax of the chosen is that of all, made to sum to one.
+    renormalize = routing.renormalize or routing.method == "topk_softmax"
+    if tokens:
+        _route_kernel[(tokens,)](
+            logits, weights, ids, experts, logits.stride(0), routing.scale, next_power_of_2(experts), routing.top_k,
+            next_power_of_2(routing.top_k), renormalize, num_warps=1,
+        )  # fmt: skip
+    return weights, ids
+
+
+@kernel
+def _route_kernel(  # type: ignore[no-untyped-def]
+    logits, weights, ids, experts, stride, scale, EXPERTS: tl.constexpr, TOP_K: tl.constexpr, SLOTS: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    at, slot = tl.arange(0, EXPERTS), tl.arange(0, SLOTS)
+    value = tl.load(logits + token * stride + at, mask=at < experts, other=float("-inf")).to(tl.float32)
+    share = tl.exp(value - tl.max(value, axis=0))
+    total = tl.sum(share, axis=0)
+    broken = total != total
+    # Where numbers are none, the threads of a program would not agree on the largest.
+    share = tl.where(broken, 1.0, share / total)
+    share = tl.where(at < experts, share, -1.0)
+    weight = tl.zeros((SLOTS,), tl.float32)
+    expert = tl.zeros((SLOTS,), tl.int32)
+    for k in tl.static_range(TOP_K):
+        best = tl.argmax(share, axis=0)
+        weight = tl.where(slot == k, tl.max(share, axis=0), weight)
+        expert = tl.where(slot == k, best, expert)
+        share = tl.where(at == best, -1.0, share)
+    if RENORMALIZE:
+        weight = weight / tl.sum(weight, axis=0)
+    weight = tl.where(broken, float("nan"), weight * scale)
+    tl.store(weights + token * TOP_K + slot, weight, mask=slot < TOP_K)
+    tl.store(ids + token * TOP_K + slot, expert.to(tl.int64), mask=slot < TOP_K)
 
 
 def _softmax(logits: Tensor, routing: Routing, correction: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -66,7 +66,11 @@ def choices_for(config: Config, spec: ModelSpec, device: Device) -> dict[str, Ch
         ConfigError: as `kernels.oracle.choose`.
     """
     dtype, kv_dtype = (TORCH_DTYPES[name] for name in plan_dtypes(config, spec, device.type))
-    sharing = max(config.expert_parallel(role) for role in ("prefill", "decode", "colocated"))
+    sharing = max(
+        config.expert_parallel(role) * (pool.tensor_parallel if config.expert_parallel(role) > 1 else 1)
+        for role in ("prefill", "decode", "colocated")
+        if (pool := getattr(config.pools, role)) is not None
+    )
     experts = experts_spec(spec, dtype, 1, sharing)
     scheme = spec.quantization.scheme if spec.quantization else None
     choices = choose(Needs(dtype, kv_dtype, experts, scheme, spec.sinks), device, config.model.kernels)
@@ -75,7 +79,7 @@ def choices_for(config: Config, spec: ModelSpec, device: Device) -> dict[str, Ch
         choices["exchange"] = exchange_oracle.select(experts, device, few=False)
         if device.type == "cuda":
             choices["exchange, few tokens"] = few
-            choices["moe, few tokens"] = select_experts(experts._replace(format="batched"), device)
+            choices["moe, after all_gather"] = select_experts(experts._replace(format="batched"), device)
     absent = set(LATENT if spec.latent is None else GROUPED)
     if spec.moe is None:
         absent.add("moe")

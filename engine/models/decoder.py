@@ -153,7 +153,8 @@ class Decoder:
         ops: the kernels to run on.
         matrix_dtype: of the weights that multiply, where ``ops`` takes them in another type.
         group: the ranks that share the model.
-        experts: the ranks that have different experts of it, and requests of their own, if there are several.
+        experts: the ranks that have different experts of it, if there are several: this group's, and others with
+            requests of their own.
 
     Raises:
         ConfigError: the model, or its quantised weights, cannot be divided among so many.
@@ -177,7 +178,7 @@ class Decoder:
         self.ops = ops
         self.group = group
         self.experts = experts
-        self.local = shard(spec, group.size)
+        self.local = shard(spec, group.size, whole_experts=experts is not None)
         # Every rank gathers equally many logits; rows beyond the vocabulary fill the last ranks up.
         rows = padded_rows(spec, group.size)
         if spec.tied_embeddings:

@@ -64,7 +64,8 @@ class Experts:
     """Routes each token to some experts, and adds what these and the shared ones make of it.
 
     Each rank of several that share a model routes alike, and has a part of every expert's inner size. Its output is a
-    part of the sum over ranks, to which the first adds the experts' last biases.
+    part of the sum over ranks, to which the first adds the experts' last biases. Where ranks have different experts,
+    each of those that share a model routes its part of the tokens, and its output is zero for the others.
 
     Args:
         spec: this rank's part of the model's.
@@ -102,24 +103,34 @@ class Experts:
         self.correction = make(moe.num_experts).float() if moe.method == "sigmoid_grouped" else None
         self.weights = ExpertWeights(
             make.matrix(prefix, _GATE_UP, [moe.inner] * 2, spec.hidden, num_experts=count),
-            make.matrix(prefix, _DOWN, [spec.hidden], moe.inner, cut_columns=True, num_experts=count),
+            make.matrix(prefix, _DOWN, [spec.hidden], moe.inner, cut_columns=group is None, num_experts=count),
             make(count, 2 * moe.inner) if moe.biases else None,
-            make(count, spec.hidden) if moe.biases and rank == 0 else None,
+            make(count, spec.hidden) if moe.biases and (rank == 0 or group is not None) else None,
             moe.activation,
         )
         shared = f"model.layers.{layer}.mlp.shared_experts."
         self.shared = Mlp(spec.hidden, moe.shared_inner, make, False, rank, shared) if moe.shared_inner else None
 
+    @property
+    def whole(self) -> bool:
+        """Whether the experts that are here are all here."""
+        return self._group is not None
+
     def __call__(self, x: Tensor, ops: Ops) -> Tensor:
         if ops.moe.form == "monolithic":
             moe, own = self.spec, self.weights
             return ops.moe.compute(x, self.router, own.gate_up, own.down, moe.top_k, moe.renormalize)
-        logits = ops.linear(x, self.router, self.router_bias)
+        mine = slice(None) if self._group is None else self._group.part(len(x))
+        logits = ops.linear(x[mine], self.router, self.router_bias)
         weights, ids = route(logits, self.spec.routing, self.correction)
         if self._group is None:
             out = ops.moe.compute(x, weights, ids, self.weights)
         else:
-            out = self._across(self._group, x, weights, ids, ops)
+            out = self._across(self._group, x[mine], weights, ids, ops)
+            if self._group.tensor_parallel > 1:
+                whole = torch.zeros_like(x)
+                whole[mine] = out
+                out = whole
         return out if self.shared is None else out + self.shared(x, ops)
 
     def accompany(self, x: Tensor, ops: Ops) -> None:

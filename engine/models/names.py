@@ -166,21 +166,22 @@ def _experts(mlp: Experts, model: Decoder, prefix: str) -> dict[str, Destination
     if mlp.shared is not None:
         inner = mlp.spec.shared_inner * model.group.size
         names |= _gated(mlp.shared.gate_up, mlp.shared.down, inner, model, prefix + "shared_experts.")
-    inner, quantization = mlp.spec.inner * model.group.size, model.spec.quantization
+    inner, quantization = mlp.spec.inner * (1 if mlp.whole else model.group.size), model.spec.quantization
     weights = mlp.weights
     packed = isinstance(weights.gate_up, Packed)
     if mlp.spec.stacked or (packed and quantization is not None and quantization.scheme.only_experts):
         return names | _stacked(mlp, model, prefix + "experts.")
     for slot, index in enumerate(mlp.held):
         expert = weights.expert(slot)
-        names |= _gated(expert.gate_up, expert.down, inner, model, f"{prefix}experts.{index}.")
+        own = f"{prefix}experts.{index}."
+        names |= _gated(expert.gate_up, expert.down, inner, model, own, whole=mlp.whole)
     return names
 
 
 def _stacked(mlp: Experts, model: Decoder, prefix: str) -> dict[str, Destination]:
     """Of experts that are published in one tensor each for gate and up, whose rows alternate, and for down."""
     weights, hidden, inner = mlp.weights, model.spec.hidden, mlp.spec.inner
-    cuts = _gated_cuts(inner * model.group.size, inner, 2, model)
+    cuts = _gated_cuts(inner * (1 if mlp.whole else model.group.size), inner, 2, model)
     gate_up, down = f"{prefix}gate_up_proj", f"{prefix}down_proj"
     names: dict[str, Destination] = {}
     for name, weight, cut in zip((gate_up, down), (weights.gate_up, weights.down), cuts, strict=True):
@@ -209,9 +210,11 @@ def _stacked(mlp: Experts, model: Decoder, prefix: str) -> dict[str, Destination
     return {name: place._replace(shape=(total, *place.shape[1:]), experts=held) for name, place in names.items()}
 
 
-def _gated(gate_up: Weight, down: Weight, inner: int, model: Decoder, prefix: str) -> dict[str, Destination]:
-    """The three matrices of a gated unit whose whole inner size is ``inner``."""
-    rows, columns = _gated_cuts(inner, inner // model.group.size, 1, model)
+def _gated(
+    gate_up: Weight, down: Weight, inner: int, model: Decoder, prefix: str, *, whole: bool = False
+) -> dict[str, Destination]:
+    """The three matrices of a gated unit whose whole inner size is ``inner``; ``whole``: of which a rank has all."""
+    rows, columns = _gated_cuts(inner, inner if whole else inner // model.group.size, 1, model)
     return {
         **_matrices(gate_up, {prefix + "gate_proj": rows, prefix + "up_proj": rows}, model),
         **_matrices(down, {prefix + "down_proj": columns}, model),
@@ -220,7 +223,7 @@ def _gated(gate_up: Weight, down: Weight, inner: int, model: Decoder, prefix: st
 
 def _gated_cuts(inner: int, size: int, times: int, model: Decoder) -> tuple[Cut, Cut]:
     """What a rank has of a matrix with ``times`` rows for each inner column, and of that which follows it."""
-    hidden, start = model.spec.hidden, model.group.rank * size
+    hidden, start = model.spec.hidden, 0 if size == inner else model.group.rank * size
     rows = Cut(times * inner, hidden, times * start, times * size, 0, hidden)
     return rows, Cut(hidden, inner, 0, hidden, start, size)
 

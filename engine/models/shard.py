@@ -12,8 +12,13 @@ from ...core.errors import ConfigError
 from .spec import ModelSpec
 
 
-def shard(spec: ModelSpec, size: int) -> ModelSpec:
+def shard(spec: ModelSpec, size: int, *, whole_experts: bool = False) -> ModelSpec:
     """The spec of each rank's layers, when ``size`` ranks share a model. Vocabulary and hidden size stay whole.
+
+    Args:
+        spec: of the model.
+        size: ranks.
+        whole_experts: whether ranks have different experts instead of a part of each.
 
     Raises:
         ConfigError: something does not divide.
@@ -30,14 +35,20 @@ def shard(spec: ModelSpec, size: int) -> ModelSpec:
     if len(spec.moe_layers) < spec.num_layers:
         _check_multiple("the inner size of the feed-forward part", spec.inner, size)
     if spec.moe is not None:
-        _check_multiple("the inner size of an expert", spec.moe.inner, size)
+        if not whole_experts:
+            _check_multiple("the inner size of an expert", spec.moe.inner, size)
         _check_multiple("the inner size of the shared experts", spec.moe.shared_inner, size)
     return replace(
         spec,
         num_heads=spec.num_heads // size,
         num_kv_heads=local_kv_heads(spec, size),
         inner=spec.inner // size,
-        moe=spec.moe and replace(spec.moe, inner=spec.moe.inner // size, shared_inner=spec.moe.shared_inner // size),
+        moe=spec.moe
+        and replace(
+            spec.moe,
+            inner=spec.moe.inner if whole_experts else spec.moe.inner // size,
+            shared_inner=spec.moe.shared_inner // size,
+        ),
     )
 
 

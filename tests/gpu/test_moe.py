@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from tandem.kernels import moe, moe_few, moe_sorted, on_gpu
+from tandem.kernels import moe, moe_few, moe_sorted, on_gpu, routing
 from tandem.kernels.expert_weights import ExpertWeights
 
 pytestmark = pytest.mark.skipif(not on_gpu.AVAILABLE, reason="Triton is not installed")
@@ -185,3 +185,21 @@ def test_which_way() -> None:
     assert not moe_few.serves(1, 512, 8), "ranking would take longer than a launch"
     none = torch.empty(0, 16)
     assert moe.fused(none, torch.empty(4, 16), torch.empty(4, 8, 16), torch.empty(4, 16, 4), 2, True).shape == (0, 16)
+
+
+@pytest.mark.parametrize("method", ["softmax", "topk_softmax"])
+@pytest.mark.parametrize(("experts", "top_k"), [(128, 8), (12, 3), (5, 1), (1, 1)])
+@pytest.mark.parametrize("renormalize", [False, True])
+def test_routing_in_one_launch(rng: torch.Generator, method: str, experts: int, top_k: int, renormalize: bool) -> None:
+    """As torch does it, rows that lie apart and rows of NaN included."""
+    logits = torch.randn(9, experts + 3, generator=rng, device=DEVICE)[:, :experts]
+    whole = list(range(9))
+    if CUDA:  # the interpreter warns of them
+        logits[whole.pop(4)] = torch.nan
+    how = routing.Routing(method, top_k, renormalize, scale=2.5)
+    assert routing.fuses(how, experts)
+    weights, ids = routing.fused(logits, how)
+    want = routing.METHODS[method](logits, how, None)
+    assert not CUDA or weights[4].isnan().all()
+    assert torch.equal(ids[whole], want[1][whole])
+    torch.testing.assert_close(weights[whole], want[0][whole] * 2.5)

@@ -8,7 +8,7 @@ import pytest
 from support.checkpoints import make_checkpoint
 from support.quantized import make_quantized
 from support.ranks import run_ranks
-from support.sharded_experts import FAMILIES, check, share, share_and_leave, share_directly
+from support.sharded_experts import FAMILIES, as_workers, check, share, share_and_leave, share_both, share_directly
 from tandem.kernels import on_gpu
 
 
@@ -26,10 +26,22 @@ def test_ranks_say_what_one_says(size: int, num_redundant: int, folder: Path) ->
     check(run_ranks(size, share_and_leave, folder, num_redundant))
 
 
+@pytest.mark.parametrize(("workers", "families"), [(2, ("gpt_oss", "deepseek_v3")), (4, ("qwen3_moe",))])
+def test_layers_and_experts(workers: int, families: tuple[str, ...], folder: Path) -> None:
+    """Two ranks share each worker's layers, and all ranks share the experts."""
+    check(run_ranks(2 * workers, share_both, folder, 2, families, timeout_s=600), 2)
+
+
+def test_workers_of_several_processes(folder: Path) -> None:
+    """Two workers, the second idle, whose first ranks tell the others what to do."""
+    found = run_ranks(2, as_workers, folder, "qwen3_moe", timeout_s=600)
+    assert [same for _, same in found] == [True, True], found
+
+
 @pytest.mark.skipif(not on_gpu.AVAILABLE, reason="Triton is not installed")
 def test_through_peers_memory(folder: Path) -> None:
     """The same by interpreted kernels that write into memory which two processes share."""
-    check(run_ranks(2, share_directly, folder, ("qwen3_moe",), timeout_s=300))
+    check(run_ranks(2, share_directly, folder, ("qwen3_moe",), timeout_s=600))
 
 
 def test_quantised_experts(tmp_path: Path) -> None:

@@ -10,19 +10,24 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from tandem.core.config import Config
 from tandem.core.errors import WorkerError
 from tandem.core.hashing import root_hash
 from tandem.core.messages import Child, Sampling
 from tandem.engine.batch import Work
+from tandem.engine.build import warm_up
 from tandem.engine.engine import Engine
 from tandem.engine.expert_maps import ExpertMaps
-from tandem.engine.expert_parallel import STALL_S, ExpertGroup, StepSize
+from tandem.engine.expert_parallel import STALL_S, ExpertGroup, ExpertPlace, StepSize, meet
 from tandem.engine.kv_cache import KVCache
 from tandem.engine.models.decoder import Decoder
 from tandem.engine.models.experts import experts_spec
+from tandem.engine.models.shard import local_kv_heads
 from tandem.engine.models.spec import ModelSpec, read_spec
+from tandem.engine.ranks import build_on_ranks
 from tandem.engine.runner import Runner
 from tandem.engine.sequence import Sequence
+from tandem.engine.tensor_parallel import Alone, Group
 from tandem.engine.weights import load_weights
 from tandem.kernels.device import describe
 from tandem.kernels.expert_exchange import Buffers, Exchange
@@ -32,6 +37,7 @@ from tandem.kernels.oracle import select
 from tandem.kv_transfer.layout import KVLayout
 
 CPU = torch.device("cpu")
+ROOT = root_hash("experts")
 FAMILIES: dict[str, dict[str, object]] = {
     "qwen3_moe": {"num_experts": 8, "decoder_sparse_step": 1},
     "mixtral": {"num_local_experts": 4},
@@ -41,6 +47,7 @@ FAMILIES: dict[str, dict[str, object]] = {
 # Prompts of each rank, by their lengths; what is beyond a rank's turn it spends idle.
 PROMPTS = ((45, 9), (), (33,), (1, 2, 3))
 NUM_OUTPUT = 6
+NUM_TOKENS = 24
 
 
 class Told(NamedTuple):
@@ -55,15 +62,15 @@ class Told(NamedTuple):
     """[layers, local experts]"""
 
 
-def engine_of(folder: Path, group: ExpertGroup | None, device: torch.device = CPU) -> Engine:
-    """An engine in float32 with a rank's experts, or all."""
+def engine_of(folder: Path, group: ExpertGroup | None, device: torch.device = CPU, layers: Group = Alone()) -> Engine:
+    """An engine in float32 with a rank's experts, or all, and its part of the layers."""
     spec = read_spec(folder)
     size = 1 if group is None else group.size
     ops = select(device, torch.float32, experts=experts_spec(spec, torch.float32, 1, size))
-    model = Decoder(spec, 256, torch.float32, device, ops, experts=group)
+    model = Decoder(spec, 256, torch.float32, device, ops, group=layers, experts=group)
     load_weights(model, folder)
     places = max(len(kv.layers) for kv in model.groups)
-    layout = KVLayout(places, spec.num_kv_heads, spec.head_dim, 8, "float32", spec.num_kv_parts)
+    layout = KVLayout(places, local_kv_heads(spec, layers.size), spec.head_dim, 8, "float32", spec.num_kv_parts)
     cache = KVCache(layout, 64, device)
     return Engine(Runner(model, cache.tensor, [0]), cache, prefix_cache=False)
 
@@ -72,7 +79,7 @@ def logits_of(engine: Engine, lengths: tuple[int, ...]) -> Iterator[torch.Tensor
     """Compute prompts in chunks of 20, beside each other, then greedy tokens: the logits after each step."""
     prompts = [[(11 * i * i + 13 * j + n) % 131 for j in range(n)] for i, n in enumerate(lengths)]
     sequences = [
-        Sequence(f"r{i}", prompt, len(prompt), [Child(0, i)], Sampling(logprobs=1), root_hash("experts"))
+        Sequence(f"r{i}", prompt, len(prompt), [Child(0, i)], Sampling(logprobs=1), ROOT)
         for i, prompt in enumerate(prompts)
     ]
     for sequence in sequences:
@@ -109,23 +116,48 @@ def share(
     for family in families:
         want = list(logits_of(engine_of(folder / family, None, device), PROMPTS[rank]))
         for form in forms:
-            group = _group_of(rank, size, folder / family, num_redundant, form != "exact", device)
+            direct = form == "direct"
+            group = _group_of(rank, size, folder / family, num_redundant, form != "exact", device, direct=direct)
             engine = engine_of(folder / family, group, device)
             group.join(f"file://{folder / 'rendezvous'}-{family}-{size}-{form}", device)
-            if form == "direct" and device_type == "cpu":
+            if direct and device_type == "cpu":
                 share_memory(group, read_spec(folder / family), folder / f"{family}-{size}")
             group.serve()
-            got = list(logits_of(engine, PROMPTS[rank]))
-            num_idle = 0
-            while engine.accompany():
-                num_idle += 1
-            assert [logits.shape for logits in got] == [logits.shape for logits in want]
-            pairs = [(a, b) for a, b in zip(got, want, strict=True) if len(a)]
-            differences = [float((a - b).abs().max()) / max(1.0, float(b.abs().max())) for a, b in pairs]
-            same = all(bool((a.argmax(-1) == b.argmax(-1)).all()) for a, b in pairs)
-            told[f"{family} {form}"] = Told(max(differences, default=0.0), same, num_idle, group.loads.tolist())
+            assert not direct or group.direct is not None, group.why_not_direct
+            told[f"{family} {form}"] = _compare(engine, group, want, PROMPTS[rank])
             group.close()
     return told
+
+
+def share_both(rank: int, size: int, folder: Path, tensor_parallel: int, families: tuple[str, ...]) -> dict[str, Told]:
+    """Layers among neighbours, and experts among all, on CPUs."""
+    told = {}
+    worker = rank // tensor_parallel
+    for family in families:
+        want = list(logits_of(engine_of(folder / family, None), PROMPTS[worker]))
+        ranks = meet(rank, size, f"file://{folder / 'rendezvous'}-{family}-{size}-both", CPU)
+        layers = ranks.part(tensor_parallel)
+        group = _group_of(rank, size, folder / family, 0, False, CPU, tensor_parallel)
+        engine = engine_of(folder / family, group, CPU, layers)
+        group.take(ranks, CPU)
+        group.serve()
+        told[family] = _compare(engine, group, want, PROMPTS[worker])
+        layers.close()
+        group.close()
+    return told
+
+
+def _compare(engine: Engine, group: ExpertGroup, want: list[torch.Tensor], lengths: tuple[int, ...]) -> Told:
+    """A rank's prompts, and then the others'."""
+    got = list(logits_of(engine, lengths))
+    num_idle = 0
+    while engine.accompany():
+        num_idle += 1
+    assert [logits.shape for logits in got] == [logits.shape for logits in want]
+    pairs = [(a, b) for a, b in zip(got, want, strict=True) if len(a)]
+    differences = [float((a - b).abs().max()) / max(1.0, float(b.abs().max())) for a, b in pairs]
+    same = all(bool((a.argmax(-1) == b.argmax(-1)).all()) for a, b in pairs)
+    return Told(max(differences, default=0.0), same, num_idle, group.loads.tolist())
 
 
 def share_memory(group: ExpertGroup, spec: ModelSpec, path: Path) -> None:
@@ -147,6 +179,73 @@ def share_directly(rank: int, size: int, folder: Path, families: tuple[str, ...]
     return share(rank, size, folder, 0, "cpu", families, ("direct",))
 
 
+def on_graphs(rank: int, size: int, folder: Path, family: str) -> tuple[list[list[int]], bool]:
+    """On GPUs, as workers are built: decode steps are graphs over peers' memory, and an idle rank replays them, too.
+
+    Returns:
+        (output tokens of one with all experts, with logits that were not numbers as −1; whether ranks say the same).
+    """
+    torch.cuda.set_device(rank)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    config = _config(folder / family, {"gpus_per_replica": 1})
+    alone = _say(config, PROMPTS[rank], None)
+    place = ExpertPlace(rank, size, lambda: f"file://{folder / 'rendezvous'}-{family}-{size}-graphs")
+    return alone, _say(config, PROMPTS[rank], place) == alone
+
+
+def as_workers(worker: int, size: int, folder: Path, family: str) -> tuple[list[list[int]], bool]:
+    """On CPUs, as workers are built, of two processes each; returns as `on_graphs`."""
+    alone = _say(_config(folder / family, {}), PROMPTS[worker], None)
+    config = _config(folder / family, {"tensor_parallel": 2, "replicas": size, "expert_parallel": size})
+    place = ExpertPlace(worker, size, lambda: f"file://{folder / 'rendezvous'}-{family}-workers")
+    return alone, _say(config, PROMPTS[worker], place) == alone
+
+
+def _config(folder: Path, pool: dict[str, int]) -> Config:
+    limits = {"max_running": 4, "max_batched_tokens": 32}
+    return Config.model_validate(
+        {
+            "model": {"path": str(folder), "dtype": "float32", "max_model_len": 128},
+            "kv": {"capacity": "8MB"},
+            "pools": {"colocated": limits | pool},
+        }
+    )
+
+
+def _say(config: Config, lengths: tuple[int, ...], place: ExpertPlace | None) -> list[list[int]]:
+    """Greedy tokens of a worker, until the others have done theirs."""
+    pool = config.pools.colocated
+    assert pool is not None
+    built, others = build_on_ranks(config, pool, 1, lambda *_: None, place)
+    engine, experts = built.engine, built.engine.model.experts
+    warm_up(engine, pool.max_batched_tokens, lambda *_: None)
+    engine.runner.serve()
+    if pool.gpus_per_replica:
+        assert engine.runner.graphs is not None
+        assert experts is None or experts.direct is not None, experts.why_not_direct
+    sequences = [
+        Sequence(f"r{i}", [(11 * j * j + 13 * i + n) % 131 for j in range(n)], n, [Child(0, i)], Sampling(), ROOT)
+        for i, n in enumerate(lengths)
+    ]
+    for sequence in sequences:
+        assert engine.reserve(sequence, sequence.num_tokens + NUM_TOKENS)
+    while todo := [sequence for sequence in sequences if sequence.num_output_tokens < NUM_TOKENS]:
+        plan = [Work(sequence, min(20, sequence.num_tokens - sequence.num_computed)) for sequence in todo]
+        for outcome in engine.step(plan):
+            if outcome.samples is not None:
+                outcome.sequence.tokens.append(-1 if outcome.samples[0] is None else outcome.samples[0].token)
+    while engine.accompany():
+        pass
+    if others is not None:
+        others.close()
+    if pool.gpus_per_replica and experts is not None:
+        torch.cuda.synchronize()
+        experts.check()
+        engine.runner.graphs = None
+        experts.close()
+    return [sequence.tokens[sequence.num_prompt_tokens :] for sequence in sequences]
+
+
 def share_and_leave(rank: int, size: int, folder: Path, num_redundant: int) -> dict[str, Told]:
     """`share`; then, of two, the second leaves in the middle of a step. On CPUs: NCCL waits for those who are gone."""
     told = share(rank, size, folder, num_redundant)
@@ -155,20 +254,21 @@ def share_and_leave(rank: int, size: int, folder: Path, num_redundant: int) -> d
     return told
 
 
-def check(found: list[dict[str, Told]]) -> None:
-    """What all ranks found is what one finds."""
+def check(found: list[dict[str, Told]], tensor_parallel: int = 1) -> None:
+    """What all ranks found is what one finds; so many neighbours had the same prompts."""
     for case in found[0]:
         for rank, told in enumerate(found):
             print(f"{case}, rank {rank}: {told[case].difference:.1e}, idle {told[case].num_idle}")
             assert told[case].difference < 1e-5
             assert told[case].same_tokens
         # Every choice of every token counts in one place, and nothing else does.
-        num_tokens = sum(length + NUM_OUTPUT - 1 for lengths in PROMPTS[: len(found)] for length in lengths)
+        prompts = PROMPTS[: len(found) // tensor_parallel]
+        num_tokens = sum(length + NUM_OUTPUT - 1 for lengths in prompts for length in lengths)
         top_k = 2 if case.startswith(("mixtral", "gpt_oss")) else 3
         for layer in zip(*(told[case].loads for told in found), strict=True):
             assert sum(map(sum, layer)) == num_tokens * top_k
         # The longest prompt takes three chunks, with the last of which comes the first token.
-        assert found[1][case].num_idle == NUM_OUTPUT + 2
+        assert found[tensor_parallel][case].num_idle == NUM_OUTPUT + 2
 
 
 def _leave(rank: int, folder: Path) -> None:
@@ -186,7 +286,15 @@ def _leave(rank: int, folder: Path) -> None:
 
 
 def _group_of(
-    rank: int, size: int, folder: Path, num_redundant: int, fixed: bool, device: torch.device = CPU
+    rank: int,
+    size: int,
+    folder: Path,
+    num_redundant: int,
+    fixed: bool,
+    device: torch.device = CPU,
+    tensor_parallel: int = 1,
+    *,
+    direct: bool = False,
 ) -> ExpertGroup:
     spec = read_spec(folder)
     wanted = experts_spec(spec, torch.float32, 1, size)
@@ -194,4 +302,7 @@ def _group_of(
     assert wanted is not None
     maps = ExpertMaps(len(spec.moe_layers), spec.moe.num_experts, num_redundant, size, device)
     batched = KERNELS[select_experts(wanted._replace(format="batched"), describe(device)).backend]
-    return ExpertGroup(rank, size, maps, 4 if fixed else 0, batched)
+    buffers = None
+    if device.type == "cuda" and direct:
+        buffers = Buffers(size, 4, spec.hidden, spec.moe.top_k, maps.num_local, torch.float32)
+    return ExpertGroup(rank, size, maps, 4 if fixed else 0, batched, buffers, tensor_parallel)

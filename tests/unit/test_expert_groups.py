@@ -99,10 +99,6 @@ def test_pools_may_differ() -> None:
     ("overrides", "said"),
     [
         (["experts.parallel=2"], "pools.prefill.replicas: 1 is no multiple of 2 workers that share experts"),
-        (
-            ["pools={colocated: {replicas: 2, tensor_parallel: 2}}", "experts.parallel=2"],
-            "workers share either experts or layers",
-        ),
         (["experts.parallel=0"], "experts.parallel"),
     ],
 )

@@ -225,7 +225,13 @@ def test_quantised_models() -> None:
     )
     together = choices_for(shared, mxfp4, H100)
     assert together["moe"].backend == "triton_packed_modular"
-    assert together["moe, few tokens"].backend == "triton_packed_batched"
+    assert together["moe, after all_gather"].backend == "triton_packed_batched"
+    assert together["exchange"].backend == "all_to_all"
+    assert together["exchange, few tokens"].backend == "peer_memory"
+    assert dict(together["exchange"].rejected)["peer_memory"] == "its buffers hold a decode step's tokens"
+    only = choices_for(shared, mxfp4, CPU)
+    assert only["exchange"].backend == "all_to_all"
+    assert "exchange, few tokens" not in only
 
 
 def test_presets_are_described_in_full() -> None:
