@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -53,11 +54,18 @@ def test_a_signal_stops_everything(tmp_path: Path, number: signal.Signals) -> No
         served.kill()
 
 
-@pytest.mark.parametrize("after_s", [0.5, 3.5, 6.0])
+def watches_signals(process: psutil.Process) -> bool:
+    """Whether it does something about SIGTERM: before, Python has hardly begun."""
+    [caught] = re.findall(r"SigCgt:\s+(\w+)", Path(f"/proc/{process.pid}/status").read_text())
+    return bool(int(caught, 16) >> (signal.SIGTERM - 1) & 1)
+
+
+@pytest.mark.parametrize("after_s", [0.0, 3.0, 5.5])
 def test_a_signal_while_it_starts(tmp_path: Path, after_s: float) -> None:
     traces = Traces()
     served = Served(tmp_path)
     try:
+        wait_for(lambda: watches_signals(psutil.Process(served.process.pid)), 10, "its first lines")
         time.sleep(after_s)
         processes = served.tree()
         assert served.stop(signal.SIGINT) == 0, served.text()

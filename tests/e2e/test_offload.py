@@ -19,6 +19,7 @@ from support.traces import Traces
 NUM_CONVERSATIONS = 5
 NUM_TURNS = 3
 MODEL = "model.max_model_len=1024"
+CAPACITY = "kv.capacity=8MiB"
 POOLS = {"together": "pools={colocated: {}}", "apart": "routing.local_prefill=never"}
 
 
@@ -69,21 +70,29 @@ def talk_until(served: Served, condition: Callable[[], bool], what: str, expecte
     return times[-1]
 
 
-@pytest.mark.parametrize("pools", POOLS)
-def test_conversations_outlive_the_pool_and_a_worker(tmp_path: Path, pools: str) -> None:
-    traces = Traces()
-    arguments = ["--set", MODEL, "--set", POOLS[pools], "--set", "kv.capacity=8MiB"]
-    tiers = f"offload.tiers=[{{kind: host, capacity: 64MiB}}, {{kind: disk, capacity: 64MiB, path: {tmp_path}/disk}}]"
-    (tmp_path / "off").mkdir()
-    (tmp_path / "on").mkdir()
-    off = Served(tmp_path / "off", *arguments)
+@pytest.fixture(scope="module")
+def without(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[list[int]], float]:
+    """What `talk` says without tiers: the answers, wherever prompts are computed, and how long they take by one worker."""
+    served = Served(
+        tmp_path_factory.mktemp("off"), "--set", MODEL, "--set", CAPACITY, "--set", POOLS["together"]
+    )  # fmt: skip
     try:
-        off.wait_ready()
-        expected, off_s = talk(off)
-        assert off.stop() == 0
+        served.wait_ready()
+        told = talk(served)
+        assert served.stop() == 0
     finally:
-        off.kill()
-    on = Served(tmp_path / "on", *arguments, "--set", tiers)
+        served.kill()
+    return told
+
+
+@pytest.mark.parametrize("pools", POOLS)
+def test_conversations_outlive_the_pool_and_a_worker(
+    tmp_path: Path, pools: str, without: tuple[list[list[int]], float]
+) -> None:
+    traces = Traces()
+    expected, off_s = without
+    tiers = f"offload.tiers=[{{kind: host, capacity: 64MiB}}, {{kind: disk, capacity: 64MiB, path: {tmp_path}/disk}}]"
+    on = Served(tmp_path, "--set", MODEL, "--set", CAPACITY, "--set", POOLS[pools], "--set", tiers)
     try:
         on.wait_ready()
         on_s = talk_until(on, lambda: on.metric("tandem_offload_tokens_total") > 600, "loads", expected)
