@@ -12,11 +12,11 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 serve: .venv/.ready
 	@exec $(BIN)/tandem serve $(ARGS)
 
-# Two processes for tests that mostly compute, one after the other for whole clusters, which take both cores themselves.
+# Two processes, each with whole files: first for tests that mostly compute, then for those that start whole clusters.
 test: .venv/.ready-dev
 ifeq ($(ARGS),)
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests/unit tests/conformance tests/parity tests/gpu
-	$(BIN)/python -m pytest -q tests/chaos tests/e2e
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests/chaos tests/e2e
 else
 	$(BIN)/python -m pytest -q $(ARGS)
 endif

@@ -207,6 +207,8 @@ def warm_up(engine: Engine, max_batched_tokens: int, progress: Progress) -> None
     lengths = (prompt, 1, 5, 64, 5)
     batch: list[Sequence] = []
     for done, tokens in enumerate(lengths):
+        # Before each: the first is the one that takes long.
+        progress("warm-up (the first on a host compiles kernels)", done / len(lengths))
         sampling = Sampling(temperature=float(done % 2), top_p=0.9 if done == 3 else 1.0)
         ids = [(7 * done + i) % vocab for i in range(tokens)]
         sequence = Sequence("warm-up", ids, tokens, [Child(0, done)], sampling, root)
@@ -218,7 +220,6 @@ def warm_up(engine: Engine, max_batched_tokens: int, progress: Progress) -> None
             engine.step([Work(other, 1) for other in batch])
             for other in batch:
                 other.tokens.append(0)
-        progress("warm-up (the first compiles kernels)", (done + 1) / len(lengths))
     for sequence in batch:
         engine.discard(sequence)
     model, local = engine.model, engine.model.local

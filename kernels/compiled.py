@@ -20,6 +20,8 @@ try:
     import numba
     import numba.core.cgutils
     import numba.extending
+
+    from .shared_compilation import share
 except ImportError:
     numba = None  # type: ignore[assignment]
 
@@ -56,18 +58,25 @@ _prefer_tbb()
 
 
 def compiled(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Compile a function over arrays and scalars at its first call, or load it from the cache. Releases the GIL."""
+    """Compile a function over arrays and scalars at its first call, or load it from the cache. Releases the GIL.
+
+    Where processes of a host need the same, one compiles it, and the others wait for that.
+    """
     if not AVAILABLE:
         return function
-    jitted: Callable[_P, _R] = numba.njit(nogil=True, cache=True, fastmath=_FAST_MATH)(function)
-    return jitted
+    return _compiled(function, parallel=False)
 
 
 def compiled_parallel(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """`compiled`, with its ``prange`` loops spread over the threads that `set_num_threads` allows the caller."""
     if not AVAILABLE:
         return function
-    jitted: Callable[_P, _R] = numba.njit(nogil=True, cache=True, fastmath=_FAST_MATH, parallel=True)(function)
+    return _compiled(function, parallel=True)
+
+
+def _compiled(function: Callable[_P, _R], parallel: bool) -> Callable[_P, _R]:
+    jitted: Callable[_P, _R] = numba.njit(nogil=True, cache=True, fastmath=_FAST_MATH, parallel=parallel)(function)
+    share(jitted)
     return jitted
 
 

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..core.bounds import FILE_SUFFIX
 from ..core.config import HiddenStatesConfig
 from ..core.errors import CapacityError, ConfigError, RequestError
 from ..core.log import RateLimited
@@ -28,7 +29,6 @@ from ..core.messages import Generate, Prefill
 from ..core.metrics import WorkerMetrics
 from ..core.units import format_bytes
 
-SUFFIX = ".safetensors"
 _PARTIAL = ".partial"
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _log = RateLimited()
@@ -198,7 +198,7 @@ class HiddenStateWriter:
                 else:
                     self._finish(work)
             except OSError as error:  # the request itself is unharmed
-                _log.warning("hidden-states", "%s%s was not written: %s", work.recording.name, SUFFIX, error)
+                _log.warning("hidden-states", "%s%s was not written: %s", work.recording.name, FILE_SUFFIX, error)
                 self._fail(work)
         for file in self._files.values():
             if file is not None:
@@ -245,7 +245,7 @@ class HiddenStateWriter:
             file.flush()
             os.fsync(file.fileno())
             file.close()
-            Path(file.name).replace(self._folder / (work.recording.name + SUFFIX))
+            Path(file.name).replace(self._folder / (work.recording.name + FILE_SUFFIX))
             self._on_end("written")
         elif not work.whole:
             if file is not None:

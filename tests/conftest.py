@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing.util
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 import zlib
@@ -73,6 +74,16 @@ def temporary_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
         patch.setattr(tempfile, "tempdir", folder)
         yield
     shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def compiled_kernels() -> None:
+    """What a worker of the demo model would compile at its first start is compiled, once for all processes of tests."""
+    command = "from support.warm_up import main; main()"
+    folders = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    subprocess.run(
+        [sys.executable, "-c", command], env=os.environ | {"PYTHONPATH": os.pathsep.join(folders)}, check=True
+    )
 
 
 @pytest.fixture(scope="session")

@@ -46,7 +46,7 @@ def _watch_signals(stop: threading.Event) -> None:
 
 def _check(config: Config) -> None:
     """What can be known to fail, fails within seconds."""
-    # Imported here: it brings torch, and Ctrl-C is for us while that takes its time.
+    # Imported here: it may bring torch, and Ctrl-C is for us while that takes its time.
     from ...engine.models.spec import context_length, read_spec
 
     context_length(read_spec(model_folder(config)), config.model.max_model_len)

@@ -7,6 +7,7 @@ import secrets
 from collections.abc import AsyncIterator
 from typing import Any
 
+from ...core.bounds import FILE_SUFFIX
 from ...core.clock import Clock
 from ...core.errors import RequestError, TandemError
 from ...core.ids import RequestId
@@ -14,7 +15,6 @@ from ...core.messages import Child, FinishReason, Stopping, TokenLogprobs
 from ...core.metrics import GatewayMetrics
 from ...core.randomness import child_seed
 from ...engine.limits import check_ids, check_prompt
-from ...kv_transfer.hidden_states import SUFFIX
 from .choice import Choice, Piece
 from .dispatcher import Dispatcher
 from .live import LiveRequest
@@ -382,4 +382,4 @@ class Generation:
 
 
 def _hidden_states(live: LiveRequest) -> dict[str, str]:
-    return {"hidden_states": live.hidden_states + SUFFIX} if live.hidden_states else {}
+    return {"hidden_states": live.hidden_states + FILE_SUFFIX} if live.hidden_states else {}

@@ -7,12 +7,14 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...core.errors import ConfigError
-from ...kernels.activation import SWIGLU_LIMIT
-from ...kernels.routing import Routing
-from .quantization import Quantization, parse_quantization
+
+# Others are imported where they are needed: they bring torch, and gateways and commands read a spec without it.
+if TYPE_CHECKING:
+    from ...kernels.routing import Routing
+    from .quantization import Quantization
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ class MoeSpec:
     @property
     def routing(self) -> Routing:
         """As the kernels take it."""
+        from ...kernels.routing import Routing
+
         return Routing(self.method, self.top_k, self.renormalize, self.num_groups, self.top_groups, self.scale)
 
 
@@ -180,6 +184,8 @@ def _mixtral(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _gpt_oss(config: Mapping[str, Any]) -> dict[str, Any]:
+    from ...kernels.activation import SWIGLU_LIMIT
+
     limit = config.get("swiglu_limit", SWIGLU_LIMIT)
     if limit != SWIGLU_LIMIT:
         raise ValueError(f"swiglu_limit {limit} is not supported, expected {SWIGLU_LIMIT}")
@@ -403,9 +409,15 @@ def _build(config: Mapping[str, Any], generation: Mapping[str, Any], name: str, 
         tied_embeddings=bool(config.get("tie_word_embeddings", False)),
         eos_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
         dtype=dtype,
-        quantization=parse_quantization(quantization, dtype) if quantization else None,
+        quantization=_read_quantization(quantization, dtype) if quantization else None,
         **own,
     )
+
+
+def _read_quantization(config: Mapping[str, Any], dtype: str) -> Quantization:
+    from .quantization import parse_quantization
+
+    return parse_quantization(config, dtype)
 
 
 def _rope(config: Mapping[str, Any]) -> Mapping[str, Any]:

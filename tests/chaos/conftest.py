@@ -28,6 +28,11 @@ class Golden:
         return [self._known[key] for key in keys]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def first_start(compiled_kernels: None) -> None:
+    """No worker of a test is the first on this host."""
+
+
 @pytest.fixture(scope="session")
 def golden(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Golden]:
     pools = {"pools": {"colocated": {}}, "kv": {"capacity": "256MiB"}}

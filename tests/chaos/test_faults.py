@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from support.footprint import Footprint
 from support.load import Tokens, ask_all, body, check
+from support.patience import stretched
 from support.processes import Processes
 
 pytestmark = pytest.mark.chaos
@@ -80,7 +81,7 @@ def test_idle(cluster: Processes, golden: Golden, decoder: str) -> None:
 
     before = counters()
     requests = [body(i, max_tokens=8) for i in range(40)]
-    answers = ask_all(cluster.url, requests, at_once=1, timeout_s=20)
+    answers = ask_all(cluster.url, requests, at_once=1, timeout_s=stretched(20))
     errors = check(answers, golden(requests), fails(decoder))
     failures, computed_again, computed = [after - b for after, b in zip(counters(), before, strict=True)]
     assert failures > 0

@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from support.footprint import Footprint
+from support.gateway import wait_for
 from support.load import Answer, Body, Tokens, ask_all, body, check
+from support.patience import stretched
 from support.processes import Processes
 
 pytestmark = pytest.mark.chaos
@@ -34,6 +36,7 @@ class EndlessLoad:
 
     def __init__(self, url: str, seed: int, at_once: int) -> None:
         self.answers: list[tuple[float, int, Answer]] = []
+        self._sent: list[tuple[float, int]] = []
         self._url = url
         self._at_once = at_once
         self._numbers = itertools.count(seed % NUM_BODIES)
@@ -48,7 +51,6 @@ class EndlessLoad:
             yield body(number % NUM_BODIES)
 
     def _run(self) -> None:
-        self._sent: list[tuple[float, int]] = []
         answers = ask_all(self._url, self._requests(), self._at_once)
         self.answers = [(at_s, number, answer) for (at_s, number), answer in zip(self._sent, answers, strict=True)]
 
@@ -60,13 +62,17 @@ class EndlessLoad:
         self._over.set()
         self._thread.join()
 
+    def wait_sent(self, count: int, since_s: float) -> None:
+        """Until so many requests have been sent after ``since_s``."""
+        wait_for(lambda: sum(at_s > since_s for at_s, _ in self._sent) >= count, 60, f"{count} requests")
+
     def check(self, golden: Golden, since_s: float) -> None:
-        """All are right; of those sent after ``since_s``, 99 in 100 took less than 30 s."""
+        """All are right; of those sent after ``since_s``, 99 in 100 took less than 30 s on an idle machine."""
         wanted = golden([body(i) for i in range(NUM_BODIES)])
         check([answer for _, _, answer in self.answers], [wanted[number] for _, number, _ in self.answers])
         later = [answer.seconds for at_s, _, answer in self.answers if at_s > since_s]
         assert len(later) >= 50
-        assert sum(seconds < 30 for seconds in later) >= 0.99 * len(later), sorted(later)[-5:]
+        assert sum(seconds < stretched(30) for seconds in later) >= 0.99 * len(later), sorted(later)[-5:]
 
 
 def test_prefill_comes_back_on_its_address(cluster: Processes, golden: Golden, seeds: Iterator[int]) -> None:
@@ -80,7 +86,7 @@ def test_prefill_comes_back_on_its_address(cluster: Processes, golden: Golden, s
             killed_s = time.monotonic()
             cluster.replace("prefill-0")
             cluster.wait_metric("tandem_prompt_tokens_total", 500, worker="prefill-0")
-            time.sleep(2.0)
+            load.wait_sent(60, killed_s)
         load.check(golden, killed_s)
         assert [cluster.all[name].system for name in ("decode-0", "decode-1")] == decoders
         footprint.check()
@@ -99,7 +105,7 @@ def test_decode_restarts_ten_times(cluster: Processes, golden: Golden, seeds: It
                 cluster.replace(f"decode-{turn % 2}")
             time.sleep(0.5)
             last_s = time.monotonic()
-            time.sleep(3.0)
+            load.wait_sent(60, last_s)
         load.check(golden, last_s)
         assert cluster.all["prefill-0"] is prefill
         assert prefill.alive

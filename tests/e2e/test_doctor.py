@@ -16,11 +16,11 @@ from typing import Any
 
 import psutil
 import pytest
+from support.patience import stretched
 from support.served import TANDEM, Served, free_port, wait_for
 
 pytestmark = pytest.mark.e2e
 
-LIMIT_S = 60
 CLEANUP_S = 20
 
 
@@ -32,10 +32,11 @@ class Doctor:
         self.folder = Path(tempfile.mkdtemp(prefix="d-"))
         self.environment = os.environ | {"XDG_CACHE_HOME": str(home), "TMPDIR": str(self.folder), "COLUMNS": "200"}
         self.environment.pop("RAY_ADDRESS", None)
+        self.limit_s = round(stretched(60))
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [TANDEM, "doctor", "--limit-s", str(LIMIT_S), *arguments],
+            [TANDEM, "doctor", "--limit-s", str(self.limit_s), *arguments],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=self.environment, start_new_session=True,
         )  # fmt: skip
 
@@ -43,9 +44,9 @@ class Doctor:
         """Of a run that ends with this exit status; the last is the summary."""
         start_s = time.monotonic()
         process = self.start("--json", *arguments)
-        out, err = process.communicate(timeout=LIMIT_S + CLEANUP_S + 30)
+        out, err = process.communicate(timeout=self.limit_s + stretched(CLEANUP_S + 30))
         assert process.returncode == status, out + err
-        assert time.monotonic() - start_s < LIMIT_S + CLEANUP_S
+        assert time.monotonic() - start_s < self.limit_s + stretched(CLEANUP_S)
         assert "Traceback" not in err
         return [json.loads(line) for line in out.splitlines()]
 
@@ -97,7 +98,7 @@ def test_checks_that_fail_and_the_table(doctor: Doctor) -> None:
         process = doctor.start(
             "--set", f"gateway.port={port}", "--set", "kv.transport=zmq", "--set", "kv.require_rdma=true"
         )
-        out, err = process.communicate(timeout=LIMIT_S + CLEANUP_S + 30)
+        out, err = process.communicate(timeout=doctor.limit_s + stretched(CLEANUP_S + 30))
     assert process.returncode == 1, out + err
     assert f"cannot listen on 127.0.0.1:{port}" in out
     assert "nothing works: zmq: it would move KV by plain" in out
@@ -111,7 +112,7 @@ def test_bad_usage_is_status_2(doctor: Doctor, tmp_path: Path) -> None:
     file.write_text("kv: {block_token: 3}\n")
     for arguments in ([str(file)], ["--set", "kv.nope=1"], ["--limit-s", "0"], ["--nope"]):
         process = doctor.start(*arguments)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=stretched(60))
         assert process.returncode == 2, arguments
         assert err
         assert "Traceback" not in err
@@ -132,7 +133,7 @@ def test_a_signal_ends_it(doctor: Doctor, after_s: float) -> None:
     process = doctor.start("--set", f"gateway.port={free_port()}")
     time.sleep(after_s)
     os.killpg(process.pid, signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=stretched(60))
     assert process.returncode == 1
     assert "Traceback" not in err
     doctor.check_clean()

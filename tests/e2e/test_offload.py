@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -11,12 +12,14 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from support.patience import stretched
 from support.served import Served, wait_for
 from support.traces import Traces
 
 NUM_CONVERSATIONS = 5
 NUM_TURNS = 3
 MODEL = "model.max_model_len=1024"
+CAPACITY = "kv.capacity=8MiB"
 POOLS = {"together": "pools={colocated: {}}", "apart": "routing.local_prefill=never"}
 
 
@@ -52,36 +55,58 @@ def talk(served: Served) -> tuple[list[list[int]], float]:
     return answers, mean(times)
 
 
-@pytest.mark.parametrize("pools", POOLS)
-def test_conversations_outlive_the_pool_and_a_worker(tmp_path: Path, pools: str) -> None:
-    traces = Traces()
-    arguments = ["--set", MODEL, "--set", POOLS[pools], "--set", "kv.capacity=8MiB"]
-    tiers = f"offload.tiers=[{{kind: host, capacity: 64MiB}}, {{kind: disk, capacity: 64MiB, path: {tmp_path}/disk}}]"
-    (tmp_path / "off").mkdir()
-    (tmp_path / "on").mkdir()
-    off = Served(tmp_path / "off", *arguments)
+def talk_until(served: Served, condition: Callable[[], bool], what: str, expected: list[list[int]]) -> float:
+    """`talk`, and again until something is so: it may be quicker to compute than to load on a machine whose disk and
+    memory are slow just now. Returns the last mean time."""
+    times = []
+
+    def talked() -> bool:
+        answers, seconds = talk(served)
+        assert answers == expected
+        times.append(seconds)
+        return condition()
+
+    wait_for(talked, 60, what)
+    return times[-1]
+
+
+@pytest.fixture(scope="module")
+def without(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[list[int]], float]:
+    """What `talk` says without tiers: the answers, wherever prompts are computed, and how long they take by one worker."""
+    served = Served(
+        tmp_path_factory.mktemp("off"), "--set", MODEL, "--set", CAPACITY, "--set", POOLS["together"]
+    )  # fmt: skip
     try:
-        off.wait_ready()
-        expected, off_s = talk(off)
-        assert off.stop() == 0
+        served.wait_ready()
+        told = talk(served)
+        assert served.stop() == 0
     finally:
-        off.kill()
-    on = Served(tmp_path / "on", *arguments, "--set", tiers)
+        served.kill()
+    return told
+
+
+@pytest.mark.parametrize("pools", POOLS)
+def test_conversations_outlive_the_pool_and_a_worker(
+    tmp_path: Path, pools: str, without: tuple[list[list[int]], float]
+) -> None:
+    traces = Traces()
+    expected, off_s = without
+    tiers = f"offload.tiers=[{{kind: host, capacity: 64MiB}}, {{kind: disk, capacity: 64MiB, path: {tmp_path}/disk}}]"
+    on = Served(tmp_path, "--set", MODEL, "--set", CAPACITY, "--set", POOLS[pools], "--set", tiers)
     try:
         on.wait_ready()
-        answers, on_s = talk(on)
-        assert answers == expected
+        on_s = talk_until(on, lambda: on.metric("tandem_offload_tokens_total") > 600, "loads", expected)
         assert on.metric("tandem_offload_loads_total", outcome="loaded") > 0
-        tokens = on.metric("tandem_offload_tokens_total")
-        assert tokens > 600
         print(f"mean time to the first token: tiers on {on_s * 1e3:.1f} ms, off {off_s * 1e3:.1f} ms")
         worker = "colocated-0" if pools == "together" else "prefill-0"
         on.worker(worker).kill()
         wait_for(lambda: f"{worker}#2 is ready" in on.text(), 60, "the next life")
-        again, _ = talk(on)
-        assert again == expected
+
         # Counted anew: of the process that was killed, nothing is left.
-        assert on.metric("tandem_offload_blocks_total", tier="host-0", event="loaded", worker=worker) > 0
+        def loaded() -> float:
+            return on.metric("tandem_offload_blocks_total", tier="host-0", event="loaded", worker=worker)
+
+        talk_until(on, lambda: loaded() > 0, "loads of what the dead worker stored", expected)
         processes = on.tree()
         assert on.stop() == 0
         wait_for(lambda: not [p for p in processes if p.is_running() and p.status() != "zombie"], 10, "the end of all")
@@ -118,7 +143,7 @@ def test_tiers_that_cannot_be_end_the_start(tmp_path: Path, value: str, said: st
     traces = Traces()
     served = Served(tmp_path, "--set", MODEL, "--set", POOLS["together"], "--set", value)
     try:
-        assert served.process.wait(timeout=60) != 0
+        assert served.process.wait(timeout=stretched(60)) != 0
         assert said in served.text()
         traces.check()
     finally:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from support.load import Load, ask_all, body, check
+from support.patience import stretched
 from support.served import TANDEM, Served, wait_for
 
 pytestmark = pytest.mark.e2e
@@ -25,7 +26,12 @@ class Operator:
     def run(self, *arguments: str, status: int = 0) -> str:
         """Run one, which must end with ``status``; what it says."""
         done = subprocess.run(
-            [TANDEM, *arguments], capture_output=True, text=True, timeout=100, env=self.environment, check=False
+            [TANDEM, *arguments],
+            capture_output=True,
+            text=True,
+            timeout=stretched(100),
+            env=self.environment,
+            check=False,
         )
         assert done.returncode == status, done.stdout + done.stderr
         assert "Traceback" not in done.stderr
@@ -70,7 +76,7 @@ def test_workers_come_and_go_under_load_and_no_request_fails(tmp_path: Path) -> 
             assert token not in " ".join([*process.cmdline(), *process.environ().values()])
         served.wait_idle()
         assert served.stop() == 0, served.text()
-        assert watcher.wait(20) == 1, "its cluster has ended"
+        assert watcher.wait(stretched(20)) == 1, "its cluster has ended"
         assert not list(tmp_path.glob("tandem/logs/*/control.json"))
     finally:
         served.kill()

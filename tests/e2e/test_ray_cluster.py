@@ -17,6 +17,7 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+from support.patience import stretched
 from support.served import TANDEM, free_port, wait_for
 
 pytestmark = pytest.mark.e2e
@@ -48,11 +49,18 @@ class RayCluster:
     def start(self, *arguments: str) -> None:
         environment = {key: value for key, value in self.environment.items() if key != "RAY_ADDRESS"}
         subprocess.run(
-            [*RAY, "start", *arguments], env=environment, check=True, capture_output=True, text=True, timeout=120
+            [*RAY, "start", *arguments],
+            env=environment,
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=stretched(120),
         )
 
     def tandem(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([TANDEM, *arguments], env=self.environment, capture_output=True, text=True, timeout=180)
+        return subprocess.run(
+            [TANDEM, *arguments], env=self.environment, capture_output=True, text=True, timeout=stretched(180)
+        )
 
     def processes(self, folder: Path | None = None) -> list[psutil.Process]:
         found = []
@@ -151,7 +159,7 @@ def test_up_ends_where_rdma_is_required_and_missing(cluster: RayCluster) -> None
     start_s = time.monotonic()
     up = cluster.tandem("up", "--set", f"gateway.port={port}", "--set", "kv={transport: zmq, require_rdma: true}")
     assert up.returncode == 1, up.stdout
-    assert time.monotonic() - start_s < 60
+    assert time.monotonic() - start_s < stretched(60)
     assert "decode-0#1 cannot read KV from prefill-0#1: kv.transport zmq: nothing works" in up.stderr
     assert "no Tandem runs" in cluster.tandem("status").stderr
     with socket.create_server(("127.0.0.1", port)):
@@ -197,11 +205,15 @@ def test_a_cluster_that_lets_strangers_in_is_refused(cluster: RayCluster) -> Non
             [*RAY, "start", "--head", f"--node-ip-address={address}", f"--port={open_ray.rpartition(':')[2]}",
              f"--temp-dir={folder}", "--include-dashboard=false", "--disable-usage-stats", "--num-cpus=2",
              "--object-store-memory=80000000"],
-            env=environment, check=True, capture_output=True, timeout=120,
+            env=environment, check=True, capture_output=True, timeout=stretched(120),
         )  # fmt: skip
         for command in (["up"], ["status"], ["doctor", "--json"]):
             done = subprocess.run(
-                [TANDEM, *command, "--address", open_ray], env=environment, capture_output=True, text=True, timeout=180
+                [TANDEM, *command, "--address", open_ray],
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=stretched(180),
             )
             assert done.returncode == 1, done.stdout
             told = done.stdout + done.stderr
@@ -214,7 +226,7 @@ def test_a_cluster_that_lets_strangers_in_is_refused(cluster: RayCluster) -> Non
 def test_a_wrong_token_is_refused(cluster: RayCluster) -> None:
     done = subprocess.run(
         [TANDEM, "status"], env=cluster.environment | {"RAY_AUTH_TOKEN": secrets.token_hex(32)}, capture_output=True,
-        text=True, timeout=180,
+        text=True, timeout=stretched(180),
     )  # fmt: skip
     assert done.returncode == 1
     assert "Traceback" not in done.stderr

@@ -35,6 +35,8 @@ from tandem.kv_transfer.transports.shm import ShmTransport
 from tandem.kv_transfer.transports.zmq import ZmqTransport
 from torch import Tensor
 
+from .patience import stretched
+
 CPU = torch.device("cpu")
 HIDDEN = 8
 NUM_LAYERS = 2
@@ -349,7 +351,7 @@ class Cluster:
     def answer(self, rank: int, timeout_s: float = 60) -> tuple[str, Any]:
         """What a rank answers: "" and its result, "lost" and why, or "dead"."""
         connection = self._connections[rank]
-        assert connection.poll(timeout_s), f"rank {rank} did not answer within {timeout_s} s"
+        assert connection.poll(stretched(timeout_s)), f"rank {rank} did not answer within {timeout_s} s"
         try:
             kind, answer = connection.recv()
         except (EOFError, ConnectionResetError):

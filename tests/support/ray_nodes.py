@@ -15,6 +15,7 @@ import psutil
 
 from .gateway import free_port
 from .netns import Network
+from .patience import stretched
 from .served import TANDEM
 
 _RAY = [sys.executable, "-m", "ray.scripts.scripts"]
@@ -77,6 +78,6 @@ class RayNodes:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _run(self, *command: str) -> str:
-        done = subprocess.run(command, env=self._environment, capture_output=True, text=True, timeout=180)
+        done = subprocess.run(command, env=self._environment, capture_output=True, text=True, timeout=stretched(180))
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout

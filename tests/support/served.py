@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 
 from .gateway import Gateway, free_port, wait_for
+from .patience import stretched
 
 TANDEM = str(Path(sys.executable).with_name("tandem"))
 START_TIMEOUT_S = 120
@@ -87,7 +88,7 @@ class Served(Gateway):
         self.client.close()
         if self.process.poll() is None:
             os.killpg(self.process.pid, number)
-        return self.process.wait(timeout=60)
+        return self.process.wait(timeout=stretched(60))
 
     def kill(self) -> None:
         """Clean up after a failed test: whatever is left of the group."""
@@ -97,4 +98,4 @@ class Served(Gateway):
                 process.kill()
             except psutil.NoSuchProcess:
                 continue
-        self.process.wait(timeout=30)
+        self.process.wait(timeout=stretched(30))

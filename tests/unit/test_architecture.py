@@ -101,6 +101,12 @@ def test_core_imports_neither_torch_nor_ray() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
+@pytest.mark.parametrize("module", ["gateway.runtime", "cli.app", "cli.cluster", "cli.serve", "actors"])
+def test_what_only_looks_and_passes_on_imports_no_torch(module: str) -> None:
+    code = f"import sys, tandem.cluster.{module}; print([name for name in ('torch', 'numba') if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
 def _calls(path: Path) -> Iterator[tuple[int, str]]:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Attribute):
