@@ -1,4 +1,4 @@
-"""Tandem's processes as Ray actors, and their placement. `ray_cluster` and `probe_actors` alone speak to Ray too.
+"""Tandem's processes as Ray actors, and their placement.
 
 Ray starts processes, tells when they die, and carries the control calls below. Tokens and KV never pass through it.
 """
@@ -21,29 +21,23 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ..core.clock import SystemClock
 from ..core.config import Config
-from ..core.environment import cache_folder, show_gpus, worker_environment
-from ..core.errors import ConfigError, TandemError, WorkerError
+from ..core.environment import show_gpus, worker_environment
+from ..core.errors import WorkerError
 from ..core.ids import PeerId
 from ..core.log import configure_logging, logger
 from ..core.messages import Member, Membership, Report
 from ..core.wire import ClusterKeys, make_cluster_keys
 from .controller import Controller, Event, Handle, WorkerStatus
-from .ray_cluster import ANSWER_TIMEOUT_S, NAMESPACE, check_resources, check_room
+from .ray_cluster import ANSWER_TIMEOUT_S, NAMESPACE, check_room
+from .ray_errors import cause, reason
 from .scaling import Scaling
 
 if TYPE_CHECKING:
     from ..kv_transfer.trial import TrialEnd
 
-NAME = "tandem"
-
 _START_TIMEOUT_S = 600.0
 _LEAVE_S = 5.0
 """What a process that gets SIGTERM takes at most: what is not done by then is done again elsewhere."""
-_PATIENCE_S = 10.0
-"""A controller that answers at all answers sooner, however busy its machine is."""
-
-
-# ---- processes ------------------------------------------------------------------------------------------------------
 
 
 class _Process:
@@ -97,14 +91,14 @@ class _Process:
         try:
             return Path(ray.get(self._controller.host_tier.remote(node, address, block_bytes)))
         except ray.exceptions.RayTaskError as error:
-            raise _cause(error) from None
+            raise cause(error) from None
 
     def _meet(self, rendezvous: str) -> str:
         """Wait for those that share experts with this worker."""
         try:
             return str(ray.get(self._controller.meet.remote(self._peer, rendezvous)))
         except ray.exceptions.RayTaskError as error:
-            raise _cause(error) from None
+            raise cause(error) from None
 
     def link_offer(self) -> bytes:
         """What readers may try before the model is there: see `kv_transfer.trial`."""
@@ -170,9 +164,9 @@ class _ActorHandle:
         try:
             encoded = await asyncio.wait_for(self._actor.start.remote(), _START_TIMEOUT_S)
         except ray.exceptions.RayTaskError as error:
-            raise _cause(error) from None
+            raise cause(error) from None
         except ray.exceptions.RayActorError as error:
-            raise WorkerError(f"{self._peer} died while it started: {_reason(error)}") from None
+            raise WorkerError(f"{self._peer} died while it started: {reason(error)}") from None
         except TimeoutError:
             raise WorkerError(f"{self._peer} did not start within {_START_TIMEOUT_S:g} s") from None
         return msgspec.msgpack.decode(encoded, type=Member)
@@ -195,7 +189,7 @@ class _ActorHandle:
             ray.kill(self._actor)
             return how
         except ray.exceptions.RayActorError as error:
-            return _reason(error)
+            return reason(error)
 
     async def follow(self, membership: Membership) -> None:
         self._actor.follow.remote(msgspec.msgpack.encode(membership))
@@ -272,10 +266,10 @@ class _RayLauncher:
                 await self._on_host_tiers(list(self._readable.values()))
             return folder
         except ray.exceptions.RayTaskError as error:
-            raise _cause(error) from None
+            raise cause(error) from None
         except ray.exceptions.RayActorError as error:
             self._host_tiers.pop(node, None)
-            raise WorkerError(f"the host tier of node {node} died: {_reason(error)}") from None
+            raise WorkerError(f"the host tier of node {node} died: {reason(error)}") from None
 
     async def _watch_host_tier(self, node: str, owner: Any) -> None:
         with contextlib.suppress(ray.exceptions.RayError):
@@ -335,7 +329,7 @@ class _RayLauncher:
         return _ActorHandle(peer, actor)
 
 
-class _ControllerActor:
+class ControllerActor:
     """The controller's process. It owns all others: when it goes, they go."""
 
     def __init__(self, name: str, config: str, log_folder: str) -> None:
@@ -391,154 +385,3 @@ class _ControllerActor:
     async def describe(self) -> tuple[str, str]:
         """The configuration, as JSON, and the folder of the logs."""
         return self._config.model_dump_json(), self._log_folder
-
-
-def _cause(error: ray.exceptions.RayTaskError) -> TandemError:
-    """What a remote call raised; what it did not raise on purpose, with its type."""
-    cause = error.cause
-    return cause if isinstance(cause, TandemError) else WorkerError(f"{type(cause).__name__}: {cause}")
-
-
-def _reason(error: ray.exceptions.RayActorError) -> str:
-    text = str(error)
-    for known in ("SIGKILL", "SIGTERM", "SIGSEGV", "SIGABRT", "exit code", "OOM", "node"):
-        if known in text:
-            return next((line.strip() for line in text.splitlines() if known in line), text)[:300]
-    return text.splitlines()[0][:300] if text else type(error).__name__
-
-
-# ---- for the command line -------------------------------------------------------------------------------------------
-
-
-class Cluster:
-    """A running Tandem, seen from a driver process. Every method blocks."""
-
-    def __init__(self, controller: Any) -> None:
-        self._controller: Any = controller
-        self._starting: Any = None
-
-    @classmethod
-    def launch(cls, config: Config, log_folder: Path, name: str = NAME) -> Cluster:
-        """Start a controller on the connected Ray cluster; `wait_ready` comes next.
-
-        Args:
-            config: what should run.
-            log_folder: where its logs go.
-            name: several clusters can share a Ray under different names.
-
-        Raises:
-            ConfigError: one runs already, or the Ray cluster lacks resources.
-        """
-        with contextlib.suppress(ValueError):
-            ray.get_actor(_controller_name(name), NAMESPACE)
-            raise ConfigError("Tandem already runs on this Ray cluster", fix="`tandem down` stops it")
-        check_resources(config)
-        node = ray.get_runtime_context().get_node_id()
-        controller: Any = (
-            ray.remote(_ControllerActor)
-            .options(
-                name=_controller_name(name),
-                namespace=NAMESPACE,
-                lifetime="detached",
-                num_cpus=0,
-                max_concurrency=1000,
-                scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
-            )
-            .remote(name, config.model_dump_json(), str(log_folder))
-        )
-        cluster = cls(controller)
-        cluster._starting = controller.start.remote()
-        return cluster
-
-    @classmethod
-    def find(cls) -> Cluster:
-        """The Tandem that runs on the connected Ray cluster.
-
-        Raises:
-            ConfigError: there is none.
-        """
-        try:
-            return cls(ray.get_actor(_controller_name(NAME), NAMESPACE))
-        except ValueError:
-            raise ConfigError("no Tandem runs on this Ray cluster", fix="`tandem up` starts one") from None
-
-    def wait_ready(self, timeout_s: float) -> bool:
-        """Wait for the launch to end, at most ``timeout_s``; whether everything serves.
-
-        Raises:
-            TandemError: what a worker's start raised; everything is stopped.
-        """
-        done, _ = ray.wait([self._starting], timeout=timeout_s)
-        if not done:
-            return False
-        try:
-            ray.get(self._starting)
-        except ray.exceptions.RayTaskError as error:
-            raise _cause(error) from None
-        except ray.exceptions.RayActorError as error:
-            raise WorkerError(f"the controller died: {_reason(error)}") from None
-        return True
-
-    def phases(self) -> dict[str, str]:
-        """How far each worker is; empty while the controller itself is still starting, or is gone."""
-        try:
-            return dict(ray.get(self._controller.phases.remote(), timeout=ANSWER_TIMEOUT_S))
-        except ray.exceptions.RayError:
-            return {}
-
-    def status(self) -> list[WorkerStatus]:
-        """Every worker, and its load.
-
-        Raises:
-            WorkerError: the controller does not answer.
-        """
-        return list(self._ask(self._controller.status.remote()))
-
-    def events(self, after: int, timeout_s: float) -> list[Event]:
-        """News since event ``after``; waits for some for at most ``timeout_s``.
-
-        Raises:
-            WorkerError: the controller is gone.
-        """
-        try:
-            reply = ray.get(self._controller.events.remote(after, timeout_s), timeout=timeout_s + ANSWER_TIMEOUT_S)
-        except ray.exceptions.RayError as error:
-            raise WorkerError(f"the controller is gone: {type(error).__name__}") from None
-        return list(reply)
-
-    def describe(self) -> tuple[Config, Path]:
-        """The configuration that runs, and the folder of its logs.
-
-        Raises:
-            WorkerError: the controller does not answer.
-        """
-        config, folder = self._ask(self._controller.describe.remote())
-        return Config.model_validate_json(config), Path(folder)
-
-    def stop(self, grace_s: float) -> None:
-        """End everything, the controller last."""
-        with contextlib.suppress(ray.exceptions.RayError):
-            ray.get(self._controller.stop.remote(grace_s), timeout=2 * grace_s + 10)
-        ray.kill(self._controller)
-
-    def _ask(self, answer: Any) -> Any:
-        try:
-            return ray.get(answer, timeout=_PATIENCE_S)
-        except ray.exceptions.GetTimeoutError:
-            raise WorkerError(
-                f"the controller does not answer within {_PATIENCE_S:g} s", fix="try again, or `tandem down`"
-            ) from None
-        except ray.exceptions.RayActorError as error:
-            raise WorkerError(f"the controller is gone: {_reason(error)}", fix="`tandem up` starts another") from None
-
-
-def default_log_folder() -> Path:
-    """Where the logs of a launch go."""
-    return cache_folder() / "logs"
-
-
-def _controller_name(name: str) -> str:
-    return f"{name}-controller"
-
-
-__all__ = ["Cluster", "default_log_folder"]

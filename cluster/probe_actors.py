@@ -14,9 +14,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from ..core.config import Config
 from ..core.environment import worker_environment
 from ..core.errors import ConfigError, TandemError, WorkerError
-from .actors import Cluster
 from .doctor.probe import Probe
 from .ray_cluster import check_resources
+from .tandem_cluster import Cluster
 
 _POLL_S = 0.2
 

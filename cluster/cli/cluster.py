@@ -28,8 +28,8 @@ def up(file: Path | None, overrides: list[str], address: str | None) -> None:
     config = load_config(file, overrides)
     context_length(read_spec(model_folder(config)), config.model.max_model_len)
     prepare_ray()
-    from ..actors import Cluster, default_log_folder
     from ..ray_cluster import connect_ray, disconnect_ray
+    from ..tandem_cluster import Cluster, default_log_folder
 
     connect_ray(address or ray_address())
     try:
@@ -52,8 +52,8 @@ def up(file: Path | None, overrides: list[str], address: str | None) -> None:
 def down(address: str | None) -> None:
     """Stop what `up` started."""
     prepare_ray()
-    from ..actors import Cluster
     from ..ray_cluster import connect_ray, disconnect_ray
+    from ..tandem_cluster import Cluster
 
     connect_ray(address or ray_address())
     try:
@@ -67,8 +67,8 @@ def status(address: str | None, *, kv: bool, as_json: bool) -> None:
     """Print the workers, or their KV: of the cluster named, or of this machine's `tandem serve`."""
     prepare_ray()
     where = address or ray_address() or join_local_ray()
-    from ..actors import Cluster
     from ..ray_cluster import connect_ray, disconnect_ray
+    from ..tandem_cluster import Cluster
 
     connect_ray(where)
     try:

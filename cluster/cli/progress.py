@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.status import Status
 
 if TYPE_CHECKING:
-    from ..actors import Cluster
+    from ..tandem_cluster import Cluster
 
 _POLL_S = 0.15
 

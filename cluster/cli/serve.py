@@ -20,7 +20,7 @@ from ..gateway.listener import listen
 from .progress import Interrupted, Progress, show_launch
 
 if TYPE_CHECKING:
-    from ..actors import Cluster
+    from ..tandem_cluster import Cluster
 
 SAMPLE_PROMPT = 'def fibonacci(n):\n    """Return the first n Fibonacci numbers."""\n'
 _SAMPLE_TOKENS = 48
@@ -57,8 +57,8 @@ def _run(config: Config, console: Console, stop: threading.Event) -> None:
     started_s = time.monotonic()
     progress = Progress(console, stop.is_set)
     prepare_local_ray()
-    from ..actors import Cluster, default_log_folder
     from ..ray_cluster import LocalRay
+    from ..tandem_cluster import Cluster, default_log_folder
 
     ray: LocalRay | None = None
     cluster: Cluster | None = None
