@@ -9,7 +9,8 @@ import asyncio
 import contextlib
 import signal
 import threading
-from collections.abc import Awaitable, Callable
+import time
+from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,13 +23,14 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from ..core.clock import SystemClock
 from ..core.config import Config
 from ..core.environment import show_gpus, worker_environment
-from ..core.errors import WorkerError
-from ..core.ids import PeerId
+from ..core.errors import TandemError, WorkerError
+from ..core.ids import PeerId, WorkerId, worker_of
 from ..core.log import configure_logging, logger
 from ..core.messages import Member, Membership, Report
 from ..core.wire import ClusterKeys, make_cluster_keys
-from .controller import Controller, Event, Handle, WorkerStatus
-from .ray_cluster import ANSWER_TIMEOUT_S, NAMESPACE, check_room
+from .controller import Controller, Event, Handle, WorkerStatus, desired_workers
+from .placement_groups import PlacementGroups, check_room
+from .ray_cluster import ANSWER_TIMEOUT_S, NAMESPACE
 from .ray_errors import cause, reason
 from .scaling import Scaling
 
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
     from ..kv_transfer.trial import TrialEnd
 
 _START_TIMEOUT_S = 600.0
+_ABANDONED_S = 30.0
+"""A launch whose command line has not asked for so long how it goes on has lost it."""
 _LEAVE_S = 5.0
 """What a process that gets SIGTERM takes at most: what is not done by then is done again elsewhere."""
 
@@ -56,8 +60,15 @@ class _Process:
         signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=self._leave, name="leave").start())
 
     def start(self) -> bytes:
-        """Build and serve; returns the encoded `Member`."""
+        """Build and serve; returns the encoded `Member`. Errors say on which node."""
         address = ray.util.get_node_ip_address()
+        try:
+            return self._start(address)
+        except TandemError as error:
+            error.message = f"{self._peer} at {address}: {error.message}"
+            raise
+
+    def _start(self, address: str) -> bytes:
         show_gpus(ray.get_runtime_context().get_accelerator_ids().get("GPU", []))
 
         def progress(phase: str) -> None:
@@ -156,13 +167,18 @@ class _Process:
 class _ActorHandle:
     """`controller.Handle` over a Ray actor."""
 
-    def __init__(self, peer: PeerId, actor: Any) -> None:
+    def __init__(self, peer: PeerId, create: Callable[[], Any]) -> None:
         self._peer = peer
-        self._actor = actor
+        # Ray's head may be away, and does not answer then: that is for a thread to wait for.
+        self._creation = asyncio.create_task(asyncio.to_thread(create))
+
+    async def _actor(self) -> Any:
+        return await asyncio.shield(self._creation)
 
     async def ready(self) -> Member:
+        actor = await self._actor()
         try:
-            encoded = await asyncio.wait_for(self._actor.start.remote(), _START_TIMEOUT_S)
+            encoded = await asyncio.wait_for(actor.start.remote(), _START_TIMEOUT_S)
         except ray.exceptions.RayTaskError as error:
             raise cause(error) from None
         except ray.exceptions.RayActorError as error:
@@ -172,10 +188,10 @@ class _ActorHandle:
         return msgspec.msgpack.decode(encoded, type=Member)
 
     async def link_offer(self) -> bytes:
-        return bytes(await self._ask(self._actor.link_offer.remote()))
+        return bytes(await self._ask((await self._actor()).link_offer.remote()))
 
     async def link_refusals(self, offers: list[bytes]) -> list[str]:
-        return list(await self._ask(self._actor.link_refusals.remote(offers)))
+        return list(await self._ask((await self._actor()).link_refusals.remote(offers)))
 
     async def _ask(self, answer: Any) -> Any:
         try:
@@ -184,31 +200,38 @@ class _ActorHandle:
             raise WorkerError(f"{self._peer} does not answer: {type(error).__name__}") from None
 
     async def gone(self) -> str:
+        actor = await self._actor()
         try:
-            how = str(await self._actor.wait.remote())
-            ray.kill(self._actor)
+            how = str(await actor.wait.remote())
+            ray.kill(actor)
             return how
         except ray.exceptions.RayActorError as error:
             return reason(error)
 
     async def follow(self, membership: Membership) -> None:
-        self._actor.follow.remote(msgspec.msgpack.encode(membership))
+        (await self._actor()).follow.remote(msgspec.msgpack.encode(membership))
 
     async def report(self) -> Report | None:
+        if not self._creation.done() or self._creation.exception() is not None:
+            return None
         try:
-            encoded = await asyncio.wait_for(self._actor.report.remote(), ANSWER_TIMEOUT_S)
+            encoded = await asyncio.wait_for(self._creation.result().report.remote(), ANSWER_TIMEOUT_S)
         except (ray.exceptions.RayError, TimeoutError):
             return None
         return msgspec.msgpack.decode(encoded, type=Report)
 
     async def stop(self, grace_s: float) -> None:
+        try:
+            actor = await asyncio.wait_for(self._actor(), ANSWER_TIMEOUT_S)
+        except (ray.exceptions.RayError, TandemError, TimeoutError):
+            return  # it never came; should it still come, it ends with the controller
         with contextlib.suppress(ray.exceptions.RayError, TimeoutError):
-            await asyncio.wait_for(self._actor.stop.remote(grace_s), grace_s + ANSWER_TIMEOUT_S)
-        ray.kill(self._actor)
+            await asyncio.wait_for(actor.stop.remote(grace_s), grace_s + ANSWER_TIMEOUT_S)
+        ray.kill(actor)
 
 
 class _RayLauncher:
-    """`controller.Launcher` over Ray: workers are spread over the nodes, gateways stay on the controller's."""
+    """`controller.Launcher` over Ray: workers go where `placement` says, gateways stay on the controller's node."""
 
     def __init__(
         self,
@@ -223,11 +246,12 @@ class _RayLauncher:
         self._keys = msgspec.msgpack.encode(keys)
         self._log_folder = log_folder
         self._phases: dict[PeerId, Callable[[str], None]] = {}
+        self._groups = PlacementGroups(name, config)
         self._on_host_tiers = on_host_tiers
         self._host_tiers: dict[str, Any] = {}
         self._readable: dict[str, Member] = {}
         """By node, host tiers that other nodes may read."""
-        self._watches: set[asyncio.Task[None]] = set()
+        self._background: set[asyncio.Task[None]] = set()
 
     async def host_tier(self, node: str, address: str, block_bytes: int) -> str:
         """The folder of a node's host tier, which is started if there is none.
@@ -260,9 +284,7 @@ class _RayLauncher:
             endpoint = str(await owner.endpoint.remote())
             if endpoint and node not in self._readable:
                 self._readable[node] = Member(Path(folder).name, "host", address, endpoint)
-                watch = asyncio.create_task(self._watch_host_tier(node, owner))
-                self._watches.add(watch)
-                watch.add_done_callback(self._watches.discard)
+                self._in_background(self._watch_host_tier(node, owner))
                 await self._on_host_tiers(list(self._readable.values()))
             return folder
         except ray.exceptions.RayTaskError as error:
@@ -270,6 +292,11 @@ class _RayLauncher:
         except ray.exceptions.RayActorError as error:
             self._host_tiers.pop(node, None)
             raise WorkerError(f"the host tier of node {node} died: {reason(error)}") from None
+
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
 
     async def _watch_host_tier(self, node: str, owner: Any) -> None:
         with contextlib.suppress(ray.exceptions.RayError):
@@ -290,6 +317,18 @@ class _RayLauncher:
     def check_room(self, role: str, count: int) -> None:
         check_room(self._config, role, count)
 
+    async def choose_nodes(self) -> None:
+        """Choose a node for each worker that will be launched first. Raises CapacityError: one finds none."""
+        await asyncio.to_thread(self._groups.choose, desired_workers(self._config))
+
+    def release(self, worker: WorkerId) -> None:
+        self._in_background(asyncio.to_thread(self._groups.forget(worker)))
+
+    async def release_all(self) -> None:
+        """Give back every place. Idempotent."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.to_thread(self._groups.close), ANSWER_TIMEOUT_S)
+
     def phase(self, peer: PeerId, phase: str) -> None:
         """A process tells how its start goes on."""
         if peer in self._phases:
@@ -297,36 +336,28 @@ class _RayLauncher:
 
     def launch(self, peer: PeerId, role: str, on_phase: Callable[[str], None]) -> Handle:
         self._phases[peer] = on_phase
-        options: dict[str, Any] = {"num_cpus": 0, "num_gpus": 0}
-        if role == "gateway":
-            node = ray.get_runtime_context().get_node_id()
-            options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=False)
-        else:
-            pool = getattr(self._config.pools, role)
-            options |= {
-                "num_cpus": pool.cpus_per_replica,
-                "num_gpus": pool.gpus_per_replica,
-                "scheduling_strategy": "SPREAD",
-            }
-        actor = (
-            ray.remote(_Process)
-            .options(
-                name=f"{self._name}-{peer}",
-                namespace=NAMESPACE,
-                max_concurrency=8,
-                runtime_env={"env_vars": worker_environment()},
-                **options,
+        context = ray.get_runtime_context()
+        controller, here = context.current_actor, context.get_node_id()
+
+        def create() -> Any:
+            if role == "gateway":
+                strategy = NodeAffinitySchedulingStrategy(here, soft=False)
+                options: dict[str, Any] = {"num_cpus": 0, "num_gpus": 0, "scheduling_strategy": strategy}
+            else:
+                options = self._groups.place(worker_of(peer), role)
+            return (
+                ray.remote(_Process)
+                .options(
+                    name=f"{self._name}-{peer}",
+                    namespace=NAMESPACE,
+                    max_concurrency=8,
+                    runtime_env={"env_vars": worker_environment()},
+                    **options,
+                )
+                .remote(peer, role, self._config.model_dump_json(), self._keys, self._log_folder, controller)
             )
-            .remote(
-                peer,
-                role,
-                self._config.model_dump_json(),
-                self._keys,
-                self._log_folder,
-                ray.get_runtime_context().current_actor,
-            )
-        )
-        return _ActorHandle(peer, actor)
+
+        return _ActorHandle(peer, create)
 
 
 class ControllerActor:
@@ -339,24 +370,40 @@ class ControllerActor:
         configure_logging("controller", parsed.log.level, parsed.log.format, Path(log_folder) / "controller.log")
         self._config = parsed
         self._log_folder = log_folder
+        self._asked_s = time.monotonic()
         self._launcher = _RayLauncher(name, parsed, make_cluster_keys(), log_folder, self._follow_host_tiers)
         self._controller = Controller(parsed, self._launcher, SystemClock())
         scaling = Scaling(parsed, self._launcher, self._controller)
         self._control = ControlServer(self._controller, scaling, parsed.control, Path(log_folder))
 
     async def start(self) -> None:
+        """Returns when everything serves. Ends this process if whoever called is gone before that."""
+        starting = asyncio.create_task(self._start())
+        self._asked_s = time.monotonic()
+        while not (await asyncio.wait([starting], timeout=1))[0]:
+            if time.monotonic() - self._asked_s > _ABANDONED_S:
+                logger.error("nobody has asked for %g s how the start goes on: it is given up", _ABANDONED_S)
+                starting.cancel()
+                await asyncio.wait([starting])
+                ray.actor.exit_actor()
+        starting.result()
+
+    async def _start(self) -> None:
         try:
             await self._control.start()
+            await self._launcher.choose_nodes()
             await self._controller.start()
         except BaseException:
             await self._control.stop()
             await self._launcher.stop_host_tiers()
+            await self._launcher.release_all()
             raise
 
     async def stop(self, grace_s: float) -> None:
         await self._control.stop()
         await self._controller.stop(grace_s)
         await self._launcher.stop_host_tiers()
+        await self._launcher.release_all()
 
     async def host_tier(self, node: str, address: str, block_bytes: int) -> str:
         return await self._launcher.host_tier(node, address, block_bytes)
@@ -368,6 +415,7 @@ class ControllerActor:
         return await self._controller.meet(peer, rendezvous)
 
     async def phases(self) -> dict[str, str]:
+        self._asked_s = time.monotonic()
         return self._controller.phases()
 
     async def phase(self, peer: PeerId, phase: str) -> None:

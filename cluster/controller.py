@@ -73,6 +73,10 @@ class Launcher(Protocol):
         """Raises CapacityError if there is no room for so many more processes of this role."""
         ...
 
+    def release(self, worker: WorkerId) -> None:
+        """A worker has left: what was kept for its next life is free. Does not wait. Idempotent."""
+        ...
+
 
 class Event(NamedTuple):
     """Something that an operator wants to know."""
@@ -294,6 +298,7 @@ class Controller:
                 await self._tell(f"{worker.worker} {worker.phase}")
                 await asyncio.sleep(backoff_s)
         worker.phase = "drained"
+        self._launcher.release(worker.worker)
         await self._tell(f"{worker.worker} is drained")
 
     async def _live(self, worker: Desired) -> None:

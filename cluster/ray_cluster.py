@@ -1,4 +1,4 @@
-"""The Ray cluster that Tandem runs on: one of its own, or one that is joined; and whether it has room."""
+"""The Ray cluster that Tandem runs on: one of its own, or one that is joined."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ import ray
 
 from ..core.config import Config
 from ..core.environment import announce_local_ray, ray_authenticates
-from ..core.errors import CapacityError, ConfigError
-from .controller import desired_workers
+from ..core.errors import ConfigError
 from .janitor import hire
 
 NAMESPACE = "tandem"
@@ -107,33 +106,3 @@ def disconnect_ray() -> None:
 def _wanted_cpus(config: Config) -> float:
     pools = (config.pools.prefill, config.pools.decode, config.pools.colocated)
     return sum(pool.replicas * pool.cpus_per_replica for pool in pools if pool is not None)
-
-
-def check_resources(config: Config) -> None:
-    """Raises ConfigError if the connected Ray cluster has too few free CPUs or GPUs for all workers."""
-    pools = (config.pools.prefill, config.pools.decode, config.pools.colocated)
-    wanted = {
-        "CPU": _wanted_cpus(config),
-        "GPU": sum(pool.replicas * pool.gpus_per_replica for pool in pools if pool is not None),
-    }
-    available = ray.available_resources()
-    for name, amount in wanted.items():
-        if amount > available.get(name, 0.0):
-            workers = ", ".join(worker for worker, role in desired_workers(config) if role != "gateway")
-            raise ConfigError(
-                f"{workers} need {amount:g} {name}s; the Ray cluster has {available.get(name, 0.0):g} free",
-                fix="lower pools.*.replicas or pools.*.cpus_per_replica, or add nodes",
-            )
-
-
-def check_room(config: Config, role: str, count: int) -> None:
-    """Raises CapacityError if the Ray cluster has too few free CPUs or GPUs for so many more workers of a pool."""
-    pool = getattr(config.pools, role)
-    available = ray.available_resources()
-    for name, each in (("CPU", pool.cpus_per_replica), ("GPU", pool.gpus_per_replica)):
-        if count * each > available.get(name, 0.0):
-            raise CapacityError(
-                f"{count} more {role} workers need {count * each:g} {name}s; "
-                f"the Ray cluster has {available.get(name, 0.0):g} free",
-                fix="add nodes, or scale another pool down",
-            )

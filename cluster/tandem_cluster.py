@@ -15,7 +15,8 @@ from ..core.environment import cache_folder
 from ..core.errors import ConfigError, WorkerError
 from .actors import ControllerActor
 from .controller import Event, WorkerStatus
-from .ray_cluster import ANSWER_TIMEOUT_S, NAMESPACE, check_resources
+from .placement_groups import check_resources
+from .ray_cluster import ANSWER_TIMEOUT_S, NAMESPACE
 from .ray_errors import cause, reason
 
 NAME = "tandem"

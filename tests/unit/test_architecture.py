@@ -86,7 +86,14 @@ def test_the_package_is_imported_relatively() -> None:
             "ray",
             {
                 f"cluster/{name}.py"
-                for name in ("actors", "probe_actors", "ray_cluster", "ray_errors", "tandem_cluster")
+                for name in (
+                    "actors",
+                    "placement_groups",
+                    "probe_actors",
+                    "ray_cluster",
+                    "ray_errors",
+                    "tandem_cluster",
+                )
             },
         )
     ],
