@@ -56,6 +56,8 @@ class _Process:
         self._controller = controller
         self._runtime: Any = None
         self._ended = threading.Event()
+        self._following = threading.Lock()
+        self._version = 0
         self._trial: TrialEnd | None = None
         signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=self._leave, name="leave").start())
 
@@ -139,8 +141,12 @@ class _Process:
         if self._trial is not None:
             self._trial.close()
             self._trial = None
-        if self._runtime is not None:
-            self._runtime.follow(msgspec.msgpack.decode(membership, type=Membership))
+        # Calls run in threads, and one may overtake another: yesterday's members shall not come back.
+        with self._following:
+            news = msgspec.msgpack.decode(membership, type=Membership)
+            if self._runtime is not None and news.version > self._version:
+                self._version = news.version
+                self._runtime.follow(news)
 
     def report(self) -> bytes:
         """The encoded `Report`."""

@@ -21,6 +21,17 @@ import pytest
 from .served import TANDEM
 
 _RAY = [sys.executable, "-m", "ray.scripts.scripts"]
+_BOOT = """
+mount -t proc proc /proc && mount --bind "$1" "$2" && exec "$3" -c "
+import os, time
+print('up', flush=True)
+while True:
+    try:
+        os.wait()
+    except ChildProcessError:
+        time.sleep(0.2)
+"
+"""
 _LEFT = """
 import json, ray
 from ray.util import placement_group_table
@@ -31,12 +42,41 @@ print(json.dumps({"groups": groups, "named": ray.util.list_named_actors()}))
 
 
 class Host:
-    """One namespace."""
+    """One namespace for its network, and one for its processes, which see no others."""
 
-    def __init__(self, name: str, address: str) -> None:
+    def __init__(self, name: str, address: str, folder: Path, ray_folder: Path) -> None:
         self.name = name
         self.address = address
-        self.prefix = ["ip", "netns", "exec", name]
+        self._folders = [str(folder), str(ray_folder)]
+        self._init: subprocess.Popen[bytes] | None = None
+        self._first = 0
+
+    @property
+    def prefix(self) -> list[str]:
+        """What runs with it runs in the host. Boots it if need be."""
+        if self._init is None:
+            command = [
+                "ip",
+                "netns",
+                "exec",
+                self.name,
+                "unshare",
+                "-m",
+                "-p",
+                "--fork",
+                "--kill-child",
+                "sh",
+                "-c",
+                _BOOT,
+            ]
+            self._init = subprocess.Popen(
+                [*command, "sh", *self._folders, sys.executable], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+            )
+            assert self._init.stdout is not None
+            assert self._init.stdout.readline() == b"up\n"
+            [first] = psutil.Process(self._init.pid).children()
+            self._first = first.pid
+        return ["nsenter", "-t", str(self._first), "-m", "-p", "-n", "--"]
 
     def pids(self) -> list[int]:
         """Of the processes in it."""
@@ -53,10 +93,13 @@ class Host:
         raise AssertionError(f"no process of {log} at {self.address}")
 
     def kill(self) -> None:
-        """Everything in it dies at once."""
-        for pid in self.pids():
+        """Everything in it dies at once. Idempotent."""
+        if self._init is not None and self._init.stdout is not None:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+                os.kill(self._first, signal.SIGKILL)
+            self._init.wait(timeout=30)
+            self._init.stdout.close()
+            self._init = None
 
     def cut(self) -> None:
         """Every packet is lost from now on."""
@@ -97,13 +140,23 @@ class Hosts:
             pytest.skip("network namespaces need root and iproute2")
         name, third = f"th{secrets.token_hex(3)}", secrets.randbelow(200) + 20
         self._bridge = f"{name}b"
+        self._folder = Path(tempfile.mkdtemp(prefix="h"))
+        self.ray_folder = self._folder / "r"
+        """Ray notes there which node it belongs to, and has its sockets there, whose paths must be short: each host has
+        a folder of its own in its place."""
+        self.ray_folder.mkdir()
         self.hosts: list[Host] = []
         try:
             _run("ip", "link", "add", self._bridge, "type", "bridge")
             _run("ip", "addr", "add", f"10.214.{third}.1/24", "dev", self._bridge)
             _run("ip", "link", "set", self._bridge, "up")
             for number in range(count):
-                self._add(Host(f"{name}{number}", f"10.214.{third}.{10 + number}"))
+                (self._folder / str(number)).mkdir()
+                self._add(
+                    Host(
+                        f"{name}{number}", f"10.214.{third}.{10 + number}", self._folder / str(number), self.ray_folder
+                    )
+                )
         except subprocess.CalledProcessError as error:
             self.close()
             pytest.skip(f"no network namespaces here: {error.stderr.strip()}")
@@ -113,9 +166,11 @@ class Hosts:
         self.hosts.append(host)
         _run("ip", "link", "add", f"{host.name}v", "type", "veth", "peer", "eth0", "netns", host.name)
         _run("ip", "link", "set", f"{host.name}v", "master", self._bridge, "up")
-        _run(*host.prefix, "ip", "addr", "add", f"{host.address}/24", "dev", "eth0")
-        _run(*host.prefix, "ip", "link", "set", "eth0", "up")
-        _run(*host.prefix, "ip", "link", "set", "lo", "up")
+        _run("ip", "-n", host.name, "addr", "add", f"{host.address}/24", "dev", "eth0")
+        _run("ip", "-n", host.name, "link", "set", "eth0", "up")
+        _run("ip", "-n", host.name, "link", "set", "lo", "up")
+        # It leads nowhere; Ray asks the system which address it would be left by.
+        _run("ip", "-n", host.name, "route", "add", "default", "via", host.address.rpartition(".")[0] + ".1")
 
     def close(self) -> None:
         """Kill what runs in them, and remove them."""
@@ -124,6 +179,7 @@ class Hosts:
             subprocess.run(["ip", "link", "del", f"{host.name}v"], capture_output=True)
             subprocess.run(["ip", "netns", "del", host.name], capture_output=True)
         subprocess.run(["ip", "link", "del", self._bridge], capture_output=True)
+        shutil.rmtree(self._folder, ignore_errors=True)
 
 
 class RayHosts:
@@ -137,13 +193,12 @@ class RayHosts:
 
     def __init__(self, home: Path, hosts: Hosts, cpus: int) -> None:
         self.hosts = hosts.hosts
-        # Sockets live below it, and their paths must be short.
-        self.folder = Path(tempfile.mkdtemp(prefix="ray-test-"))
+        self._ray_folder = hosts.ray_folder
         self._cpus = cpus
         self.environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {
             "XDG_CACHE_HOME": str(home), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32),
             "RAY_USAGE_STATS_ENABLED": "0", "COLUMNS": "200", "RAY_gcs_storage": "rocksdb",
-            "RAY_gcs_storage_path": str(self.folder / "gcs"), "RAY_gcs_rpc_server_reconnect_timeout_s": "3600",
+            "RAY_gcs_storage_path": str(hosts.ray_folder / "gcs"), "RAY_gcs_rpc_server_reconnect_timeout_s": "3600",
         }  # fmt: skip
         self.address = f"{self.hosts[0].address}:6379"
         try:
@@ -160,7 +215,7 @@ class RayHosts:
             self.hosts[0],
             "--head",
             "--port=6379",
-            f"--temp-dir={self.folder}",
+            f"--temp-dir={self._ray_folder}",
             "--include-dashboard=false",
             "--num-cpus=0",
         )
@@ -200,10 +255,9 @@ class RayHosts:
         return dict(json.loads(done.stdout.splitlines()[-1]))
 
     def close(self) -> None:
-        """End every process of the cluster, and remove its folder."""
+        """End every process of the cluster."""
         for host in self.hosts:
             host.kill()
-        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def _run(*command: str) -> None:
