@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import sys
 import threading
 import time
@@ -17,7 +16,7 @@ from ...core.config import DEMO_MODEL, Config, load_config, model_folder, model_
 from ...core.environment import prepare_local_ray
 from ...core.errors import TandemError, WorkerError
 from ..gateway.listener import listen
-from .progress import Interrupted, Progress, show_launch
+from .progress import Interrupted, Progress, show_launch, watch_signals
 
 if TYPE_CHECKING:
     from ..tandem_cluster import Cluster
@@ -32,16 +31,10 @@ def serve(file: Path | None, overrides: list[str]) -> None:
     """Start, show, stay; return after a signal. Raises ConfigError before anything was started."""
     console = Console(highlight=False)
     stop = threading.Event()
-    _watch_signals(stop)
+    watch_signals(stop)
     config = load_config(file, overrides)
     _check(config)
     _run(config, console, stop)
-
-
-def _watch_signals(stop: threading.Event) -> None:
-    """Set a flag, which is looked at often: Ray's calls do not take kindly to exceptions out of signal handlers."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda *_: stop.set())
 
 
 def _check(config: Config) -> None:
@@ -65,7 +58,7 @@ def _run(config: Config, console: Console, stop: threading.Event) -> None:
     try:
         progress.show("starting Ray")
         ray = LocalRay(config)
-        _watch_signals(stop)  # Ray has put a handler of its own in place
+        watch_signals(stop)  # Ray has put a handler of its own in place
         log_folder = default_log_folder() / time.strftime("%Y%m%d-%H%M%S")
         cluster = Cluster.launch(config, log_folder)
         show_launch(cluster, progress)

@@ -209,6 +209,12 @@ class RayHosts:
             self.close()
             raise
 
+    def __enter__(self) -> RayHosts:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def start_head(self) -> None:
         """Or start it again."""
         self._ray_start(
