@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
-import secrets
 import shutil
 import socket
 import statistics
@@ -25,6 +23,7 @@ from pathlib import Path
 import httpx
 import psutil
 
+from ..core.environment import separate_ray
 from .machine import describe
 
 _RAY = [sys.executable, "-m", "ray.scripts.scripts"]
@@ -43,12 +42,7 @@ class _Nodes:
     def __init__(self, count: int) -> None:
         # Sockets live below it, and their paths must be short.
         self._folder = Path(tempfile.mkdtemp(prefix="launch-"))
-        self.environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | {
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN": secrets.token_hex(32),
-            "RAY_USAGE_STATS_ENABLED": "0",
-            "PYTHONUNBUFFERED": "1",
-        }
+        self.environment = separate_ray()
         address = f"127.0.0.1:{_free_port()}"
         try:
             for number in range(count):
@@ -122,7 +116,7 @@ def _launch(nodes: _Nodes) -> dict[str, object]:
     ends = sorted(marks.items(), key=lambda item: item[1])
     starts = [0.0, *(end for _, end in ends)]
     parts = {name: round(end - start, 2) for (name, end), start in zip(ends, starts, strict=False)}
-    return {"seconds": marks["first_token"], "parts_s": parts, "load_average": round(os.getloadavg()[0], 1)}
+    return {"seconds": marks["first_token"], "parts_s": parts, "load_average": round(psutil.getloadavg()[0], 1)}
 
 
 def main() -> None:
