@@ -8,8 +8,12 @@ import socket
 import tempfile
 from pathlib import Path
 
+import grpc
 import psutil
 import ray
+from ray._private.grpc_utils import init_grpc_channel
+from ray.core.generated.gcs_service_pb2 import GetClusterIdRequest
+from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
 
 from ..core.config import Config
 from ..core.environment import announce_local_ray, ray_authenticates
@@ -85,7 +89,7 @@ def connect_ray(address: str | None) -> None:
 
 
 def _probe(address: str | None) -> None:
-    """Ray itself waits for minutes for an address where nobody listens."""
+    """Ray itself waits for minutes for an address where nobody listens, or where its token is not known."""
     host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
     if not colon or not port.isdigit():
         return
@@ -96,6 +100,19 @@ def _probe(address: str | None) -> None:
             f"no Ray cluster at {address}: {(error.strerror or str(error)).lower()}",
             fix="`ray start --head` starts one and prints its address",
         ) from None
+    channel = init_grpc_channel(f"{host}:{port}")
+    try:
+        NodeInfoGcsServiceStub(channel).GetClusterId(GetClusterIdRequest(), timeout=ANSWER_TIMEOUT_S)
+    except grpc.RpcError as error:
+        # Whatever else it is, Ray will tell.
+        if error.code() == grpc.StatusCode.UNAUTHENTICATED:
+            raise ConfigError(
+                f"the Ray cluster at {address} refuses this environment's token",
+                fix="RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or the file ~/.ray/auth_token, must be as they were for "
+                "its `ray start`",
+            ) from None
+    finally:
+        channel.close()
 
 
 def disconnect_ray() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import shutil
 import signal
@@ -20,6 +21,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 DEMO = Path(__file__).resolve().parents[2] / "deploy" / "demo-model"
 LIMIT_S = 60.0
+"""On an idle machine; one that has more to do than cores takes longer by so much."""
 NOTHING: dict[str, list[str]] = {"groups": [], "named": []}
 
 
@@ -39,14 +41,18 @@ def model(tmp_path: Path) -> Path:
     return Path(shutil.copytree(DEMO, tmp_path / "model"))
 
 
+def limit_s() -> float:
+    return LIMIT_S * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+
+
 def up_fails(cluster: RayHosts, *arguments: str, **environment: str) -> str:
     """What `tandem up` says; it ends in time and leaves nothing."""
     start_s = time.monotonic()
     done = cluster.tandem("up", "--set", f"gateway.host={cluster.hosts[1].address}", *arguments, **environment)
-    assert time.monotonic() - start_s < LIMIT_S, done.stdout + done.stderr
+    assert time.monotonic() - start_s < limit_s(), done.stdout + done.stderr
     assert done.returncode != 0, done.stdout
     assert "Traceback" not in done.stderr, done.stderr
-    assert "fix: " in done.stderr, done.stderr
+    assert "fix: " in done.stderr or "did you mean" in done.stderr, done.stderr
     left_nothing(cluster)
     return done.stderr
 
@@ -84,7 +90,9 @@ def test_a_key_that_does_not_exist(cluster: RayHosts, tmp_path: Path) -> None:
 
 
 def test_a_wrong_token(cluster: RayHosts) -> None:
-    assert "token" in up_fails(cluster, RAY_AUTH_TOKEN=secrets.token_hex(32)).lower()
+    told = up_fails(cluster, RAY_AUTH_TOKEN=secrets.token_hex(32))
+    assert "refuses this environment's token" in told
+    assert "RAY_AUTH_TOKEN" in told
 
 
 @pytest.mark.parametrize("section", ["gateway", "control"])
@@ -145,7 +153,7 @@ def test_a_host_that_dies_meanwhile(cluster: RayHosts, tmp_path: Path) -> None:
         )  # fmt: skip
     wait_for(lambda: "prefill-0: starting" in output.read_text(), 60, "the launch")
     cluster.hosts[2].kill()
-    assert up.wait(timeout=LIMIT_S) == 1
+    assert up.wait(timeout=limit_s()) == 1
     told = output.read_text()
     assert "#1 died while it started" in told
     assert "node" in told
