@@ -12,7 +12,7 @@ import grpc
 import psutil
 import ray
 from ray._private.grpc_utils import init_grpc_channel
-from ray.core.generated.gcs_service_pb2 import GetClusterIdRequest
+from ray.core.generated.gcs_service_pb2 import GetClusterIdRequest  # type: ignore[attr-defined]
 from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
 
 from ..core.config import Config
