@@ -139,7 +139,8 @@ def test_a_launch_whose_command_ends(cluster: RayHosts, number: signal.Signals, 
 
 def is_tandem_up(pid: int) -> bool:
     try:
-        return b"tandem\0up\0" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+        return b"tandem\0up\0" in command and not command.startswith(b"nsenter\0")
     except OSError:
         return False
 
