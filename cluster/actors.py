@@ -1,4 +1,4 @@
-"""Tandem's processes as Ray actors, and their placement. `ray_cluster` and `probe_actors` alone speak to Ray too.
+"""Tandem's processes as Ray actors, and their placement.
 
 Ray starts processes, tells when they die, and carries the control calls below. Tokens and KV never pass through it.
 """
@@ -9,7 +9,8 @@ import asyncio
 import contextlib
 import signal
 import threading
-from collections.abc import Awaitable, Callable
+import time
+from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,29 +22,26 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ..core.clock import SystemClock
 from ..core.config import Config
-from ..core.environment import cache_folder, show_gpus, worker_environment
-from ..core.errors import ConfigError, TandemError, WorkerError
-from ..core.ids import PeerId
+from ..core.environment import show_gpus, worker_environment
+from ..core.errors import TandemError, WorkerError
+from ..core.ids import PeerId, WorkerId, worker_of
 from ..core.log import configure_logging, logger
 from ..core.messages import Member, Membership, Report
 from ..core.wire import ClusterKeys, make_cluster_keys
-from .controller import Controller, Event, Handle, WorkerStatus
-from .ray_cluster import ANSWER_TIMEOUT_S, NAMESPACE, check_resources, check_room
+from .controller import Controller, Event, Handle, WorkerStatus, desired_workers
+from .placement_groups import PlacementGroups, check_room
+from .ray_cluster import ANSWER_TIMEOUT_S, NAMESPACE
+from .ray_errors import cause, reason
 from .scaling import Scaling
 
 if TYPE_CHECKING:
     from ..kv_transfer.trial import TrialEnd
 
-NAME = "tandem"
-
 _START_TIMEOUT_S = 600.0
+_ABANDONED_S = 30.0
+"""A launch whose command line has not asked for so long how it goes on has lost it."""
 _LEAVE_S = 5.0
 """What a process that gets SIGTERM takes at most: what is not done by then is done again elsewhere."""
-_PATIENCE_S = 10.0
-"""A controller that answers at all answers sooner, however busy its machine is."""
-
-
-# ---- processes ------------------------------------------------------------------------------------------------------
 
 
 class _Process:
@@ -58,12 +56,21 @@ class _Process:
         self._controller = controller
         self._runtime: Any = None
         self._ended = threading.Event()
+        self._following = threading.Lock()
+        self._version = 0
         self._trial: TrialEnd | None = None
         signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=self._leave, name="leave").start())
 
     def start(self) -> bytes:
-        """Build and serve; returns the encoded `Member`."""
+        """Build and serve; returns the encoded `Member`. Errors say on which node."""
         address = ray.util.get_node_ip_address()
+        try:
+            return self._start(address)
+        except TandemError as error:
+            error.message = f"{self._peer} at {address}: {error.message}"
+            raise
+
+    def _start(self, address: str) -> bytes:
         show_gpus(ray.get_runtime_context().get_accelerator_ids().get("GPU", []))
 
         def progress(phase: str) -> None:
@@ -97,14 +104,14 @@ class _Process:
         try:
             return Path(ray.get(self._controller.host_tier.remote(node, address, block_bytes)))
         except ray.exceptions.RayTaskError as error:
-            raise _cause(error) from None
+            raise cause(error) from None
 
     def _meet(self, rendezvous: str) -> str:
         """Wait for those that share experts with this worker."""
         try:
             return str(ray.get(self._controller.meet.remote(self._peer, rendezvous)))
         except ray.exceptions.RayTaskError as error:
-            raise _cause(error) from None
+            raise cause(error) from None
 
     def link_offer(self) -> bytes:
         """What readers may try before the model is there: see `kv_transfer.trial`."""
@@ -134,8 +141,12 @@ class _Process:
         if self._trial is not None:
             self._trial.close()
             self._trial = None
-        if self._runtime is not None:
-            self._runtime.follow(msgspec.msgpack.decode(membership, type=Membership))
+        # Calls run in threads, and one may overtake another: yesterday's members shall not come back.
+        with self._following:
+            news = msgspec.msgpack.decode(membership, type=Membership)
+            if self._runtime is not None and news.version > self._version:
+                self._version = news.version
+                self._runtime.follow(news)
 
     def report(self) -> bytes:
         """The encoded `Report`."""
@@ -162,26 +173,31 @@ class _Process:
 class _ActorHandle:
     """`controller.Handle` over a Ray actor."""
 
-    def __init__(self, peer: PeerId, actor: Any) -> None:
+    def __init__(self, peer: PeerId, create: Callable[[], Any]) -> None:
         self._peer = peer
-        self._actor = actor
+        # Ray's head may be away, and does not answer then: that is for a thread to wait for.
+        self._creation = asyncio.create_task(asyncio.to_thread(create))
+
+    async def _actor(self) -> Any:
+        return await asyncio.shield(self._creation)
 
     async def ready(self) -> Member:
+        actor = await self._actor()
         try:
-            encoded = await asyncio.wait_for(self._actor.start.remote(), _START_TIMEOUT_S)
+            encoded = await asyncio.wait_for(actor.start.remote(), _START_TIMEOUT_S)
         except ray.exceptions.RayTaskError as error:
-            raise _cause(error) from None
+            raise cause(error) from None
         except ray.exceptions.RayActorError as error:
-            raise WorkerError(f"{self._peer} died while it started: {_reason(error)}") from None
+            raise WorkerError(f"{self._peer} died while it started: {reason(error)}") from None
         except TimeoutError:
             raise WorkerError(f"{self._peer} did not start within {_START_TIMEOUT_S:g} s") from None
         return msgspec.msgpack.decode(encoded, type=Member)
 
     async def link_offer(self) -> bytes:
-        return bytes(await self._ask(self._actor.link_offer.remote()))
+        return bytes(await self._ask((await self._actor()).link_offer.remote()))
 
     async def link_refusals(self, offers: list[bytes]) -> list[str]:
-        return list(await self._ask(self._actor.link_refusals.remote(offers)))
+        return list(await self._ask((await self._actor()).link_refusals.remote(offers)))
 
     async def _ask(self, answer: Any) -> Any:
         try:
@@ -190,31 +206,38 @@ class _ActorHandle:
             raise WorkerError(f"{self._peer} does not answer: {type(error).__name__}") from None
 
     async def gone(self) -> str:
+        actor = await self._actor()
         try:
-            how = str(await self._actor.wait.remote())
-            ray.kill(self._actor)
+            how = str(await actor.wait.remote())
+            ray.kill(actor)
             return how
         except ray.exceptions.RayActorError as error:
-            return _reason(error)
+            return reason(error)
 
     async def follow(self, membership: Membership) -> None:
-        self._actor.follow.remote(msgspec.msgpack.encode(membership))
+        (await self._actor()).follow.remote(msgspec.msgpack.encode(membership))
 
     async def report(self) -> Report | None:
+        if not self._creation.done() or self._creation.exception() is not None:
+            return None
         try:
-            encoded = await asyncio.wait_for(self._actor.report.remote(), ANSWER_TIMEOUT_S)
+            encoded = await asyncio.wait_for(self._creation.result().report.remote(), ANSWER_TIMEOUT_S)
         except (ray.exceptions.RayError, TimeoutError):
             return None
         return msgspec.msgpack.decode(encoded, type=Report)
 
     async def stop(self, grace_s: float) -> None:
+        try:
+            actor = await asyncio.wait_for(self._actor(), ANSWER_TIMEOUT_S)
+        except (ray.exceptions.RayError, TandemError, TimeoutError):
+            return  # it never came; should it still come, it ends with the controller
         with contextlib.suppress(ray.exceptions.RayError, TimeoutError):
-            await asyncio.wait_for(self._actor.stop.remote(grace_s), grace_s + ANSWER_TIMEOUT_S)
-        ray.kill(self._actor)
+            await asyncio.wait_for(actor.stop.remote(grace_s), grace_s + ANSWER_TIMEOUT_S)
+        ray.kill(actor)
 
 
 class _RayLauncher:
-    """`controller.Launcher` over Ray: workers are spread over the nodes, gateways stay on the controller's."""
+    """`controller.Launcher` over Ray: workers go where `placement` says, gateways stay on the controller's node."""
 
     def __init__(
         self,
@@ -229,11 +252,12 @@ class _RayLauncher:
         self._keys = msgspec.msgpack.encode(keys)
         self._log_folder = log_folder
         self._phases: dict[PeerId, Callable[[str], None]] = {}
+        self._groups = PlacementGroups(name, config)
         self._on_host_tiers = on_host_tiers
         self._host_tiers: dict[str, Any] = {}
         self._readable: dict[str, Member] = {}
         """By node, host tiers that other nodes may read."""
-        self._watches: set[asyncio.Task[None]] = set()
+        self._background: set[asyncio.Task[None]] = set()
 
     async def host_tier(self, node: str, address: str, block_bytes: int) -> str:
         """The folder of a node's host tier, which is started if there is none.
@@ -266,16 +290,19 @@ class _RayLauncher:
             endpoint = str(await owner.endpoint.remote())
             if endpoint and node not in self._readable:
                 self._readable[node] = Member(Path(folder).name, "host", address, endpoint)
-                watch = asyncio.create_task(self._watch_host_tier(node, owner))
-                self._watches.add(watch)
-                watch.add_done_callback(self._watches.discard)
+                self._in_background(self._watch_host_tier(node, owner))
                 await self._on_host_tiers(list(self._readable.values()))
             return folder
         except ray.exceptions.RayTaskError as error:
-            raise _cause(error) from None
+            raise cause(error) from None
         except ray.exceptions.RayActorError as error:
             self._host_tiers.pop(node, None)
-            raise WorkerError(f"the host tier of node {node} died: {_reason(error)}") from None
+            raise WorkerError(f"the host tier of node {node} died: {reason(error)}") from None
+
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
 
     async def _watch_host_tier(self, node: str, owner: Any) -> None:
         with contextlib.suppress(ray.exceptions.RayError):
@@ -296,6 +323,18 @@ class _RayLauncher:
     def check_room(self, role: str, count: int) -> None:
         check_room(self._config, role, count)
 
+    async def choose_nodes(self) -> None:
+        """Choose a node for each worker that will be launched first. Raises CapacityError: one finds none."""
+        await asyncio.to_thread(self._groups.choose, desired_workers(self._config))
+
+    def release(self, worker: WorkerId) -> None:
+        self._in_background(asyncio.to_thread(self._groups.forget(worker)))
+
+    async def release_all(self) -> None:
+        """Give back every place. Idempotent."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.to_thread(self._groups.close), ANSWER_TIMEOUT_S)
+
     def phase(self, peer: PeerId, phase: str) -> None:
         """A process tells how its start goes on."""
         if peer in self._phases:
@@ -303,39 +342,31 @@ class _RayLauncher:
 
     def launch(self, peer: PeerId, role: str, on_phase: Callable[[str], None]) -> Handle:
         self._phases[peer] = on_phase
-        options: dict[str, Any] = {"num_cpus": 0, "num_gpus": 0}
-        if role == "gateway":
-            node = ray.get_runtime_context().get_node_id()
-            options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=False)
-        else:
-            pool = getattr(self._config.pools, role)
-            options |= {
-                "num_cpus": pool.cpus_per_replica,
-                "num_gpus": pool.gpus_per_replica,
-                "scheduling_strategy": "SPREAD",
-            }
-        actor = (
-            ray.remote(_Process)
-            .options(
-                name=f"{self._name}-{peer}",
-                namespace=NAMESPACE,
-                max_concurrency=8,
-                runtime_env={"env_vars": worker_environment()},
-                **options,
+        context = ray.get_runtime_context()
+        controller, here = context.current_actor, context.get_node_id()
+
+        def create() -> Any:
+            if role == "gateway":
+                strategy = NodeAffinitySchedulingStrategy(here, soft=False)
+                options: dict[str, Any] = {"num_cpus": 0, "num_gpus": 0, "scheduling_strategy": strategy}
+            else:
+                options = self._groups.place(worker_of(peer), role)
+            return (
+                ray.remote(_Process)
+                .options(
+                    name=f"{self._name}-{peer}",
+                    namespace=NAMESPACE,
+                    max_concurrency=8,
+                    runtime_env={"env_vars": worker_environment()},
+                    **options,
+                )
+                .remote(peer, role, self._config.model_dump_json(), self._keys, self._log_folder, controller)
             )
-            .remote(
-                peer,
-                role,
-                self._config.model_dump_json(),
-                self._keys,
-                self._log_folder,
-                ray.get_runtime_context().current_actor,
-            )
-        )
-        return _ActorHandle(peer, actor)
+
+        return _ActorHandle(peer, create)
 
 
-class _ControllerActor:
+class ControllerActor:
     """The controller's process. It owns all others: when it goes, they go."""
 
     def __init__(self, name: str, config: str, log_folder: str) -> None:
@@ -345,24 +376,40 @@ class _ControllerActor:
         configure_logging("controller", parsed.log.level, parsed.log.format, Path(log_folder) / "controller.log")
         self._config = parsed
         self._log_folder = log_folder
+        self._asked_s = time.monotonic()
         self._launcher = _RayLauncher(name, parsed, make_cluster_keys(), log_folder, self._follow_host_tiers)
         self._controller = Controller(parsed, self._launcher, SystemClock())
         scaling = Scaling(parsed, self._launcher, self._controller)
         self._control = ControlServer(self._controller, scaling, parsed.control, Path(log_folder))
 
     async def start(self) -> None:
+        """Returns when everything serves. Ends this process if whoever called is gone before that."""
+        starting = asyncio.create_task(self._start())
+        self._asked_s = time.monotonic()
+        while not (await asyncio.wait([starting], timeout=1))[0]:
+            if time.monotonic() - self._asked_s > _ABANDONED_S:
+                logger.error("nobody has asked for %g s how the start goes on: it is given up", _ABANDONED_S)
+                starting.cancel()
+                await asyncio.wait([starting])
+                ray.actor.exit_actor()
+        starting.result()
+
+    async def _start(self) -> None:
         try:
             await self._control.start()
+            await self._launcher.choose_nodes()
             await self._controller.start()
         except BaseException:
             await self._control.stop()
             await self._launcher.stop_host_tiers()
+            await self._launcher.release_all()
             raise
 
     async def stop(self, grace_s: float) -> None:
         await self._control.stop()
         await self._controller.stop(grace_s)
         await self._launcher.stop_host_tiers()
+        await self._launcher.release_all()
 
     async def host_tier(self, node: str, address: str, block_bytes: int) -> str:
         return await self._launcher.host_tier(node, address, block_bytes)
@@ -374,6 +421,7 @@ class _ControllerActor:
         return await self._controller.meet(peer, rendezvous)
 
     async def phases(self) -> dict[str, str]:
+        self._asked_s = time.monotonic()
         return self._controller.phases()
 
     async def phase(self, peer: PeerId, phase: str) -> None:
@@ -391,154 +439,3 @@ class _ControllerActor:
     async def describe(self) -> tuple[str, str]:
         """The configuration, as JSON, and the folder of the logs."""
         return self._config.model_dump_json(), self._log_folder
-
-
-def _cause(error: ray.exceptions.RayTaskError) -> TandemError:
-    """What a remote call raised; what it did not raise on purpose, with its type."""
-    cause = error.cause
-    return cause if isinstance(cause, TandemError) else WorkerError(f"{type(cause).__name__}: {cause}")
-
-
-def _reason(error: ray.exceptions.RayActorError) -> str:
-    text = str(error)
-    for known in ("SIGKILL", "SIGTERM", "SIGSEGV", "SIGABRT", "exit code", "OOM", "node"):
-        if known in text:
-            return next((line.strip() for line in text.splitlines() if known in line), text)[:300]
-    return text.splitlines()[0][:300] if text else type(error).__name__
-
-
-# ---- for the command line -------------------------------------------------------------------------------------------
-
-
-class Cluster:
-    """A running Tandem, seen from a driver process. Every method blocks."""
-
-    def __init__(self, controller: Any) -> None:
-        self._controller: Any = controller
-        self._starting: Any = None
-
-    @classmethod
-    def launch(cls, config: Config, log_folder: Path, name: str = NAME) -> Cluster:
-        """Start a controller on the connected Ray cluster; `wait_ready` comes next.
-
-        Args:
-            config: what should run.
-            log_folder: where its logs go.
-            name: several clusters can share a Ray under different names.
-
-        Raises:
-            ConfigError: one runs already, or the Ray cluster lacks resources.
-        """
-        with contextlib.suppress(ValueError):
-            ray.get_actor(_controller_name(name), NAMESPACE)
-            raise ConfigError("Tandem already runs on this Ray cluster", fix="`tandem down` stops it")
-        check_resources(config)
-        node = ray.get_runtime_context().get_node_id()
-        controller: Any = (
-            ray.remote(_ControllerActor)
-            .options(
-                name=_controller_name(name),
-                namespace=NAMESPACE,
-                lifetime="detached",
-                num_cpus=0,
-                max_concurrency=1000,
-                scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
-            )
-            .remote(name, config.model_dump_json(), str(log_folder))
-        )
-        cluster = cls(controller)
-        cluster._starting = controller.start.remote()
-        return cluster
-
-    @classmethod
-    def find(cls) -> Cluster:
-        """The Tandem that runs on the connected Ray cluster.
-
-        Raises:
-            ConfigError: there is none.
-        """
-        try:
-            return cls(ray.get_actor(_controller_name(NAME), NAMESPACE))
-        except ValueError:
-            raise ConfigError("no Tandem runs on this Ray cluster", fix="`tandem up` starts one") from None
-
-    def wait_ready(self, timeout_s: float) -> bool:
-        """Wait for the launch to end, at most ``timeout_s``; whether everything serves.
-
-        Raises:
-            TandemError: what a worker's start raised; everything is stopped.
-        """
-        done, _ = ray.wait([self._starting], timeout=timeout_s)
-        if not done:
-            return False
-        try:
-            ray.get(self._starting)
-        except ray.exceptions.RayTaskError as error:
-            raise _cause(error) from None
-        except ray.exceptions.RayActorError as error:
-            raise WorkerError(f"the controller died: {_reason(error)}") from None
-        return True
-
-    def phases(self) -> dict[str, str]:
-        """How far each worker is; empty while the controller itself is still starting, or is gone."""
-        try:
-            return dict(ray.get(self._controller.phases.remote(), timeout=ANSWER_TIMEOUT_S))
-        except ray.exceptions.RayError:
-            return {}
-
-    def status(self) -> list[WorkerStatus]:
-        """Every worker, and its load.
-
-        Raises:
-            WorkerError: the controller does not answer.
-        """
-        return list(self._ask(self._controller.status.remote()))
-
-    def events(self, after: int, timeout_s: float) -> list[Event]:
-        """News since event ``after``; waits for some for at most ``timeout_s``.
-
-        Raises:
-            WorkerError: the controller is gone.
-        """
-        try:
-            reply = ray.get(self._controller.events.remote(after, timeout_s), timeout=timeout_s + ANSWER_TIMEOUT_S)
-        except ray.exceptions.RayError as error:
-            raise WorkerError(f"the controller is gone: {type(error).__name__}") from None
-        return list(reply)
-
-    def describe(self) -> tuple[Config, Path]:
-        """The configuration that runs, and the folder of its logs.
-
-        Raises:
-            WorkerError: the controller does not answer.
-        """
-        config, folder = self._ask(self._controller.describe.remote())
-        return Config.model_validate_json(config), Path(folder)
-
-    def stop(self, grace_s: float) -> None:
-        """End everything, the controller last."""
-        with contextlib.suppress(ray.exceptions.RayError):
-            ray.get(self._controller.stop.remote(grace_s), timeout=2 * grace_s + 10)
-        ray.kill(self._controller)
-
-    def _ask(self, answer: Any) -> Any:
-        try:
-            return ray.get(answer, timeout=_PATIENCE_S)
-        except ray.exceptions.GetTimeoutError:
-            raise WorkerError(
-                f"the controller does not answer within {_PATIENCE_S:g} s", fix="try again, or `tandem down`"
-            ) from None
-        except ray.exceptions.RayActorError as error:
-            raise WorkerError(f"the controller is gone: {_reason(error)}", fix="`tandem up` starts another") from None
-
-
-def default_log_folder() -> Path:
-    """Where the logs of a launch go."""
-    return cache_folder() / "logs"
-
-
-def _controller_name(name: str) -> str:
-    return f"{name}-controller"
-
-
-__all__ = ["Cluster", "default_log_folder"]

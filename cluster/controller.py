@@ -73,6 +73,10 @@ class Launcher(Protocol):
         """Raises CapacityError if there is no room for so many more processes of this role."""
         ...
 
+    def release(self, worker: WorkerId) -> None:
+        """A worker has left: what was kept for its next life is free. Does not wait. Idempotent."""
+        ...
+
 
 class Event(NamedTuple):
     """Something that an operator wants to know."""
@@ -276,14 +280,15 @@ class Controller:
             worker.incarnation += 1
             worker.asked_to_end = False
             worker.phase = "starting"
-            started_s = self._clock.monotonic_s()
+            started_s, why = self._clock.monotonic_s(), ""
             try:
                 await self._live(worker)
             except TandemError as error:
                 if not worker.first_ready.done():
                     worker.first_ready.set_exception(error)
                     return
-                await self._tell(f"{worker.peer} did not start: {error.message}")
+                why = f": {error.message}"
+                await self._tell(f"{worker.peer} did not start{why}")
             if self._stopping:
                 return
             lived_s = self._clock.monotonic_s() - started_s
@@ -292,8 +297,10 @@ class Controller:
             if backoff_s:
                 worker.phase = f"restarts in {backoff_s:g} s after a life of {lived_s:.1f} s"
                 await self._tell(f"{worker.worker} {worker.phase}")
+                worker.phase += why
                 await asyncio.sleep(backoff_s)
         worker.phase = "drained"
+        self._launcher.release(worker.worker)
         await self._tell(f"{worker.worker} is drained")
 
     async def _live(self, worker: Desired) -> None:

@@ -14,9 +14,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from ..core.config import Config
 from ..core.environment import worker_environment
 from ..core.errors import ConfigError, TandemError, WorkerError
-from .actors import Cluster
+from ..core.ids import WorkerId
 from .doctor.probe import Probe
-from .ray_cluster import check_resources
+from .placement_groups import check_resources, choose_nodes
+from .tandem_cluster import Cluster
 
 _POLL_S = 0.2
 
@@ -93,6 +94,7 @@ class Probes:
         self._keys = keys
         self._check = check
         self._placed: list[PlacedProbe] = []
+        self._nodes: dict[WorkerId, str] | None = None
 
     def nodes(self) -> list[Node]:
         """Those alive, by address."""
@@ -114,12 +116,14 @@ class Probes:
         return self._place(peer, {"num_cpus": 0, "scheduling_strategy": strategy})
 
     def as_worker(self, peer: str, role: str) -> PlacedProbe:
-        """A probe that Ray places as it would a worker of this role."""
+        """A probe that is placed as the worker of this name and role would be."""
+        if self._nodes is None:
+            self._nodes = choose_nodes(self._config)
         pool = getattr(self._config.pools, role)
         options = {
             "num_cpus": pool.cpus_per_replica,
             "num_gpus": pool.gpus_per_replica,
-            "scheduling_strategy": "SPREAD",
+            "scheduling_strategy": NodeAffinitySchedulingStrategy(self._nodes[peer], soft=True),
         }
         return self._place(peer, options)
 

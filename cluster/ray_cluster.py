@@ -1,4 +1,4 @@
-"""The Ray cluster that Tandem runs on: one of its own, or one that is joined; and whether it has room."""
+"""The Ray cluster that Tandem runs on: one of its own, or one that is joined."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ import socket
 import tempfile
 from pathlib import Path
 
+import grpc
 import psutil
 import ray
+from ray._private.grpc_utils import init_grpc_channel
+from ray.core.generated.gcs_service_pb2 import GetClusterIdRequest  # type: ignore[attr-defined]
+from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
 
 from ..core.config import Config
 from ..core.environment import announce_local_ray, ray_authenticates
-from ..core.errors import CapacityError, ConfigError
-from .controller import desired_workers
+from ..core.errors import ConfigError
 from .janitor import hire
 
 NAMESPACE = "tandem"
@@ -86,7 +89,7 @@ def connect_ray(address: str | None) -> None:
 
 
 def _probe(address: str | None) -> None:
-    """Ray itself waits for minutes for an address where nobody listens."""
+    """Ray itself waits for minutes for an address where nobody listens, or where its token is not known."""
     host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
     if not colon or not port.isdigit():
         return
@@ -97,6 +100,19 @@ def _probe(address: str | None) -> None:
             f"no Ray cluster at {address}: {(error.strerror or str(error)).lower()}",
             fix="`ray start --head` starts one and prints its address",
         ) from None
+    channel = init_grpc_channel(f"{host}:{port}")
+    try:
+        NodeInfoGcsServiceStub(channel).GetClusterId(GetClusterIdRequest(), timeout=ANSWER_TIMEOUT_S)
+    except grpc.RpcError as error:
+        # Whatever else it is, Ray will tell.
+        if error.code() == grpc.StatusCode.UNAUTHENTICATED:
+            raise ConfigError(
+                f"the Ray cluster at {address} refuses this environment's token",
+                fix="RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or the file ~/.ray/auth_token, must be as they were for "
+                "its `ray start`",
+            ) from None
+    finally:
+        channel.close()
 
 
 def disconnect_ray() -> None:
@@ -107,33 +123,3 @@ def disconnect_ray() -> None:
 def _wanted_cpus(config: Config) -> float:
     pools = (config.pools.prefill, config.pools.decode, config.pools.colocated)
     return sum(pool.replicas * pool.cpus_per_replica for pool in pools if pool is not None)
-
-
-def check_resources(config: Config) -> None:
-    """Raises ConfigError if the connected Ray cluster has too few free CPUs or GPUs for all workers."""
-    pools = (config.pools.prefill, config.pools.decode, config.pools.colocated)
-    wanted = {
-        "CPU": _wanted_cpus(config),
-        "GPU": sum(pool.replicas * pool.gpus_per_replica for pool in pools if pool is not None),
-    }
-    available = ray.available_resources()
-    for name, amount in wanted.items():
-        if amount > available.get(name, 0.0):
-            workers = ", ".join(worker for worker, role in desired_workers(config) if role != "gateway")
-            raise ConfigError(
-                f"{workers} need {amount:g} {name}s; the Ray cluster has {available.get(name, 0.0):g} free",
-                fix="lower pools.*.replicas or pools.*.cpus_per_replica, or add nodes",
-            )
-
-
-def check_room(config: Config, role: str, count: int) -> None:
-    """Raises CapacityError if the Ray cluster has too few free CPUs or GPUs for so many more workers of a pool."""
-    pool = getattr(config.pools, role)
-    available = ray.available_resources()
-    for name, each in (("CPU", pool.cpus_per_replica), ("GPU", pool.gpus_per_replica)):
-        if count * each > available.get(name, 0.0):
-            raise CapacityError(
-                f"{count} more {role} workers need {count * each:g} {name}s; "
-                f"the Ray cluster has {available.get(name, 0.0):g} free",
-                fix="add nodes, or scale another pool down",
-            )

@@ -125,3 +125,10 @@ def prepare_local_ray() -> None:
     prepare_ray()
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     os.environ.pop("RAY_ADDRESS", None)
+
+
+def separate_ray() -> dict[str, str]:
+    """The environment of processes that start, and speak to, a Ray of their own, with a token of its own."""
+    here = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    own = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
+    return here | own | {"PYTHONUNBUFFERED": "1"}

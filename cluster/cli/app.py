@@ -104,7 +104,9 @@ def serve(file: FileArgument = None, set_: SetOption = None) -> None:
 
 @app.command()
 def up(file: FileArgument = None, set_: SetOption = None, address: AddressOption = None) -> None:
-    """Start Tandem on a running Ray cluster, its workers spread over the nodes, and return when it serves.
+    """Start Tandem on a running Ray cluster, and return when it serves; if it cannot, say why and leave nothing there.
+
+    Workers with GPUs go near each other, those without are spread over the nodes. Ctrl-C or SIGTERM ends the launch.
 
     `ray start --head` (on every other node `ray start --address=…`) makes a cluster. Off the loopback address Ray
     must authenticate: RAY_AUTH_MODE=token and one RAY_AUTH_TOKEN, in the environment of every `ray start` and of this

@@ -144,8 +144,8 @@ def bench_serve(file: Path | None, overrides: list[str], options: Options) -> No
             if options.baseline == "colocated":
                 configs["colocated"] = _on_free_port(colocated(config))
             prepare_local_ray()
-            from ..actors import Cluster, default_log_folder
             from ..ray_cluster import LocalRay
+            from ..tandem_cluster import Cluster, default_log_folder
 
             progress = LaunchProgress(console)
             ray = LocalRay(*configs.values())

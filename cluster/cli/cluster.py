@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from ...core.environment import join_local_ray, prepare_ray, ray_address
 from ...engine.models.spec import context_length, read_spec
 from ..controller import WorkerStatus
 from .kv_table import print_kv
-from .progress import Progress, show_launch
+from .progress import Interrupted, Progress, show_launch, watch_signals
 
 _GRACE_S = 30.0
 _RATE_PERIOD_S = 1.0
@@ -23,20 +24,28 @@ _TABLE_WIDTH = 140
 
 
 def up(file: Path | None, overrides: list[str], address: str | None) -> None:
-    """Launch, wait, print where it serves. Raises ConfigError before anything was started."""
+    """Launch, wait, print where it serves. Raises ConfigError before anything was started; a signal ends what was."""
     console = Console(highlight=False)
+    stop = threading.Event()
+    watch_signals(stop)
     config = load_config(file, overrides)
     context_length(read_spec(model_folder(config)), config.model.max_model_len)
     prepare_ray()
-    from ..actors import Cluster, default_log_folder
     from ..ray_cluster import connect_ray, disconnect_ray
+    from ..tandem_cluster import Cluster, default_log_folder
 
     connect_ray(address or ray_address())
     try:
-        progress = Progress(console)
+        watch_signals(stop)  # Ray has put a handler of its own in place
+        progress = Progress(console, stop.is_set)
         cluster = Cluster.launch(config, default_log_folder() / time.strftime("%Y%m%d-%H%M%S"))
         try:
             show_launch(cluster, progress)
+        except Interrupted:
+            progress.done("stopping")
+            cluster.stop(grace_s=0)
+            console.print("stopped: nothing is left on the Ray cluster")
+            raise SystemExit(130) from None
         except BaseException:
             cluster.stop(grace_s=0)
             raise
@@ -52,8 +61,8 @@ def up(file: Path | None, overrides: list[str], address: str | None) -> None:
 def down(address: str | None) -> None:
     """Stop what `up` started."""
     prepare_ray()
-    from ..actors import Cluster
     from ..ray_cluster import connect_ray, disconnect_ray
+    from ..tandem_cluster import Cluster
 
     connect_ray(address or ray_address())
     try:
@@ -67,8 +76,8 @@ def status(address: str | None, *, kv: bool, as_json: bool) -> None:
     """Print the workers, or their KV: of the cluster named, or of this machine's `tandem serve`."""
     prepare_ray()
     where = address or ray_address() or join_local_ray()
-    from ..actors import Cluster
     from ..ray_cluster import connect_ray, disconnect_ray
+    from ..tandem_cluster import Cluster
 
     connect_ray(where)
     try:

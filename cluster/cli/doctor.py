@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import socket
 import sys
 import threading
@@ -22,7 +21,7 @@ from ...core.errors import ConfigError, TandemError
 from ...core.wire import make_cluster_keys
 from ..doctor.finding import Finding, Notes, Verdict
 from ..gateway.listener import listen
-from .progress import Interrupted, Progress
+from .progress import Interrupted, Progress, watch_signals
 
 _MIN_TABLE_WIDTH = 160
 _STYLES = {Verdict.OK: "green", Verdict.WARN: "yellow", Verdict.FAIL: "bold red"}
@@ -37,7 +36,7 @@ def doctor(file: Path | None, overrides: list[str], address: str | None, limit_s
     started_s = time.monotonic()
     config = load_config(file, overrides)
     stop = threading.Event()
-    _watch_signals(stop)
+    watch_signals(stop)
     console = Console(highlight=False, stderr=as_json)
     progress = Progress(console, stop.is_set)
     findings: list[Finding] = []
@@ -59,11 +58,6 @@ def doctor(file: Path | None, overrides: list[str], address: str | None, limit_s
         told = ", ".join(f"[{_STYLES[Verdict(name)]}]{count} {name}[/]" for name, count in counts.items())
         Console(highlight=False).print(f"\n{told} in {seconds} s")
     return int(failed)
-
-
-def _watch_signals(stop: threading.Event) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda *_: stop.set())
 
 
 def _examine(
@@ -97,7 +91,7 @@ def _examine(
             yield from notes.findings
             yield from _here_alone(config, progress)
             return
-        _watch_signals(stop)  # Ray has put handlers of its own in place
+        watch_signals(stop)  # Ray has put handlers of its own in place
         found = running_tandem()
         if found is not None:
             config, running = config if chosen else found[0], found[1]

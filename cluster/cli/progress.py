@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -10,9 +12,15 @@ from rich.console import Console
 from rich.status import Status
 
 if TYPE_CHECKING:
-    from ..actors import Cluster
+    from ..tandem_cluster import Cluster
 
 _POLL_S = 0.15
+
+
+def watch_signals(stop: threading.Event) -> None:
+    """Set a flag, which is looked at often: Ray's calls do not take kindly to exceptions out of signal handlers."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: stop.set())
 
 
 class Interrupted(Exception):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import sys
 import threading
 import time
@@ -17,10 +16,10 @@ from ...core.config import DEMO_MODEL, Config, load_config, model_folder, model_
 from ...core.environment import prepare_local_ray
 from ...core.errors import TandemError, WorkerError
 from ..gateway.listener import listen
-from .progress import Interrupted, Progress, show_launch
+from .progress import Interrupted, Progress, show_launch, watch_signals
 
 if TYPE_CHECKING:
-    from ..actors import Cluster
+    from ..tandem_cluster import Cluster
 
 SAMPLE_PROMPT = 'def fibonacci(n):\n    """Return the first n Fibonacci numbers."""\n'
 _SAMPLE_TOKENS = 48
@@ -32,16 +31,10 @@ def serve(file: Path | None, overrides: list[str]) -> None:
     """Start, show, stay; return after a signal. Raises ConfigError before anything was started."""
     console = Console(highlight=False)
     stop = threading.Event()
-    _watch_signals(stop)
+    watch_signals(stop)
     config = load_config(file, overrides)
     _check(config)
     _run(config, console, stop)
-
-
-def _watch_signals(stop: threading.Event) -> None:
-    """Set a flag, which is looked at often: Ray's calls do not take kindly to exceptions out of signal handlers."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda *_: stop.set())
 
 
 def _check(config: Config) -> None:
@@ -57,15 +50,15 @@ def _run(config: Config, console: Console, stop: threading.Event) -> None:
     started_s = time.monotonic()
     progress = Progress(console, stop.is_set)
     prepare_local_ray()
-    from ..actors import Cluster, default_log_folder
     from ..ray_cluster import LocalRay
+    from ..tandem_cluster import Cluster, default_log_folder
 
     ray: LocalRay | None = None
     cluster: Cluster | None = None
     try:
         progress.show("starting Ray")
         ray = LocalRay(config)
-        _watch_signals(stop)  # Ray has put a handler of its own in place
+        watch_signals(stop)  # Ray has put a handler of its own in place
         log_folder = default_log_folder() / time.strftime("%Y%m%d-%H%M%S")
         cluster = Cluster.launch(config, log_folder)
         show_launch(cluster, progress)

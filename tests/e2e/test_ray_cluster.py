@@ -145,7 +145,7 @@ def test_workers_are_spread_over_the_nodes(cluster: RayCluster) -> None:
 def test_what_does_not_fit_is_refused_and_leaves_nothing(cluster: RayCluster) -> None:
     up = cluster.tandem("up", "--set", "pools.prefill={replicas: 5}")
     assert up.returncode == 1
-    assert "need 6 CPUs; the Ray cluster has 2 free" in up.stderr
+    assert "prefill-2 needs 1 CPU on one node, beside the other workers; free are" in up.stderr
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         up = cluster.tandem("up", "--set", f"gateway.port={port}")
@@ -182,7 +182,7 @@ def test_the_doctor_sees_both_nodes(cluster: RayCluster) -> None:
     again = cluster.tandem("doctor", "--json", "--set", "pools.prefill.replicas=4", "--limit-s", "60")
     assert again.returncode == 1
     failed = [json.loads(line) for line in again.stdout.splitlines() if '"verdict": "fail"' in line]
-    assert "need 5 CPUs; the Ray cluster has" in failed[0]["measured"]
+    assert "needs 1 CPU on one node, beside the other workers" in failed[0]["measured"]
     assert "no Tandem runs" in cluster.tandem("down").stderr, "the doctor starts none"
 
 

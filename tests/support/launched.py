@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 
 from tandem.core.errors import CapacityError
-from tandem.core.ids import PeerId
+from tandem.core.ids import PeerId, WorkerId
 from tandem.core.messages import Member, Membership, Report
 
 
@@ -58,6 +58,7 @@ class Launched:
         self.room = room
         self.processes: dict[PeerId, Process] = {}
         self.order: list[PeerId] = []
+        self.released: list[WorkerId] = []
         self._fails = fails or {}
         self._hold = hold
 
@@ -72,6 +73,9 @@ class Launched:
     def check_room(self, role: str, count: int) -> None:
         if count > self.room:
             raise CapacityError(f"{count} more {role} workers find no room")
+
+    def release(self, worker: WorkerId) -> None:
+        self.released.append(worker)
 
 
 async def settle() -> None:

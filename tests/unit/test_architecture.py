@@ -80,7 +80,23 @@ def test_the_package_is_imported_relatively() -> None:
 
 
 @pytest.mark.parametrize(
-    ("module", "homes"), [("ray", {"cluster/actors.py", "cluster/probe_actors.py", "cluster/ray_cluster.py"})]
+    ("module", "homes"),
+    [
+        (
+            "ray",
+            {
+                f"cluster/{name}.py"
+                for name in (
+                    "actors",
+                    "placement_groups",
+                    "probe_actors",
+                    "ray_cluster",
+                    "ray_errors",
+                    "tandem_cluster",
+                )
+            },
+        )
+    ],
 )
 def test_a_library_has_its_home(module: str, homes: set[str]) -> None:
     found = {

@@ -146,6 +146,7 @@ def test_a_later_start_that_fails_is_tried_again(monkeypatch: pytest.MonkeyPatch
         launched.processes["decode-0#1"].die()
         await settle()
         assert "decode-0#4" in launched.processes
+        assert controller.phases()["decode-0"] == "ready"
         texts = " ".join(event.text for event in await controller.events(0, 0.1))
         assert "no memory" in texts
         assert "no file" in texts

@@ -51,6 +51,7 @@ def test_who_is_drained_finishes_ends_and_stays_away() -> None:
         launched.processes["decode-1#1"].die("stopped")
         await drain
         assert controller.phases()["decode-1"] == "drained"
+        assert launched.released == ["decode-1"], "and nothing is kept for it"
         assert told(launched) == {"decode-0#1": True}
         await settle()
         assert "decode-1#2" not in launched.processes

@@ -1,0 +1,156 @@
+"""A Tandem on a Ray cluster, as the command line sees it."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.exceptions
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from ..core.config import Config
+from ..core.environment import cache_folder
+from ..core.errors import ConfigError, WorkerError
+from .actors import ControllerActor
+from .controller import Event, WorkerStatus
+from .placement_groups import check_resources
+from .ray_cluster import ANSWER_TIMEOUT_S, NAMESPACE
+from .ray_errors import cause, reason
+
+NAME = "tandem"
+
+_PATIENCE_S = 10.0
+"""A controller that answers at all answers sooner, however busy its machine is."""
+
+
+class Cluster:
+    """A running Tandem, seen from a driver process. Every method blocks."""
+
+    def __init__(self, controller: Any) -> None:
+        self._controller: Any = controller
+        self._starting: Any = None
+
+    @classmethod
+    def launch(cls, config: Config, log_folder: Path, name: str = NAME) -> Cluster:
+        """Start a controller on the connected Ray cluster; `wait_ready` comes next.
+
+        Args:
+            config: what should run.
+            log_folder: where its logs go.
+            name: several clusters can share a Ray under different names.
+
+        Raises:
+            ConfigError: one runs already, or the Ray cluster lacks resources.
+        """
+        with contextlib.suppress(ValueError):
+            ray.get_actor(_controller_name(name), NAMESPACE)
+            raise ConfigError("Tandem already runs on this Ray cluster", fix="`tandem down` stops it")
+        check_resources(config)
+        node = ray.get_runtime_context().get_node_id()
+        controller: Any = (
+            ray.remote(ControllerActor)
+            .options(
+                name=_controller_name(name),
+                namespace=NAMESPACE,
+                lifetime="detached",
+                num_cpus=0,
+                max_concurrency=1000,
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
+            )
+            .remote(name, config.model_dump_json(), str(log_folder))
+        )
+        cluster = cls(controller)
+        cluster._starting = controller.start.remote()
+        return cluster
+
+    @classmethod
+    def find(cls) -> Cluster:
+        """The Tandem that runs on the connected Ray cluster.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        try:
+            return cls(ray.get_actor(_controller_name(NAME), NAMESPACE))
+        except ValueError:
+            raise ConfigError("no Tandem runs on this Ray cluster", fix="`tandem up` starts one") from None
+
+    def wait_ready(self, timeout_s: float) -> bool:
+        """Wait for the launch to end, at most ``timeout_s``; whether everything serves.
+
+        Raises:
+            TandemError: what a worker's start raised; everything is stopped.
+        """
+        done, _ = ray.wait([self._starting], timeout=timeout_s)
+        if not done:
+            return False
+        try:
+            ray.get(self._starting)
+        except ray.exceptions.RayTaskError as error:
+            raise cause(error) from None
+        except ray.exceptions.RayActorError as error:
+            raise WorkerError(f"the controller died: {reason(error)}") from None
+        return True
+
+    def phases(self) -> dict[str, str]:
+        """How far each worker is; empty while the controller itself is still starting, or is gone."""
+        try:
+            return dict(ray.get(self._controller.phases.remote(), timeout=ANSWER_TIMEOUT_S))
+        except ray.exceptions.RayError:
+            return {}
+
+    def status(self) -> list[WorkerStatus]:
+        """Every worker, and its load.
+
+        Raises:
+            WorkerError: the controller does not answer.
+        """
+        return list(self._ask(self._controller.status.remote()))
+
+    def events(self, after: int, timeout_s: float) -> list[Event]:
+        """News since event ``after``; waits for some for at most ``timeout_s``.
+
+        Raises:
+            WorkerError: the controller is gone.
+        """
+        try:
+            reply = ray.get(self._controller.events.remote(after, timeout_s), timeout=timeout_s + ANSWER_TIMEOUT_S)
+        except ray.exceptions.RayError as error:
+            raise WorkerError(f"the controller is gone: {type(error).__name__}") from None
+        return list(reply)
+
+    def describe(self) -> tuple[Config, Path]:
+        """The configuration that runs, and the folder of its logs.
+
+        Raises:
+            WorkerError: the controller does not answer.
+        """
+        config, folder = self._ask(self._controller.describe.remote())
+        return Config.model_validate_json(config), Path(folder)
+
+    def stop(self, grace_s: float) -> None:
+        """End everything, the controller last."""
+        with contextlib.suppress(ray.exceptions.RayError):
+            ray.get(self._controller.stop.remote(grace_s), timeout=2 * grace_s + 10)
+        ray.kill(self._controller)
+
+    def _ask(self, answer: Any) -> Any:
+        try:
+            return ray.get(answer, timeout=_PATIENCE_S)
+        except ray.exceptions.GetTimeoutError:
+            raise WorkerError(
+                f"the controller does not answer within {_PATIENCE_S:g} s", fix="try again, or `tandem down`"
+            ) from None
+        except ray.exceptions.RayActorError as error:
+            raise WorkerError(f"the controller is gone: {reason(error)}", fix="`tandem up` starts another") from None
+
+
+def default_log_folder() -> Path:
+    """Where the logs of a launch go."""
+    return cache_folder() / "logs"
+
+
+def _controller_name(name: str) -> str:
+    return f"{name}-controller"
