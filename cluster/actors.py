@@ -1,4 +1,5 @@
-"""Tandem's processes as Ray actors, and their placement. `ray_cluster` and `probe_actors` alone speak to Ray too.
+"""Tandem's processes as Ray actors, and their placement. `node_actors`, `ray_cluster` and `probe_actors` know
+Ray too.
 
 Ray starts processes, tells when they die, and carries the control calls below. Tokens and KV never pass through it.
 """
@@ -9,7 +10,7 @@ import asyncio
 import contextlib
 import signal
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,12 +23,14 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from ..core.clock import SystemClock
 from ..core.config import Config
 from ..core.environment import cache_folder, show_gpus, worker_environment
-from ..core.errors import ConfigError, TandemError, WorkerError
-from ..core.ids import PeerId
+from ..core.errors import ConfigError, WorkerError
+from ..core.health import Vitals
+from ..core.ids import PeerId, worker_of
 from ..core.log import configure_logging, logger
 from ..core.messages import Member, Membership, Report
 from ..core.wire import ClusterKeys, make_cluster_keys
 from .controller import Controller, Event, Handle, WorkerStatus
+from .node_actors import HostTiers, Supervisors, cause, reason
 from .ray_cluster import ANSWER_TIMEOUT_S, NAMESPACE, check_resources, check_room
 from .scaling import Scaling
 
@@ -51,7 +54,8 @@ class _Process:
 
     def __init__(self, peer: PeerId, role: str, config: str, keys: bytes, log_folder: str, controller: Any) -> None:
         self._config = Config.model_validate_json(config)
-        configure_logging(peer, self._config.log.level, self._config.log.format, Path(log_folder) / f"{peer}.log")
+        log = self._config.log
+        configure_logging(peer, log.level, log.format, Path(log_folder) / f"{peer}.log", log.max_per_s)
         self._peer = peer
         self._role = role
         self._keys = msgspec.msgpack.decode(keys, type=ClusterKeys)
@@ -63,8 +67,9 @@ class _Process:
 
     def start(self) -> bytes:
         """Build and serve; returns the encoded `Member`."""
-        address = ray.util.get_node_ip_address()
-        show_gpus(ray.get_runtime_context().get_accelerator_ids().get("GPU", []))
+        address, context = ray.util.get_node_ip_address(), ray.get_runtime_context()
+        self._controller.placed.remote(self._peer, context.get_node_id(), context.current_actor)
+        show_gpus(context.get_accelerator_ids().get("GPU", []))
 
         def progress(phase: str) -> None:
             self._controller.phase.remote(self._peer, phase)
@@ -97,14 +102,14 @@ class _Process:
         try:
             return Path(ray.get(self._controller.host_tier.remote(node, address, block_bytes)))
         except ray.exceptions.RayTaskError as error:
-            raise _cause(error) from None
+            raise cause(error) from None
 
     def _meet(self, rendezvous: str) -> str:
         """Wait for those that share experts with this worker."""
         try:
             return str(ray.get(self._controller.meet.remote(self._peer, rendezvous)))
         except ray.exceptions.RayTaskError as error:
-            raise _cause(error) from None
+            raise cause(error) from None
 
     def link_offer(self) -> bytes:
         """What readers may try before the model is there: see `kv_transfer.trial`."""
@@ -141,6 +146,10 @@ class _Process:
         """The encoded `Report`."""
         return msgspec.msgpack.encode(self._runtime.report())
 
+    def vitals(self, with_metrics: bool) -> bytes:
+        """The encoded `Vitals`, for the node's supervisor."""
+        return msgspec.msgpack.encode(self._runtime.vitals(with_metrics) if self._runtime else Vitals(0.0))
+
     def stop(self, grace_s: float) -> None:
         """End the threads."""
         if self._runtime is not None:
@@ -170,9 +179,9 @@ class _ActorHandle:
         try:
             encoded = await asyncio.wait_for(self._actor.start.remote(), _START_TIMEOUT_S)
         except ray.exceptions.RayTaskError as error:
-            raise _cause(error) from None
+            raise cause(error) from None
         except ray.exceptions.RayActorError as error:
-            raise WorkerError(f"{self._peer} died while it started: {_reason(error)}") from None
+            raise WorkerError(f"{self._peer} died while it started: {reason(error)}") from None
         except TimeoutError:
             raise WorkerError(f"{self._peer} did not start within {_START_TIMEOUT_S:g} s") from None
         return msgspec.msgpack.decode(encoded, type=Member)
@@ -195,7 +204,7 @@ class _ActorHandle:
             ray.kill(self._actor)
             return how
         except ray.exceptions.RayActorError as error:
-            return _reason(error)
+            return reason(error)
 
     async def follow(self, membership: Membership) -> None:
         self._actor.follow.remote(msgspec.msgpack.encode(membership))
@@ -222,76 +231,12 @@ class _RayLauncher:
         config: Config,
         keys: ClusterKeys,
         log_folder: str,
-        on_host_tiers: Callable[[list[Member]], Awaitable[None]],
     ) -> None:
         self._name = name
         self._config = config
         self._keys = msgspec.msgpack.encode(keys)
         self._log_folder = log_folder
         self._phases: dict[PeerId, Callable[[str], None]] = {}
-        self._on_host_tiers = on_host_tiers
-        self._host_tiers: dict[str, Any] = {}
-        self._readable: dict[str, Member] = {}
-        """By node, host tiers that other nodes may read."""
-        self._watches: set[asyncio.Task[None]] = set()
-
-    async def host_tier(self, node: str, address: str, block_bytes: int) -> str:
-        """The folder of a node's host tier, which is started if there is none.
-
-        Args:
-            node: Ray's name of it.
-            address: where other nodes reach it.
-            block_bytes: of a block.
-
-        Raises:
-            ConfigError: it cannot be; names the key.
-            WorkerError: its process died.
-        """
-        if node not in self._host_tiers:
-            # Imported here, as by a worker's process: most clusters have no tiers.
-            from .host_tier import HostTierOwner
-
-            self._host_tiers[node] = (
-                ray.remote(HostTierOwner)
-                .options(
-                    num_cpus=0,
-                    max_concurrency=8,
-                    scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
-                )
-                .remote(self._config.model_dump_json(), self._log_folder, self._keys, address)
-            )
-        owner = self._host_tiers[node]
-        try:
-            folder = str(await owner.start.remote(block_bytes))
-            endpoint = str(await owner.endpoint.remote())
-            if endpoint and node not in self._readable:
-                self._readable[node] = Member(Path(folder).name, "host", address, endpoint)
-                watch = asyncio.create_task(self._watch_host_tier(node, owner))
-                self._watches.add(watch)
-                watch.add_done_callback(self._watches.discard)
-                await self._on_host_tiers(list(self._readable.values()))
-            return folder
-        except ray.exceptions.RayTaskError as error:
-            raise _cause(error) from None
-        except ray.exceptions.RayActorError as error:
-            self._host_tiers.pop(node, None)
-            raise WorkerError(f"the host tier of node {node} died: {_reason(error)}") from None
-
-    async def _watch_host_tier(self, node: str, owner: Any) -> None:
-        with contextlib.suppress(ray.exceptions.RayError):
-            await owner.wait.remote()
-        del self._readable[node]
-        if self._host_tiers.get(node) is owner:
-            del self._host_tiers[node]
-        await self._on_host_tiers(list(self._readable.values()))
-
-    async def stop_host_tiers(self) -> None:
-        """End all of them, and what they left on their nodes. Idempotent."""
-        while self._host_tiers:
-            _, tier = self._host_tiers.popitem()
-            with contextlib.suppress(ray.exceptions.RayError, TimeoutError):
-                await asyncio.wait_for(tier.stop.remote(), ANSWER_TIMEOUT_S)
-            ray.kill(tier)
 
     def check_room(self, role: str, count: int) -> None:
         check_room(self._config, role, count)
@@ -342,11 +287,16 @@ class _ControllerActor:
         parsed = Config.model_validate_json(config)
         from .control.server import ControlServer  # gRPC is the controller's alone
 
-        configure_logging("controller", parsed.log.level, parsed.log.format, Path(log_folder) / "controller.log")
+        log = parsed.log
+        configure_logging("controller", log.level, log.format, Path(log_folder) / "controller.log", log.max_per_s)
         self._config = parsed
         self._log_folder = log_folder
-        self._launcher = _RayLauncher(name, parsed, make_cluster_keys(), log_folder, self._follow_host_tiers)
+        keys = make_cluster_keys()
+        self._launcher = _RayLauncher(name, parsed, keys, log_folder)
         self._controller = Controller(parsed, self._launcher, SystemClock())
+        tiers_changed = self._controller.follow_host_tiers
+        self._host_tiers = HostTiers(parsed, msgspec.msgpack.encode(keys), log_folder, tiers_changed)
+        self._supervisors = Supervisors(parsed, log_folder, self._controller)
         scaling = Scaling(parsed, self._launcher, self._controller)
         self._control = ControlServer(self._controller, scaling, parsed.control, Path(log_folder))
 
@@ -354,21 +304,25 @@ class _ControllerActor:
         try:
             await self._control.start()
             await self._controller.start()
+            await self._supervisors.started()
         except BaseException:
-            await self._control.stop()
-            await self._launcher.stop_host_tiers()
+            await self.stop(grace_s=0)
             raise
 
     async def stop(self, grace_s: float) -> None:
         await self._control.stop()
+        await self._supervisors.stop()
         await self._controller.stop(grace_s)
-        await self._launcher.stop_host_tiers()
+        await self._host_tiers.stop()
 
     async def host_tier(self, node: str, address: str, block_bytes: int) -> str:
-        return await self._launcher.host_tier(node, address, block_bytes)
+        return await self._host_tiers.folder(node, address, block_bytes)
 
-    async def _follow_host_tiers(self, host_tiers: list[Member]) -> None:
-        await self._controller.follow_host_tiers(host_tiers)
+    async def placed(self, peer: PeerId, node: str, actor: Any) -> None:
+        self._supervisors.placed(worker_of(peer), peer, node, actor)
+
+    async def supervisors(self) -> dict[str, str]:
+        return self._supervisors.urls()
 
     async def meet(self, peer: PeerId, rendezvous: str) -> str:
         return await self._controller.meet(peer, rendezvous)
@@ -391,20 +345,6 @@ class _ControllerActor:
     async def describe(self) -> tuple[str, str]:
         """The configuration, as JSON, and the folder of the logs."""
         return self._config.model_dump_json(), self._log_folder
-
-
-def _cause(error: ray.exceptions.RayTaskError) -> TandemError:
-    """What a remote call raised; what it did not raise on purpose, with its type."""
-    cause = error.cause
-    return cause if isinstance(cause, TandemError) else WorkerError(f"{type(cause).__name__}: {cause}")
-
-
-def _reason(error: ray.exceptions.RayActorError) -> str:
-    text = str(error)
-    for known in ("SIGKILL", "SIGTERM", "SIGSEGV", "SIGABRT", "exit code", "OOM", "node"):
-        if known in text:
-            return next((line.strip() for line in text.splitlines() if known in line), text)[:300]
-    return text.splitlines()[0][:300] if text else type(error).__name__
 
 
 # ---- for the command line -------------------------------------------------------------------------------------------
@@ -474,9 +414,9 @@ class Cluster:
         try:
             ray.get(self._starting)
         except ray.exceptions.RayTaskError as error:
-            raise _cause(error) from None
+            raise cause(error) from None
         except ray.exceptions.RayActorError as error:
-            raise WorkerError(f"the controller died: {_reason(error)}") from None
+            raise WorkerError(f"the controller died: {reason(error)}") from None
         return True
 
     def phases(self) -> dict[str, str]:
@@ -493,6 +433,14 @@ class Cluster:
             WorkerError: the controller does not answer.
         """
         return list(self._ask(self._controller.status.remote()))
+
+    def supervisors(self) -> dict[str, str]:
+        """Where each worker's node tells its health and metrics.
+
+        Raises:
+            WorkerError: the controller does not answer.
+        """
+        return dict(self._ask(self._controller.supervisors.remote()))
 
     def events(self, after: int, timeout_s: float) -> list[Event]:
         """News since event ``after``; waits for some for at most ``timeout_s``.
@@ -529,7 +477,7 @@ class Cluster:
                 f"the controller does not answer within {_PATIENCE_S:g} s", fix="try again, or `tandem down`"
             ) from None
         except ray.exceptions.RayActorError as error:
-            raise WorkerError(f"the controller is gone: {_reason(error)}", fix="`tandem up` starts another") from None
+            raise WorkerError(f"the controller is gone: {reason(error)}", fix="`tandem up` starts another") from None
 
 
 def default_log_folder() -> Path:

@@ -22,6 +22,7 @@ from ..core.clock import SystemClock
 from ..core.config import ColocatedPool, Config, DecodePool, PrefillPool
 from ..core.environment import cache_folder
 from ..core.errors import ConfigError, RequestError, TandemError, WorkerError
+from ..core.health import Vitals
 from ..core.ids import PeerId, index_of, worker_of
 from ..core.kv_messages import KVClear, KVControlled, KVPin, KVReport, KVUnpin, KVWatch
 from ..core.log import logger
@@ -44,6 +45,7 @@ from ..kv_transfer.hidden_states import open_writer
 from ..kv_transfer.offload.build import Place
 from ..kv_transfer.offload.network import Network, Servers
 from ..prefill.worker import PrefillWorker
+from .heartbeat import Heartbeat
 from .kv_publisher import KVPublisher
 from .mesh import Mesh
 
@@ -105,6 +107,7 @@ class WorkerRuntime:
         self._meet = meet
         self._metrics = WorkerMetrics(CollectorRegistry())
         self._clock = SystemClock()
+        self._heartbeat = Heartbeat(self._clock)
         self._inbox: queue.Queue[_Item] = queue.Queue(_INBOX_SIZE)
         self._stopping = threading.Event()
         self._ready = threading.Event()
@@ -142,6 +145,10 @@ class WorkerRuntime:
     def report(self) -> Report:
         """The newest load figures; at most a second old while anything changes."""
         return self._report
+
+    def vitals(self, with_metrics: bool) -> Vitals:
+        """How we are, told without the engine thread, which may be the one that stands still."""
+        return Vitals(self._heartbeat.stalled_s(), render(self._metrics.registry) if with_metrics else "")
 
     def stop(self, grace_s: float) -> None:
         """Finish what peers still need, at most ``grace_s`` seconds long, and end the threads. Blocks. Idempotent."""
@@ -332,6 +339,7 @@ class WorkerRuntime:
     def _run(self) -> None:
         while not (self._stopping.is_set() and self._may_end()):
             self._take(self._wait_s())
+            self._heartbeat.wakes()
             now_s = self._clock.monotonic_s()
             deadline_s = self._worker.next_deadline_s()
             if deadline_s is not None and now_s >= deadline_s:
@@ -342,6 +350,8 @@ class WorkerRuntime:
                 if not self._stopping.is_set():
                     raise
                 break  # workers that share experts end together
+            if self._busy:
+                self._heartbeat.steps()
             self._look_after_links(now_s)
             self._control.poll(now_s)
             self._publisher.poll(now_s)
@@ -373,7 +383,10 @@ class WorkerRuntime:
         ]
         if self._engine.model.experts is not None:
             deadlines.append(self._clock.monotonic_s() + _AGREEMENT_PERIOD_S)
-        if self._current_report() != self._report:
+        report = self._current_report()
+        # KV that is on its way from others is not ours to hurry.
+        self._heartbeat.sleeps(has_work=report.running > 0 or report.queued_tokens > 0)
+        if report != self._report:
             deadlines.append(self._reported_s + _REPORT_PERIOD_S)
         if self._stopping.is_set():
             deadlines.append(self._clock.monotonic_s() + 0.05)
@@ -384,6 +397,7 @@ class WorkerRuntime:
         """Handle what is in the inbox, after waiting for a first item for at most ``wait_s``."""
         try:
             item = self._inbox.get(timeout=wait_s) if wait_s != 0.0 else self._inbox.get_nowait()
+            self._heartbeat.wakes()
             for _ in range(_MAX_TAKEN_AT_ONCE):
                 self._handle(item)
                 item = self._inbox.get_nowait()

@@ -6,7 +6,7 @@ with a ``worker`` label (`merge`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -196,6 +196,25 @@ class GatewayMetrics:
         self.bad_frames = Counter("tandem_bad_frames", "Frames refused", ["socket"], registry=r)
 
 
+class SupervisorMetrics:
+    """What a node's supervisor says of its ranks, beside what these say themselves."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        r = registry
+        self.registry = registry
+        place = ["pool", "worker", "rank"]
+        self.ready = Gauge("tandem_rank_ready", "Whether a rank serves and gets on", place, registry=r)
+        self.stalled_s = Gauge(
+            "tandem_rank_stalled_seconds", "How long a rank has had work and taken no step", place, registry=r
+        )
+        self.restarts = Gauge("tandem_rank_restarts", "Lives of a rank that have ended", place, registry=r)
+
+    def clear(self) -> None:
+        """Forget all ranks: those that are gone are not told for ever."""
+        for metric in (self.ready, self.stalled_s, self.restarts):
+            metric.clear()
+
+
 class _Families:
     def __init__(self, families: Iterable[Metric]) -> None:
         self._families = list(families)
@@ -209,17 +228,19 @@ def render(registry: CollectorRegistry) -> str:
     return generate_latest(registry).decode()
 
 
-def merge(texts: dict[str, str]) -> str:
+def merge(texts: Mapping[str, str], labels: Mapping[str, Mapping[str, str]] | None = None) -> str:
     """One exposition of several processes', each sample with its ``worker`` label.
 
     Args:
         texts: worker name → text as `render` makes it.
+        labels: worker name → its labels, where they are others.
     """
     families: dict[str, Metric] = {}
     for worker, text in texts.items():
+        added = {"worker": worker} if labels is None else labels[worker]
         for family in text_string_to_metric_families(text):
             merged = families.setdefault(family.name, family)
-            samples = [s._replace(labels={"worker": worker, **s.labels}) for s in family.samples]
+            samples = [s._replace(labels={**added, **s.labels}) for s in family.samples]
             if merged is family:
                 family.samples = samples
             else:

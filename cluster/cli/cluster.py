@@ -73,6 +73,7 @@ def status(address: str | None, *, kv: bool, as_json: bool) -> None:
     connect_ray(where)
     try:
         cluster = Cluster.find()
+        supervisors = cluster.supervisors()
         before, before_s = cluster.status(), time.monotonic()
         time.sleep(_RATE_PERIOD_S)
         after, seconds = cluster.status(), time.monotonic() - before_s
@@ -82,11 +83,16 @@ def status(address: str | None, *, kv: bool, as_json: bool) -> None:
     if as_json:
         for worker in after:
             fields = worker._asdict() | {"report": msgspec.to_builtins(worker.report), **rates.get(worker.peer, {})}
+            fields["supervisor"] = supervisors.get(worker.worker, "")
             Console(soft_wrap=True, highlight=False).print(json.dumps(fields), markup=False)
     elif kv:
         print_kv(Console(highlight=False), after, time.time())
     else:
-        _print_table(Console(highlight=False), after, rates)
+        console = Console(highlight=False)
+        _print_table(console, after, rates)
+        for url in sorted(set(supervisors.values())):
+            on_node = sorted(worker for worker, where in supervisors.items() if where == url)
+            console.print(f"health and metrics of {', '.join(on_node)}: {url}", style="dim", soft_wrap=True)
 
 
 def _rates(before: list[WorkerStatus], after: list[WorkerStatus], seconds: float) -> dict[str, dict[str, float]]:

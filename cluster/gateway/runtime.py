@@ -14,7 +14,8 @@ from prometheus_client import CollectorRegistry
 
 from ...core.clock import SystemClock
 from ...core.config import Config, model_folder, model_name
-from ...core.errors import ConfigError
+from ...core.errors import ConfigError, WorkerError
+from ...core.health import Vitals
 from ...core.ids import PeerId, worker_of
 from ...core.kv_messages import KVControlled, KVEvents, KVSnapshot
 from ...core.log import logger
@@ -38,6 +39,7 @@ from .tokenizer import Tokenizer
 _SCRAPE_TIMEOUT_S = 1.0
 _CONTROL_TIMEOUT_S = 10.0
 _RECONNECT_S = 0.5
+_TURN_TIMEOUT_S = 2.0
 
 
 def load_model(config: Config) -> Model:
@@ -152,6 +154,18 @@ class GatewayRuntime:
     def report(self) -> Report:
         """Requests in flight, as `running`."""
         return Report(self._dispatcher.num_live, 0, 0, 0, 0)
+
+    def vitals(self, with_metrics: bool) -> Vitals:
+        """How we are, if the event loop turns.
+
+        Raises:
+            WorkerError: it does not.
+        """
+        turned = threading.Event()
+        self._call(turned.set)
+        if self._thread.is_alive() and not turned.wait(_TURN_TIMEOUT_S):
+            raise WorkerError(f"the event loop of {self.peer} has not turned for {_TURN_TIMEOUT_S:g} s")
+        return Vitals(0.0, render(self._metrics.registry) if with_metrics else "")
 
     def stop(self, grace_s: float) -> None:
         """Stop listening, finish what is in flight for at most ``grace_s`` seconds, end the threads. Idempotent."""

@@ -80,7 +80,8 @@ def test_the_package_is_imported_relatively() -> None:
 
 
 @pytest.mark.parametrize(
-    ("module", "homes"), [("ray", {"cluster/actors.py", "cluster/probe_actors.py", "cluster/ray_cluster.py"})]
+    ("module", "homes"),
+    [("ray", {"cluster/actors.py", "cluster/node_actors.py", "cluster/probe_actors.py", "cluster/ray_cluster.py"})],
 )
 def test_a_library_has_its_home(module: str, homes: set[str]) -> None:
     found = {
@@ -207,7 +208,7 @@ def test_public_things_are_documented() -> None:
 def _is_section(node: ast.AST) -> bool:
     """A configuration section or a request body, whose fields say it all."""
     return isinstance(node, ast.ClassDef) and any(
-        getattr(base, "id", "") in ("_Section", "_Body", "_Pool", "DecodePool") for base in node.bases
+        getattr(base, "id", "") in ("_Section", "_Tls", "_Body", "_Pool", "DecodePool") for base in node.bases
     )
 
 
