@@ -28,6 +28,7 @@ from ..core.kv_messages import KVClear, KVControlled, KVPin, KVReport, KVUnpin, 
 from ..core.log import logger
 from ..core.messages import Member, Membership, Message, Report, Scrape, Scraped, Subscribe
 from ..core.metrics import WorkerMetrics, render
+from ..core.tracer import open_tracer
 from ..core.wire import ClusterKeys, SecureContext
 from ..decode.worker import DecodeWorker
 from ..engine.build import use_threads, warm_up
@@ -203,6 +204,7 @@ class WorkerRuntime:
         pools = self._config.pools
         pool: PrefillPool | DecodePool | ColocatedPool | None = getattr(pools, self._role)
         assert pool is not None
+        self._tracer = open_tracer(self.peer, self._role, self._config.observability.traces, self._metrics.spans)
         self._progress("reading the model")
         threads = pool.threads or os.cpu_count() or 1
         built, self._ranks = build_on_ranks(
@@ -253,6 +255,7 @@ class WorkerRuntime:
                 self._mesh.send,
                 self._hidden_states,
                 self._offloader,
+                self._tracer,
             )
         else:
             self._worker = DecodeWorker(
@@ -267,6 +270,7 @@ class WorkerRuntime:
                 self._mesh.send,
                 self._hidden_states,
                 self._offloader,
+                self._tracer,
             )
         self._update_report()
         if built.engine.model.experts is not None:
@@ -362,6 +366,8 @@ class WorkerRuntime:
         if self._hidden_states is not None:
             self._hidden_states.close()
         self._mesh.close()
+        if self._tracer is not None:
+            self._tracer.close()
         self._offloader.close()
         self._engine.cache.close()
         self._end_ranks()

@@ -23,6 +23,10 @@ _STALL_S = (0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.05, 0.
 _STEP_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2)
 
 
+def _spans(registry: CollectorRegistry) -> Counter:
+    return Counter("tandem_spans", "Spans of traced requests by what became of them", ["outcome"], registry=registry)
+
+
 class WorkerMetrics:
     """What prefill, decode and colocated workers count."""
 
@@ -44,6 +48,7 @@ class WorkerMetrics:
         )
         self.preemptions = Counter("tandem_preemptions", "Sequences that gave their blocks back", registry=r)
         self.aborts = Counter("tandem_aborts", "Sequences aborted by the client", ["state"], registry=r)
+        self.spans = _spans(r)
         self.leases = Gauge("tandem_leases", "Leases held", registry=r)
         self.lease_events = Counter("tandem_lease_events", "Leases by what became of them", ["event"], registry=r)
         self.handoffs = Counter("tandem_handoffs", "Handoffs by outcome", ["outcome"], registry=r)
@@ -192,6 +197,7 @@ class GatewayMetrics:
             registry=r,
         )
         self.replays = Counter("tandem_replays", "Requests replayed on another worker", registry=r)
+        self.spans = _spans(r)
         self.members = Gauge("tandem_members", "Live workers", ["role"], registry=r)
         self.bad_frames = Counter("tandem_bad_frames", "Frames refused", ["socket"], registry=r)
 

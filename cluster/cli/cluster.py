@@ -14,6 +14,7 @@ from ...core.config import load_config, model_folder, model_name
 from ...core.environment import join_local_ray, prepare_ray, ray_address
 from ...engine.models.spec import context_length, read_spec
 from ..controller import WorkerStatus
+from ..gateway.listener import gateway_url
 from .kv_table import print_kv
 from .progress import Progress, show_launch
 
@@ -42,8 +43,7 @@ def up(file: Path | None, overrides: list[str], address: str | None) -> None:
             raise
         progress.done("ready")
         _print_table(console, cluster.status(), {})
-        host, port = config.gateway.host, config.gateway.port
-        console.print(f"\n[bold green]serving {model_name(config)} at http://{host}:{port}/v1[/bold green]")
+        console.print(f"\n[bold green]serving {model_name(config)} at {gateway_url(config)}/v1[/bold green]")
         console.print("look: tandem status   stop: tandem down", style="dim")
     finally:
         disconnect_ray()

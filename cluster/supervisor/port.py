@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ssl
 from pathlib import Path
 
 from ...core.config import SupervisorConfig
 from ...core.errors import ConfigError
+from ..tls import tls_context
 
 _PREFACE = b"PRI "
 _HEAD_TIMEOUT_S = 10.0
@@ -45,7 +45,7 @@ class Port:
         Raises:
             ConfigError: the port is taken, or the TLS files are no certificate and key.
         """
-        tls = tls_context(config, "supervisor")
+        tls = tls_context(config.tls_cert, config.tls_key, "supervisor")
         try:
             self._server = await asyncio.start_server(self._accept, host, port, ssl=tls)
         except OSError as error:
@@ -107,22 +107,3 @@ async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
         await writer.drain()
     with contextlib.suppress(OSError, NotImplementedError):
         writer.write_eof()
-
-
-def tls_context(config: SupervisorConfig, section: str) -> ssl.SSLContext | None:
-    """For a server of HTTP and gRPC; None: no TLS.
-
-    Raises:
-        ConfigError: the files are no certificate and key.
-    """
-    if config.tls_cert is None or config.tls_key is None:
-        return None
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    try:
-        context.load_cert_chain(Path(config.tls_cert).expanduser(), Path(config.tls_key).expanduser())
-    except (OSError, ssl.SSLError) as error:
-        raise ConfigError(
-            f"{section}.tls_cert and tls_key: {error.strerror or error}", fix="give two PEM files that belong together"
-        ) from None
-    context.set_alpn_protocols(["h2", "http/1.1"])
-    return context
