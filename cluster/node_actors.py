@@ -21,6 +21,7 @@ from ..core.log import configure_logging, logger
 from ..core.messages import Member
 from .controller import Controller
 from .ray_cluster import ANSWER_TIMEOUT_S
+from .tls import is_loopback
 
 _FOLLOW_S = 1.0
 _RESTART_PAUSE_S = 1.0
@@ -248,7 +249,7 @@ class Supervisors:
                 node.name, self._config.model_dump_json(), self._log_folder
             )
             try:
-                node.address = node.address or _address(where)
+                node.address = node.address or self._address(where)
                 node.port = await node.actor.start.remote(node.address, node.port or self._config.supervisor.port)
                 node.told = None
                 if not node.first_start.done():
@@ -263,6 +264,13 @@ class Supervisors:
             except ray.exceptions.RayActorError as error:
                 logger.warning("%s is gone, and is started again: %s", node.name, reason(error))
             await asyncio.sleep(_RESTART_PAUSE_S)
+
+    def _address(self, node: str) -> str:
+        """Where its supervisor listens."""
+        listen = self._config.supervisor.listen
+        if listen == "loopback" or (listen == "auto" and is_loopback(self._config.gateway.host)):
+            return "127.0.0.1"
+        return str(next(found["NodeManagerAddress"] for found in ray.nodes() if found["NodeID"] == node))
 
     async def _follow(self) -> None:
         """Tell each supervisor who is on its node, whenever that changes."""
@@ -291,11 +299,6 @@ class Supervisors:
                 )
                 view.setdefault(place.node, []).append(told)
         return view
-
-
-def _address(node: str) -> str:
-    """Where other nodes reach it; that of a cluster of this host alone is the loopback address."""
-    return str(next(found["NodeManagerAddress"] for found in ray.nodes() if found["NodeID"] == node))
 
 
 def _on_node(kind: type, node: str) -> Any:

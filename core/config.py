@@ -223,8 +223,11 @@ class ControlConfig(_Tls):
 
 class SupervisorConfig(_Tls):
     port: int = Field(default=0, ge=0, le=65535)
-    """Port on which each node with workers or a gateway tells its health and its metrics, at its address in Ray: HTTP
-    and gRPC. 0: any that is free; `tandem status` tells which."""
+    """Port on which each node with workers or a gateway tells its health and its metrics: HTTP and gRPC. 0: any that
+    is free; `tandem status` tells which."""
+    listen: Literal["auto", "node", "loopback"] = "auto"
+    """Where: at the node's address in Ray, or to the node itself alone. auto: as the gateway, whose host may be a
+    loopback address."""
     stalled_after_s: float = Field(default=60, gt=0, le=3600)
     """A worker that has had work for so long and taken no step is not ready."""
 

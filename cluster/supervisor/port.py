@@ -1,19 +1,20 @@
 """One port for HTTP/1 and gRPC: a connection goes to the one or the other by its first bytes.
 
 A client of HTTP/2 says "PRI * HTTP/2.0" before anything else (RFC 9113, 3.4), which is no request of HTTP/1. What
-either server speaks passes through unread; they listen on sockets in a folder that this user alone may enter.
+either server speaks passes through unread. They listen on the loopback address: sockets in a folder would outlive a
+process that is killed.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from pathlib import Path
 
 from ...core.config import SupervisorConfig
 from ...core.errors import ConfigError
 from ..tls import tls_context
 
+LOOPBACK = "127.0.0.1"
 _PREFACE = b"PRI "
 _HEAD_TIMEOUT_S = 10.0
 _MAX_CONNECTIONS = 256
@@ -24,11 +25,11 @@ class Port:
     """Belongs to one event loop.
 
     Args:
-        http: the socket of the server for HTTP/1.
-        grpc: the socket of the server for gRPC.
+        http: port of the server for HTTP/1.
+        grpc: port of the server for gRPC.
     """
 
-    def __init__(self, http: Path, grpc: Path) -> None:
+    def __init__(self, http: int, grpc: int) -> None:
         self._http = http
         self._grpc = grpc
         self._server: asyncio.Server | None = None
@@ -87,8 +88,8 @@ class Port:
                 if not more:
                     return
                 head += more
-        path = self._grpc if head.startswith(_PREFACE) else self._http
-        far_reader, far_writer = await asyncio.open_unix_connection(str(path))
+        port = self._grpc if head.startswith(_PREFACE) else self._http
+        far_reader, far_writer = await asyncio.open_connection(LOOPBACK, port)
         try:
             far_writer.write(head)
             async with asyncio.TaskGroup() as group:

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import shutil
 import socket
-import tempfile
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from pathlib import Path
 
 import grpc
 import grpc.aio
@@ -28,7 +25,7 @@ from ...core.ids import PeerId, WorkerId
 from ...core.log import RateLimited, logger
 from ...core.metrics import SupervisorMetrics, merge, render
 from .health import NodeHealth
-from .port import Port
+from .port import LOOPBACK, Port
 
 Ask = Callable[[bool], Awaitable[Vitals]]
 """Asks a process how it is; True: with its metrics. Raises WorkerError if it is dead, TimeoutError if it is silent."""
@@ -55,7 +52,6 @@ class Supervisor:
         self._tasks: list[asyncio.Task[None]] = []
         self._servicer = health.aio.HealthServicer()
         self._grpc: grpc.aio.Server | None = None
-        self._folder: Path | None = None
         self._port: Port | None = None
         self._http: uvicorn.Server | None = None
         self._told: dict[str, str] = {}
@@ -70,17 +66,17 @@ class Supervisor:
         Raises:
             ConfigError: the port is taken, or the TLS files are no certificate and key.
         """
-        self._folder = Path(tempfile.mkdtemp(prefix="tandem-health-"))
-        http, far = self._folder / "http", self._folder / "grpc"
-        self._port = Port(http, far)
-        bound = await self._port.open(host, self._config, port)
-        server = self._grpc = grpc.aio.server()
+        server = grpc.aio.server(options=(("grpc.so_reuseport", 0),))
         health_pb2_grpc.add_HealthServicer_to_server(self._servicer, server)
-        server.add_insecure_port(f"unix:{far}")
+        listener = socket.create_server((LOOPBACK, 0))
+        self._port = Port(listener.getsockname()[1], server.add_insecure_port(f"{LOOPBACK}:0"))
+        try:
+            bound = await self._port.open(host, self._config, port)
+        except BaseException:
+            listener.close()
+            raise
         await server.start()
-        listener = socket.socket(socket.AF_UNIX)
-        listener.bind(str(http))
-        listener.listen()
+        self._grpc = server
         self._http = uvicorn.Server(
             uvicorn.Config(self._app(), log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=1)
         )
@@ -109,8 +105,6 @@ class Supervisor:
             self._tasks = []
         for asked in self._asked.values():
             asked.cancel()
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
 
     def follow(self, ranks: Sequence[LocalRank], asks: Mapping[PeerId, Ask]) -> None:
         """These are, or should be, on the node; and how those that live are asked."""

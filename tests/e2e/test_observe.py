@@ -48,7 +48,7 @@ def test_health_logs_and_secrets_of_a_cluster_with_keys_and_tls(tmp_path: Path) 
 
         rows = _status(served)
         (url,) = {row["supervisor"] for row in rows}
-        assert url.startswith("http://127.0.0.1:")  # nobody outside is told, unless Ray can be reached from there
+        assert url.startswith("http://127.0.0.1:")  # as the gateway
         before = {name: served.worker(name).pid for name in ("prefill-0", "decode-0", "gateway-0")}
         with httpx.Client(base_url=url, trust_env=False) as http:
             _check_one_dead_rank(served, http, before)
