@@ -311,8 +311,7 @@ class _ControllerActor:
 
     async def stop(self, grace_s: float) -> None:
         await self._control.stop()
-        await self._supervisors.stop()
-        await self._controller.stop(grace_s)
+        await asyncio.gather(self._supervisors.stop(), self._controller.stop(grace_s))
         await self._host_tiers.stop()
 
     async def host_tier(self, node: str, address: str, block_bytes: int) -> str:

@@ -149,6 +149,8 @@ def _asker(peer: PeerId, actor: Any) -> Callable[[bool], Awaitable[Vitals]]:
     async def ask(with_metrics: bool) -> Vitals:
         try:
             answer = await asyncio.wait_for(actor.vitals.remote(with_metrics), ANSWER_TIMEOUT_S)
+        except ray.exceptions.ActorUnavailableError:
+            raise TimeoutError("out of reach") from None
         except ray.exceptions.RayActorError as error:
             raise WorkerError(f"{peer} is gone: {reason(error)}") from None
         except ray.exceptions.RayError as error:
@@ -194,6 +196,7 @@ class Supervisors:
         self._places: dict[WorkerId, _Place] = {}
         self._nodes: dict[str, _Node] = {}
         self._tasks: list[asyncio.Task[None]] = []
+        self._num_started = 0
         self._stopping = False
 
     def placed(self, worker: WorkerId, peer: PeerId, node: str, actor: Any) -> None:
@@ -211,7 +214,8 @@ class Supervisors:
         if not self._tasks:
             self._tasks.append(asyncio.create_task(self._follow()))
         if node not in self._nodes:
-            self._nodes[node] = _Node(f"supervisor-{len(self._nodes)}")
+            self._nodes[node] = _Node(f"supervisor-{self._num_started}")
+            self._num_started += 1
             self._tasks.append(asyncio.create_task(self._keep(node)))
 
     async def started(self) -> None:
@@ -225,11 +229,11 @@ class Supervisors:
     def urls(self) -> dict[WorkerId, str]:
         """Where each worker's node tells its health and metrics."""
         scheme = "https" if self._config.supervisor.tls_cert else "http"
-        nodes = {worker: self._nodes[place.node] for worker, place in self._places.items()}
+        nodes = {worker: self._nodes.get(place.node) for worker, place in self._places.items()}
         return {
             worker: f"{scheme}://{f'[{node.address}]' if ':' in node.address else node.address}:{node.port}"
             for worker, node in nodes.items()
-            if node.port
+            if node is not None and node.port
         }
 
     async def stop(self) -> None:
@@ -262,8 +266,15 @@ class Supervisors:
                     return
                 logger.warning("%s does not start: %s", node.name, cause(error))
             except ray.exceptions.RayActorError as error:
-                logger.warning("%s is gone, and is started again: %s", node.name, reason(error))
+                if not node.first_start.done():
+                    node.first_start.set_exception(WorkerError(f"{node.name} did not start: {reason(error)}"))
+                    return
+                logger.warning("%s is gone: %s", node.name, reason(error))
             await asyncio.sleep(_RESTART_PAUSE_S)
+            if not any(found["NodeID"] == where and found["Alive"] for found in await asyncio.to_thread(ray.nodes)):
+                logger.warning("%s is not started again: its node is gone", node.name)
+                del self._nodes[where]
+                return
 
     def _address(self, node: str) -> str:
         """Where its supervisor listens."""
