@@ -30,7 +30,7 @@ from .port import LOOPBACK, Port
 Ask = Callable[[bool], Awaitable[Vitals]]
 """Asks a process how it is; True: with its metrics. Raises WorkerError if it is dead, TimeoutError if it is silent."""
 
-_PERIOD_S = 1.0
+_PERIOD_S = 2.0
 _STOP_GRACE_S = 0.5
 _log = RateLimited()
 

@@ -77,6 +77,7 @@ def _check_one_dead_rank(served: Served, http: httpx.Client, before: dict[str, i
     for worker in before:
         place = f'pool="{worker[:-2]}",rank="0",worker="{worker}"'
         assert f"tandem_rank_ready{{{place}}} 1.0" in metrics
+        assert f"tandem_rank_stalled_seconds{{{place}}} 0.0" in metrics
         assert f"tandem_rank_restarts{{{place}}} {float(worker == 'decode-0')}" in metrics
     assert 'tandem_sequences_running{pool="prefill",rank="0",worker="prefill-0"}' in metrics
     assert 'tandem_requests_in_flight{pool="gateway",rank="0",worker="gateway-0"} 0.0' in metrics
