@@ -23,7 +23,7 @@ from .controller import Controller
 from .ray_cluster import ANSWER_TIMEOUT_S
 from .tls import is_loopback
 
-_FOLLOW_S = 1.0
+_FOLLOW_S = 2.0
 _RESTART_PAUSE_S = 1.0
 
 

@@ -8,7 +8,7 @@ from ...core.clock import Clock
 from ...core.health import Judgement, LocalRank, Vitals
 from ...core.ids import PeerId, WorkerId
 
-SILENT_AFTER_S = 10.0
+SILENT_AFTER_S = 15.0
 """A process that has not answered for so long is not ready."""
 
 

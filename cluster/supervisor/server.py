@@ -30,7 +30,7 @@ from .port import LOOPBACK, Port
 Ask = Callable[[bool], Awaitable[Vitals]]
 """Asks a process how it is; True: with its metrics. Raises WorkerError if it is dead, TimeoutError if it is silent."""
 
-_PERIOD_S = 2.0
+_PERIOD_S = 5.0
 _STOP_GRACE_S = 0.5
 _log = RateLimited()
 
@@ -55,6 +55,7 @@ class Supervisor:
         self._port: Port | None = None
         self._http: uvicorn.Server | None = None
         self._told: dict[str, str] = {}
+        self._news = asyncio.Event()
 
     async def start(self, host: str, port: int) -> int:
         """Bind and serve; returns the port.
@@ -115,6 +116,7 @@ class Supervisor:
         self._ranks = {rank.worker: rank for rank in ranks}
         self._asks = dict(asks)
         self._health.follow(ranks)
+        self._news.set()
 
     # ---- inside -----------------------------------------------------------------------------------------------------
 
@@ -124,7 +126,9 @@ class Supervisor:
                 task = self._asked[peer] = asyncio.create_task(self._ask(peer))
                 task.add_done_callback(lambda _, peer=peer: self._asked.pop(peer, None))  # type: ignore[misc]
             await self._tell()
-            await asyncio.sleep(_PERIOD_S)
+            self._news.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._news.wait(), _PERIOD_S)
 
     async def _ask(self, peer: PeerId) -> None:
         try:

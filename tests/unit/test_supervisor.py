@@ -52,7 +52,7 @@ def test_readiness_includes_progress() -> None:
         clock.advance(SILENT_AFTER_S - 1)
         health.answered("decode-1#1", Vitals(0.0))
         health.answered("decode-0#1", Vitals(clock.monotonic_s()))
-    assert health.not_ready() == {"decode-0": "has work, and has taken no step for 72 s"}
+    assert health.not_ready() == {"decode-0": "has work, and has taken no step for 112 s"}
     health.answered("decode-0#1", Vitals(0.0))
     assert health.not_ready() == {}
 
@@ -63,7 +63,7 @@ def test_a_silent_rank_is_not_ready() -> None:
     health.follow([rank("prefill-0"), rank("decode-0")])
     clock.advance(SILENT_AFTER_S)
     health.answered("decode-0#1", Vitals(0.0))
-    assert health.not_ready() == {"prefill-0": "has not answered for 10 s"}
+    assert health.not_ready() == {"prefill-0": "has not answered for 15 s"}
 
 
 def test_who_was_asked_to_leave_is_no_problem() -> None:
