@@ -80,13 +80,13 @@ class Trace:
         parent: the span that it hangs on; its ``span_id`` may be 0.
     """
 
-    __slots__ = ("attributes", "context", "error", "marks", "next_id", "parent_id")
+    __slots__ = ("_handed_id", "attributes", "context", "error", "marks", "parent_id")
 
     def __init__(self, parent: SpanContext) -> None:
         self.context = SpanContext(parent.trace_id, new_span_id())
         self.parent_id = parent.span_id
-        self.next_id = new_span_id()
-        """Of the next span that others are told of."""
+        self._handed_id = 0
+        """Of the last span that a peer is told of."""
         self.marks: list[Mark] = []
         self.attributes: dict[str, str | int | float] = {}
         self.error = ""
@@ -102,14 +102,14 @@ class Trace:
         if len(self.marks) < _MAX_MARKS:
             self.marks.append(Mark(name, at_s, detail))
 
-    def hand_over(self) -> str:
-        """The traceparent of the span that begins with the next `mark_handed_over`."""
-        return SpanContext(self.context.trace_id, self.next_id).traceparent()
+    def mark_handover(self, name: str, at_s: float, detail: str = "") -> None:
+        """A span begins that a peer is told of next."""
+        self._handed_id = new_span_id()
+        self.marks.append(Mark(name, at_s, detail, self._handed_id))
 
-    def mark_handed_over(self, name: str, at_s: float, detail: str = "") -> None:
-        """A span begins that a peer was told of."""
-        self.marks.append(Mark(name, at_s, detail, self.next_id))
-        self.next_id = new_span_id()
+    def handed_over(self) -> str:
+        """The traceparent of the span that began with the last `mark_handover`."""
+        return SpanContext(self.context.trace_id, self._handed_id).traceparent()
 
     def child(self, name: str, start_s: float, end_s: float, parent_id: int = 0, span_id: int = 0) -> Span:
         """A span below this request's own, or below ``parent_id``."""

@@ -282,8 +282,8 @@ class DecodeWorker:
             stream.recording.close()
             stream.recording = None
         self._scheduler.load(stream)
+        self._stage(stream, "decode.handoff", detail)  # before the peer knows: its span hangs on this one
         self._loader.start(stream, peer)
-        self._stage(stream, "decode.handoff", detail)
 
     def _abort(self, gateway: PeerId, ticket: int, child: int) -> None:
         for stream in list(self._streams.get((gateway, ticket), ())):
@@ -547,5 +547,5 @@ class DecodeWorker:
     def _stage(self, stream: Stream, name: str, detail: str = "") -> None:
         at_s = self._emitter.stage(stream.gateway, stream.request.ticket, name, detail)
         if stream.trace is not None:
-            note = stream.trace.mark_handed_over if name == "decode.handoff" else stream.trace.mark
+            note = stream.trace.mark_handover if name == "decode.handoff" else stream.trace.mark
             note(name, at_s, detail)

@@ -24,7 +24,7 @@ def decoded(*marks: tuple[str, float], end_s: float = 100.0) -> list[tuple[str, 
     """Name, start and end of each span below the stream's own."""
     trace = Trace(PARENT)
     for name, at_s in marks:
-        (trace.mark_handed_over if name == "decode.handoff" else trace.mark)(name, at_s)
+        (trace.mark_handover if name == "decode.handoff" else trace.mark)(name, at_s)
     whole, *spans = spans_of(trace, end_s)
     assert (whole.name, whole.parent_id, whole.start_s, whole.end_s) == ("decode", 9, marks[0][1], end_s)
     assert [mark.name for mark in whole.events] == [name for name, _ in marks]
@@ -42,8 +42,8 @@ def test_a_handoff_that_fails_is_followed_by_another() -> None:
     trace.mark("decode.received", 1)
     told = []
     for start_s in (2, 10):
-        told.append(parse_traceparent(trace.hand_over()))
-        trace.mark_handed_over("decode.handoff", start_s, "600 tokens from prefill-0#1")
+        trace.mark_handover("decode.handoff", start_s, "600 tokens from prefill-0#1")
+        told.append(parse_traceparent(trace.handed_over()))
         trace.mark("transfer.started", start_s + 1)
         trace.mark(*("transfer.failed", 10, "peer_lost") if start_s == 2 else ("transfer.done", 15, "8 bytes"))
     trace.mark("decode.started", 15)
@@ -72,7 +72,7 @@ MARKS = [
 def test_whatever_happens_spans_lie_within_the_streams(names: list[str]) -> None:
     trace = Trace(PARENT)
     for at_s, name in enumerate(["decode.received", *names]):
-        (trace.mark_handed_over if name == "decode.handoff" else trace.mark)(name, float(at_s))
+        (trace.mark_handover if name == "decode.handoff" else trace.mark)(name, float(at_s))
     whole, *spans = spans_of(trace, len(names) + 1.0)
     ids = {whole.context.span_id} | {span.context.span_id for span in spans}
     assert len(ids) == len(spans) + 1
