@@ -10,7 +10,7 @@ import contextlib
 import signal
 import threading
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,11 +24,13 @@ from ..core.clock import SystemClock
 from ..core.config import Config
 from ..core.environment import show_gpus, worker_environment
 from ..core.errors import TandemError, WorkerError
+from ..core.health import Vitals
 from ..core.ids import PeerId, WorkerId, worker_of
 from ..core.log import configure_logging, logger
 from ..core.messages import Member, Membership, Report
 from ..core.wire import ClusterKeys, make_cluster_keys
 from .controller import Controller, Event, Handle, WorkerStatus, desired_workers
+from .node_actors import HostTiers, Supervisors
 from .placement_groups import PlacementGroups, check_room
 from .ray_cluster import ANSWER_TIMEOUT_S, NAMESPACE
 from .ray_errors import cause, reason
@@ -49,7 +51,8 @@ class _Process:
 
     def __init__(self, peer: PeerId, role: str, config: str, keys: bytes, log_folder: str, controller: Any) -> None:
         self._config = Config.model_validate_json(config)
-        configure_logging(peer, self._config.log.level, self._config.log.format, Path(log_folder) / f"{peer}.log")
+        log = self._config.log
+        configure_logging(peer, log.level, log.format, Path(log_folder) / f"{peer}.log", log.max_per_s)
         self._peer = peer
         self._role = role
         self._keys = msgspec.msgpack.decode(keys, type=ClusterKeys)
@@ -63,7 +66,9 @@ class _Process:
 
     def start(self) -> bytes:
         """Build and serve; returns the encoded `Member`. Errors say on which node."""
-        address = ray.util.get_node_ip_address()
+        address, context = ray.util.get_node_ip_address(), ray.get_runtime_context()
+        self._controller.placed.remote(self._peer, context.get_node_id(), context.current_actor)
+        show_gpus(context.get_accelerator_ids().get("GPU", []))
         try:
             return self._start(address)
         except TandemError as error:
@@ -71,8 +76,6 @@ class _Process:
             raise
 
     def _start(self, address: str) -> bytes:
-        show_gpus(ray.get_runtime_context().get_accelerator_ids().get("GPU", []))
-
         def progress(phase: str) -> None:
             self._controller.phase.remote(self._peer, phase)
 
@@ -151,6 +154,10 @@ class _Process:
     def report(self) -> bytes:
         """The encoded `Report`."""
         return msgspec.msgpack.encode(self._runtime.report())
+
+    def vitals(self, with_metrics: bool) -> bytes:
+        """The encoded `Vitals`, for the node's supervisor."""
+        return msgspec.msgpack.encode(self._runtime.vitals(with_metrics) if self._runtime else Vitals(0.0))
 
     def stop(self, grace_s: float) -> None:
         """End the threads."""
@@ -245,7 +252,6 @@ class _RayLauncher:
         config: Config,
         keys: ClusterKeys,
         log_folder: str,
-        on_host_tiers: Callable[[list[Member]], Awaitable[None]],
     ) -> None:
         self._name = name
         self._config = config
@@ -253,72 +259,12 @@ class _RayLauncher:
         self._log_folder = log_folder
         self._phases: dict[PeerId, Callable[[str], None]] = {}
         self._groups = PlacementGroups(name, config)
-        self._on_host_tiers = on_host_tiers
-        self._host_tiers: dict[str, Any] = {}
-        self._readable: dict[str, Member] = {}
-        """By node, host tiers that other nodes may read."""
         self._background: set[asyncio.Task[None]] = set()
-
-    async def host_tier(self, node: str, address: str, block_bytes: int) -> str:
-        """The folder of a node's host tier, which is started if there is none.
-
-        Args:
-            node: Ray's name of it.
-            address: where other nodes reach it.
-            block_bytes: of a block.
-
-        Raises:
-            ConfigError: it cannot be; names the key.
-            WorkerError: its process died.
-        """
-        if node not in self._host_tiers:
-            # Imported here, as by a worker's process: most clusters have no tiers.
-            from .host_tier import HostTierOwner
-
-            self._host_tiers[node] = (
-                ray.remote(HostTierOwner)
-                .options(
-                    num_cpus=0,
-                    max_concurrency=8,
-                    scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
-                )
-                .remote(self._config.model_dump_json(), self._log_folder, self._keys, address)
-            )
-        owner = self._host_tiers[node]
-        try:
-            folder = str(await owner.start.remote(block_bytes))
-            endpoint = str(await owner.endpoint.remote())
-            if endpoint and node not in self._readable:
-                self._readable[node] = Member(Path(folder).name, "host", address, endpoint)
-                self._in_background(self._watch_host_tier(node, owner))
-                await self._on_host_tiers(list(self._readable.values()))
-            return folder
-        except ray.exceptions.RayTaskError as error:
-            raise cause(error) from None
-        except ray.exceptions.RayActorError as error:
-            self._host_tiers.pop(node, None)
-            raise WorkerError(f"the host tier of node {node} died: {reason(error)}") from None
 
     def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
-
-    async def _watch_host_tier(self, node: str, owner: Any) -> None:
-        with contextlib.suppress(ray.exceptions.RayError):
-            await owner.wait.remote()
-        del self._readable[node]
-        if self._host_tiers.get(node) is owner:
-            del self._host_tiers[node]
-        await self._on_host_tiers(list(self._readable.values()))
-
-    async def stop_host_tiers(self) -> None:
-        """End all of them, and what they left on their nodes. Idempotent."""
-        while self._host_tiers:
-            _, tier = self._host_tiers.popitem()
-            with contextlib.suppress(ray.exceptions.RayError, TimeoutError):
-                await asyncio.wait_for(tier.stop.remote(), ANSWER_TIMEOUT_S)
-            ray.kill(tier)
 
     def check_room(self, role: str, count: int) -> None:
         check_room(self._config, role, count)
@@ -373,12 +319,17 @@ class ControllerActor:
         parsed = Config.model_validate_json(config)
         from .control.server import ControlServer  # gRPC is the controller's alone
 
-        configure_logging("controller", parsed.log.level, parsed.log.format, Path(log_folder) / "controller.log")
+        log = parsed.log
+        configure_logging("controller", log.level, log.format, Path(log_folder) / "controller.log", log.max_per_s)
         self._config = parsed
         self._log_folder = log_folder
         self._asked_s = time.monotonic()
-        self._launcher = _RayLauncher(name, parsed, make_cluster_keys(), log_folder, self._follow_host_tiers)
+        keys = make_cluster_keys()
+        self._launcher = _RayLauncher(name, parsed, keys, log_folder)
         self._controller = Controller(parsed, self._launcher, SystemClock())
+        tiers_changed = self._controller.follow_host_tiers
+        self._host_tiers = HostTiers(parsed, msgspec.msgpack.encode(keys), log_folder, tiers_changed)
+        self._supervisors = Supervisors(parsed, log_folder, self._controller)
         scaling = Scaling(parsed, self._launcher, self._controller)
         self._control = ControlServer(self._controller, scaling, parsed.control, Path(log_folder))
 
@@ -399,23 +350,25 @@ class ControllerActor:
             await self._control.start()
             await self._launcher.choose_nodes()
             await self._controller.start()
+            await self._supervisors.started()
         except BaseException:
-            await self._control.stop()
-            await self._launcher.stop_host_tiers()
-            await self._launcher.release_all()
+            await self.stop(grace_s=0)
             raise
 
     async def stop(self, grace_s: float) -> None:
         await self._control.stop()
-        await self._controller.stop(grace_s)
-        await self._launcher.stop_host_tiers()
+        await asyncio.gather(self._supervisors.stop(), self._controller.stop(grace_s))
+        await self._host_tiers.stop()
         await self._launcher.release_all()
 
     async def host_tier(self, node: str, address: str, block_bytes: int) -> str:
-        return await self._launcher.host_tier(node, address, block_bytes)
+        return await self._host_tiers.folder(node, address, block_bytes)
 
-    async def _follow_host_tiers(self, host_tiers: list[Member]) -> None:
-        await self._controller.follow_host_tiers(host_tiers)
+    async def placed(self, peer: PeerId, node: str, actor: Any) -> None:
+        self._supervisors.placed(worker_of(peer), peer, node, actor)
+
+    async def supervisors(self) -> dict[str, str]:
+        return self._supervisors.urls()
 
     async def meet(self, peer: PeerId, rendezvous: str) -> str:
         return await self._controller.meet(peer, rendezvous)

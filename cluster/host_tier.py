@@ -38,7 +38,7 @@ class HostTierOwner:
     def __init__(self, config: str, log_folder: str, keys: bytes = b"", address: str = "") -> None:
         self._config = Config.model_validate_json(config)
         log = self._config.log
-        configure_logging("host-tier", log.level, log.format, Path(log_folder) / "host-tier.log")
+        configure_logging("host-tier", log.level, log.format, Path(log_folder) / "host-tier.log", log.max_per_s)
         self._keys = keys
         self._address = address
         self._lock = threading.Lock()

@@ -109,6 +109,14 @@ class Cluster:
         """
         return list(self._ask(self._controller.status.remote()))
 
+    def supervisors(self) -> dict[str, str]:
+        """Where each worker's node tells its health and metrics.
+
+        Raises:
+            WorkerError: the controller does not answer.
+        """
+        return dict(self._ask(self._controller.supervisors.remote()))
+
     def events(self, after: int, timeout_s: float) -> list[Event]:
         """News since event ``after``; waits for some for at most ``timeout_s``.
 

@@ -22,11 +22,13 @@ from ..core.clock import SystemClock
 from ..core.config import ColocatedPool, Config, DecodePool, PrefillPool
 from ..core.environment import cache_folder
 from ..core.errors import ConfigError, RequestError, TandemError, WorkerError
+from ..core.health import Vitals
 from ..core.ids import PeerId, index_of, worker_of
 from ..core.kv_messages import KVClear, KVControlled, KVPin, KVReport, KVUnpin, KVWatch
 from ..core.log import logger
 from ..core.messages import Member, Membership, Message, Report, Scrape, Scraped, Subscribe
 from ..core.metrics import WorkerMetrics, render
+from ..core.tracer import open_tracer
 from ..core.wire import ClusterKeys, SecureContext
 from ..decode.worker import DecodeWorker
 from ..engine.build import use_threads, warm_up
@@ -44,6 +46,7 @@ from ..kv_transfer.hidden_states import open_writer
 from ..kv_transfer.offload.build import Place
 from ..kv_transfer.offload.network import Network, Servers
 from ..prefill.worker import PrefillWorker
+from .heartbeat import Heartbeat
 from .kv_publisher import KVPublisher
 from .mesh import Mesh
 
@@ -105,6 +108,7 @@ class WorkerRuntime:
         self._meet = meet
         self._metrics = WorkerMetrics(CollectorRegistry())
         self._clock = SystemClock()
+        self._heartbeat = Heartbeat(self._clock)
         self._inbox: queue.Queue[_Item] = queue.Queue(_INBOX_SIZE)
         self._stopping = threading.Event()
         self._ready = threading.Event()
@@ -142,6 +146,10 @@ class WorkerRuntime:
     def report(self) -> Report:
         """The newest load figures; at most a second old while anything changes."""
         return self._report
+
+    def vitals(self, with_metrics: bool) -> Vitals:
+        """How we are, told without the engine thread, which may be the one that stands still."""
+        return Vitals(self._heartbeat.stalled_s(), render(self._metrics.registry) if with_metrics else "")
 
     def stop(self, grace_s: float) -> None:
         """Finish what peers still need, at most ``grace_s`` seconds long, and end the threads. Blocks. Idempotent."""
@@ -196,6 +204,7 @@ class WorkerRuntime:
         pools = self._config.pools
         pool: PrefillPool | DecodePool | ColocatedPool | None = getattr(pools, self._role)
         assert pool is not None
+        self._tracer = open_tracer(self.peer, self._role, self._config.observability.traces, self._metrics.spans)
         self._progress("reading the model")
         threads = pool.threads or os.cpu_count() or 1
         built, self._ranks = build_on_ranks(
@@ -246,6 +255,7 @@ class WorkerRuntime:
                 self._mesh.send,
                 self._hidden_states,
                 self._offloader,
+                self._tracer,
             )
         else:
             self._worker = DecodeWorker(
@@ -260,6 +270,7 @@ class WorkerRuntime:
                 self._mesh.send,
                 self._hidden_states,
                 self._offloader,
+                self._tracer,
             )
         self._update_report()
         built.engine.runner.serve()
@@ -331,6 +342,7 @@ class WorkerRuntime:
     def _run(self) -> None:
         while not (self._stopping.is_set() and self._may_end()):
             self._take(self._wait_s())
+            self._heartbeat.wakes()
             now_s = self._clock.monotonic_s()
             deadline_s = self._worker.next_deadline_s()
             if deadline_s is not None and now_s >= deadline_s:
@@ -341,6 +353,8 @@ class WorkerRuntime:
                 if not self._stopping.is_set():
                     raise
                 break  # workers that share experts end together
+            if self._busy:
+                self._heartbeat.steps()
             self._look_after_links(now_s)
             self._control.poll(now_s)
             self._publisher.poll(now_s)
@@ -351,6 +365,8 @@ class WorkerRuntime:
         if self._hidden_states is not None:
             self._hidden_states.close()
         self._mesh.close()
+        if self._tracer is not None:
+            self._tracer.close()
         self._offloader.close()
         self._engine.cache.close()
         self._end_ranks()
@@ -372,7 +388,10 @@ class WorkerRuntime:
         ]
         if self._engine.model.experts is not None:
             deadlines.append(self._clock.monotonic_s() + _AGREEMENT_PERIOD_S)
-        if self._current_report() != self._report:
+        report = self._current_report()
+        # KV that is on its way from others is not ours to hurry.
+        self._heartbeat.sleeps(has_work=report.running > 0 or report.queued_tokens > 0)
+        if report != self._report:
             deadlines.append(self._reported_s + _REPORT_PERIOD_S)
         if self._stopping.is_set():
             deadlines.append(self._clock.monotonic_s() + 0.05)
@@ -383,6 +402,7 @@ class WorkerRuntime:
         """Handle what is in the inbox, after waiting for a first item for at most ``wait_s``."""
         try:
             item = self._inbox.get(timeout=wait_s) if wait_s != 0.0 else self._inbox.get_nowait()
+            self._heartbeat.wakes()
             for _ in range(_MAX_TAKEN_AT_ONCE):
                 self._handle(item)
                 item = self._inbox.get_nowait()

@@ -19,6 +19,8 @@ FileName = Annotated[str, Meta(pattern=r"^([0-9a-f]{32})?\Z")]
 """Made by a gateway, never by a client; empty: none."""
 FILE_SUFFIX: Final = ".safetensors"
 """Of what is written by such a name."""
+TraceParent = Annotated[str, Meta(pattern=r"^(00-[0-9a-f]{32}-[0-9a-f]{16}-01)?\Z")]
+"""Of a request that is traced, as in W3C's header; empty: it is not."""
 Count = Annotated[int, Meta(ge=0, le=1 << 40)]
 TokenId = Annotated[int, Meta(ge=0, lt=1 << 31)]
 TokenIds = Annotated[list[TokenId], Meta(max_length=MAX_TOKENS)]

@@ -184,7 +184,20 @@ class RoutingConfig(_Section):
     """Whether a decode worker computes a short rest of a prompt itself: auto when that is sooner."""
 
 
-class GatewayConfig(_Section):
+class _Tls(_Section):
+    tls_cert: str | None = None
+    """A file with the certificate for `host` in PEM, those of its issuers behind it. Not given: no TLS."""
+    tls_key: str | None = None
+    """A file with its private key in PEM."""
+
+    @model_validator(mode="after")
+    def _check_tls(self) -> Self:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("tls_cert and tls_key go together: give both, or neither")
+        return self
+
+
+class GatewayConfig(_Tls):
     host: str = "127.0.0.1"
     """Address to listen on."""
     port: int = Field(default=8000, ge=1, le=65535)
@@ -202,21 +215,35 @@ class GatewayConfig(_Section):
     """How long a request whose workers are gone waits for others before it fails."""
 
 
-class ControlConfig(_Section):
+class ControlConfig(_Tls):
     host: str = "127.0.0.1"
     """Address on which the operators' API listens, gRPC, on the controller's node."""
     port: int = Field(default=0, ge=0, le=65535)
     """Port to listen on; 0: any that is free. `control.json` beside the logs tells it, and the token."""
-    tls_cert: str | None = None
-    """A file with the certificate for `host` in PEM, those of its issuers behind it. Not given: no TLS."""
-    tls_key: str | None = None
-    """A file with its private key in PEM."""
 
-    @model_validator(mode="after")
-    def _check_tls(self) -> Self:
-        if (self.tls_cert is None) != (self.tls_key is None):
-            raise ValueError("tls_cert and tls_key go together: give both, or neither")
-        return self
+
+class SupervisorConfig(_Tls):
+    port: int = Field(default=0, ge=0, le=65535)
+    """Port on which each node with workers or a gateway tells its health and its metrics: HTTP and gRPC. 0: any that
+    is free; `tandem status` tells which."""
+    listen: Literal["auto", "node", "loopback"] = "auto"
+    """Where: at the node's address in Ray, or to the node itself alone. auto: as the gateway, whose host may be a
+    loopback address."""
+    stalled_after_s: float = Field(default=60, gt=0, le=3600)
+    """A worker that has had work for so long and taken no step is not ready."""
+
+
+class TracesConfig(_Section):
+    endpoint: str | None = Field(default=None, pattern=r"^https?://\S+$")
+    """Where spans are sent by OTLP over HTTP, for example http://127.0.0.1:4318/v1/traces; needs tandem[otel]. Not
+    given: nothing is traced."""
+    sample_ratio: float = Field(default=1.0, ge=0, le=1)
+    """Share of the requests that are traced, of those whose clients do not say themselves by a `traceparent`."""
+
+
+class ObservabilityConfig(_Section):
+    traces: TracesConfig = TracesConfig()
+    """Spans of requests, by OpenTelemetry."""
 
 
 class HiddenStatesConfig(_Section):
@@ -322,6 +349,8 @@ class LogConfig(_Section):
     """Least severity that is written."""
     format: Literal["text", "json"] = "text"
     """One line of text, or one JSON object, a record."""
+    max_per_s: int = Field(default=100, ge=0, le=1 << 20)
+    """Records a second that one cause, a line of the code, may write; of others only the number is told. 0: any."""
 
 
 class Config(_Section):
@@ -333,6 +362,8 @@ class Config(_Section):
     routing: RoutingConfig = RoutingConfig()
     gateway: GatewayConfig = GatewayConfig()
     control: ControlConfig = ControlConfig()
+    supervisor: SupervisorConfig = SupervisorConfig()
+    observability: ObservabilityConfig = ObservabilityConfig()
     hidden_states: HiddenStatesConfig = HiddenStatesConfig()
     offload: OffloadConfig = OffloadConfig()
     experts: ExpertsConfig = ExpertsConfig()

@@ -34,6 +34,7 @@ from .bounds import (
     Text,
     TokenId,
     TokenIds,
+    TraceParent,
 )
 from .kv_messages import KVClear, KVControlled, KVEvents, KVPin, KVReport, KVSnapshot, KVUnpin, KVWatch
 
@@ -132,6 +133,8 @@ class Generate(Struct, tag=True, frozen=True):
     """The peer that computes the prompt; empty: the receiver does."""
     hidden_states: FileName = ""
     """The file for the prompt's hidden states."""
+    trace: TraceParent = ""
+    """The gateway's span."""
 
 
 class Abort(Struct, tag=True, frozen=True):
@@ -291,6 +294,8 @@ class Prefill(Struct, tag=True, frozen=True):
     """Send a checksum for each so many tokens of the prompt (see `kv_transfer.checksums`); 0: send none."""
     sum_dtype: Name = ""
     """Of the KV in this dtype, the reader's."""
+    trace: TraceParent = ""
+    """The reader's span."""
 
 
 class Table(Struct, array_like=True, frozen=True):

@@ -6,7 +6,7 @@ with a ``worker`` label (`merge`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -21,6 +21,10 @@ _RUNS = tuple(4.0**power for power in range(11))
 _GB_PER_S = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 20, 30, 50, 100, 200, 400)
 _STALL_S = (0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.05, 0.1, 1)
 _STEP_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2)
+
+
+def _spans(registry: CollectorRegistry) -> Counter:
+    return Counter("tandem_spans", "Spans of traced requests by what became of them", ["outcome"], registry=registry)
 
 
 class WorkerMetrics:
@@ -44,6 +48,7 @@ class WorkerMetrics:
         )
         self.preemptions = Counter("tandem_preemptions", "Sequences that gave their blocks back", registry=r)
         self.aborts = Counter("tandem_aborts", "Sequences aborted by the client", ["state"], registry=r)
+        self.spans = _spans(r)
         self.leases = Gauge("tandem_leases", "Leases held", registry=r)
         self.lease_events = Counter("tandem_lease_events", "Leases by what became of them", ["event"], registry=r)
         self.handoffs = Counter("tandem_handoffs", "Handoffs by outcome", ["outcome"], registry=r)
@@ -192,8 +197,28 @@ class GatewayMetrics:
             registry=r,
         )
         self.replays = Counter("tandem_replays", "Requests replayed on another worker", registry=r)
+        self.spans = _spans(r)
         self.members = Gauge("tandem_members", "Live workers", ["role"], registry=r)
         self.bad_frames = Counter("tandem_bad_frames", "Frames refused", ["socket"], registry=r)
+
+
+class SupervisorMetrics:
+    """What a node's supervisor says of its ranks, beside what these say themselves."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        r = registry
+        self.registry = registry
+        place = ["pool", "worker", "rank"]
+        self.ready = Gauge("tandem_rank_ready", "Whether a rank serves and gets on", place, registry=r)
+        self.stalled_s = Gauge(
+            "tandem_rank_stalled_seconds", "How long a rank has had work and taken no step", place, registry=r
+        )
+        self.restarts = Gauge("tandem_rank_restarts", "Lives of a rank that have ended", place, registry=r)
+
+    def clear(self) -> None:
+        """Forget all ranks: those that are gone are not told for ever."""
+        for metric in (self.ready, self.stalled_s, self.restarts):
+            metric.clear()
 
 
 class _Families:
@@ -209,17 +234,19 @@ def render(registry: CollectorRegistry) -> str:
     return generate_latest(registry).decode()
 
 
-def merge(texts: dict[str, str]) -> str:
+def merge(texts: Mapping[str, str], labels: Mapping[str, Mapping[str, str]] | None = None) -> str:
     """One exposition of several processes', each sample with its ``worker`` label.
 
     Args:
         texts: worker name → text as `render` makes it.
+        labels: worker name → its labels, where they are others.
     """
     families: dict[str, Metric] = {}
     for worker, text in texts.items():
+        added = {"worker": worker} if labels is None else labels[worker]
         for family in text_string_to_metric_families(text):
             merged = families.setdefault(family.name, family)
-            samples = [s._replace(labels={"worker": worker, **s.labels}) for s in family.samples]
+            samples = [s._replace(labels={**added, **s.labels}) for s in family.samples]
             if merged is family:
                 family.samples = samples
             else:

@@ -26,9 +26,11 @@ class Emitter:
         """New tokens."""
         self._of(gateway).children.append(update)
 
-    def stage(self, gateway: PeerId, ticket: int, name: str, detail: str = "") -> None:
-        """A mark on the timeline, now."""
-        self._of(gateway).stages.append(Stage(ticket, name, self._clock.wall_s(), detail))
+    def stage(self, gateway: PeerId, ticket: int, name: str, detail: str = "") -> float:
+        """A mark on the timeline, now: returns the time, on the wall clock."""
+        at_s = self._clock.wall_s()
+        self._of(gateway).stages.append(Stage(ticket, name, at_s, detail))
+        return at_s
 
     def prompt_logprobs(self, gateway: PeerId, ticket: int, first: int, values: list[TokenLogprobs]) -> None:
         """Log probabilities of prompt tokens from position ``first`` on."""

@@ -181,6 +181,7 @@ class Loader:
                 hidden_states=request.hidden_states if sequence.hidden_states else "",
                 sum_tokens=terms.sum_tokens,
                 sum_dtype=self._connector.layout.dtype if terms.sum_tokens else "",
+                trace=stream.trace.handed_over() if stream.trace is not None else "",
             ),
         )
 

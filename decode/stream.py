@@ -8,6 +8,7 @@ from ..core.errors import IllegalTransition
 from ..core.ids import PeerId
 from ..core.log import RequestLog
 from ..core.messages import Child, FinishReason, Generate, SampledToken, Usage
+from ..core.spans import Trace
 from ..engine.offloader import InTiers
 from ..engine.sequence import Sequence
 from ..kv_transfer.hidden_states import Recording
@@ -115,6 +116,8 @@ class Stream:
         self.started_s = arrived_s
         self.cached_tokens = 0
         self.transferred_bytes = 0
+        self.trace: Trace | None = None
+        """Where it is traced: its marks, for spans."""
         self.log = RequestLog(request.request_id)
 
     @property

@@ -6,6 +6,7 @@ Owned by one thread. `handle` and `step` return quickly but for the engine's own
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 from ..core.clock import Clock
 from ..core.config import Config, DecodePool
@@ -27,6 +28,8 @@ from ..core.messages import (
     SampledToken,
 )
 from ..core.metrics import WorkerMetrics
+from ..core.spans import Trace
+from ..core.tracer import Tracer
 from ..engine.engine import Engine, Outcome, device_is_lost
 from ..engine.limits import check_prompt
 from ..engine.offloader import Offloader
@@ -39,6 +42,7 @@ from .emitter import Emitter
 from .loader import LoadClosed, LoadDone, Loader, LoadEvent, LoadFailed, PromptDone, PromptStarted, ReadStarted
 from .peers import PrefillPeers, Send
 from .scheduler import DecodeScheduler
+from .spans import spans_of
 from .step_loop import Landed, StepLoop
 from .stream import Stream, StreamState
 
@@ -66,6 +70,7 @@ class DecodeWorker:
         send: delivers a message to a peer; never blocks.
         hidden_states: writes those of prompts; None: nobody may ask.
         offloader: keeps blocks in tiers, for streams; None: there are none.
+        tracer: sends spans; None: nothing is traced.
     """
 
     def __init__(
@@ -81,6 +86,7 @@ class DecodeWorker:
         send: Send,
         hidden_states: HiddenStateWriter | None = None,
         offloader: Offloader[Stream] | None = None,
+        tracer: Tracer | None = None,
     ) -> None:
         self._engine = engine
         self._connector = connector
@@ -91,6 +97,7 @@ class DecodeWorker:
         self._clock = clock
         self._metrics = metrics
         self._hidden_states = hidden_states
+        self._tracer = tracer
         self._cost = CostModel(config.routing.local_prefill, pool.max_batched_tokens)
         self._offloader = offloader or Offloader[Stream](engine, None, clock, metrics)
         self._scheduler = DecodeScheduler(engine, pool.max_running, pool.max_batched_tokens, clock, self._fetch)
@@ -204,6 +211,8 @@ class DecodeWorker:
             bool(message.hidden_states),
         )
         stream = self._new_stream(gateway, message, sequence)
+        if self._tracer is not None:
+            stream.trace = Trace.of(message.trace)
         self._streams[key] = [stream]
         self._stage(stream, "decode.received")
         stream.in_tiers = self._offloader.look(sequence, message.salt)
@@ -273,8 +282,8 @@ class DecodeWorker:
             stream.recording.close()
             stream.recording = None
         self._scheduler.load(stream)
+        self._stage(stream, "decode.handoff", detail)  # before the peer knows: its span hangs on this one
         self._loader.start(stream, peer)
-        self._stage(stream, "decode.handoff", detail)
 
     def _abort(self, gateway: PeerId, ticket: int, child: int) -> None:
         for stream in list(self._streams.get((gateway, ticket), ())):
@@ -290,6 +299,9 @@ class DecodeWorker:
 
     def _close(self, stream: Stream) -> None:
         """End a stream in whatever state; blocks that reads still write into are freed when they have stopped."""
+        if self._tracer is not None and stream.trace is not None:
+            self._tracer.send(partial(spans_of, stream.trace, self._clock.wall_s()))
+            stream.trace = None
         if stream.recording is not None:
             stream.recording.close()
         streams = self._streams.get(stream.key, [])
@@ -494,6 +506,9 @@ class DecodeWorker:
         fork.tokens.append(sample.token)
         other = self._new_stream(stream.gateway, stream.request, fork)
         other.begun = True
+        if stream.trace is not None:
+            other.trace = Trace(stream.trace.context)
+            other.trace.mark("decode.started" if fork.num_computed else "decode.received", self._clock.wall_s())
         self._streams[stream.key].append(other)
         if fork.num_computed:
             self._scheduler.run(other)
@@ -520,6 +535,8 @@ class DecodeWorker:
     def _refuse(self, stream: Stream, status: int, message: str, *, retryable: bool = False) -> None:
         """End a stream's whole request with an error."""
         stream.log.error("ended with status %d: %s", status, message)
+        if stream.trace is not None:
+            stream.trace.error = message
         self._emitter.refuse(stream.gateway, stream.request.ticket, status, message, retryable=retryable)
         for other in list(self._streams.get(stream.key, [stream])):
             if status >= 500 and other.state in (StreamState.PREFILLING, StreamState.RUNNING):
@@ -528,4 +545,7 @@ class DecodeWorker:
             self._close(other)
 
     def _stage(self, stream: Stream, name: str, detail: str = "") -> None:
-        self._emitter.stage(stream.gateway, stream.request.ticket, name, detail)
+        at_s = self._emitter.stage(stream.gateway, stream.request.ticket, name, detail)
+        if stream.trace is not None:
+            note = stream.trace.mark_handover if name == "decode.handoff" else stream.trace.mark
+            note(name, at_s, detail)

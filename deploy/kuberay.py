@@ -13,7 +13,16 @@ from typing import Any, NamedTuple
 from ..core.config import Config
 from ..core.errors import ConfigError
 from .nodes import NodeGroup, plan_nodes
-from .pods import ADDRESS_VARIABLE, CONFIG_PATH, OBJECT_STORE_BYTES, PodOptions, Tree, head_pod, worker_pod
+from .pods import (
+    ADDRESS_VARIABLE,
+    CONFIG_PATH,
+    OBJECT_STORE_BYTES,
+    PodOptions,
+    Tree,
+    head_pod,
+    supervisor_port,
+    worker_pod,
+)
 
 _NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")
 """KubeRay makes longer names of it, and 63 characters is the limit."""
@@ -46,7 +55,7 @@ def render_kuberay(config: Config, options: KubeOptions) -> Mapping[str, list[Tr
     groups = plan_nodes(config, node_gpus=options.gpus_per_node)
     return {
         "raycluster.yaml": [_cluster(config, options, groups)],
-        "launch.yaml": [_launch(options)],
+        "launch.yaml": [_launch(config, options)],
         "gateway.yaml": [_service(config, options), _network_policy(config, options)],
         "disruption.yaml": [
             _disruption_budget(f"{options.name}-head", options, {"ray.io/node-type": "head"}, 1),
@@ -91,12 +100,13 @@ def _cluster(config: Config, options: KubeOptions, groups: list[NodeGroup]) -> T
     return _object("ray.io/v1", "RayCluster", options.name, spec)
 
 
-def _launch(options: KubeOptions) -> Tree:
+def _launch(config: Config, options: KubeOptions) -> Tree:
     """A Ray job runs on the head, where the gateways then are. It ends when Tandem serves."""
     spec = {
         "clusterSelector": {"ray.io/cluster": options.name},
         "submissionMode": "HTTPMode",  # a shell on the head reads the entrypoint, and knows the head's address
-        "entrypoint": f"tandem up {CONFIG_PATH} --set gateway.host=${ADDRESS_VARIABLE}",
+        "entrypoint": f"tandem up {CONFIG_PATH} --set gateway.host=${ADDRESS_VARIABLE} "
+        f"--set supervisor.port={supervisor_port(config)}",
         "shutdownAfterJobFinishes": False,
     }
     return _object("ray.io/v1", "RayJob", f"{options.name}-launch", spec)
@@ -124,6 +134,7 @@ def _network_policy(config: Config, options: KubeOptions) -> Tree:
         "ingress": [
             {"from": [{"podSelector": {"matchLabels": _selector(options, {})}}]},
             {"from": [clients, prometheus], "ports": [{"protocol": "TCP", "port": config.gateway.port}]},
+            {"from": [prometheus], "ports": [{"protocol": "TCP", "port": supervisor_port(config)}]},
             {"from": [operator], "ports": [{"protocol": "TCP", "port": 8265}]},
         ],
     }

@@ -13,6 +13,8 @@ Tree = dict[str, Any]
 
 CONFIG_PATH = "/etc/tandem/tandem.yaml"
 ADDRESS_VARIABLE = "TANDEM_POD_ADDRESS"
+SUPERVISOR_PORT = 9464
+"""Where pods tell health and metrics, unless the YAML says: a probe has to know. That of OpenTelemetry's exporters."""
 OBJECT_STORE_BYTES = 256 << 20
 """Ray's own store, through which neither tokens nor KV pass."""
 
@@ -26,6 +28,8 @@ _USER = 1000
 """As in the image."""
 _RAYLET_HEALTH = ("/api/local_raylet_healthz", 52365)
 _GCS_HEALTH = ("/api/gcs_healthz", 8265)
+_CURL_REFUSED = 7
+"""curl's exit status when nobody listens."""
 
 
 class PodOptions(NamedTuple):
@@ -50,10 +54,7 @@ def head_pod(config: Config, options: PodOptions) -> Tree:
             {"name": "gcs-server", "containerPort": 6379},
             {"name": "dashboard", "containerPort": 8265},
             {"name": "gateway", "containerPort": config.gateway.port},
-        ],
-        "env": [
-            *container["env"],
-            {"name": ADDRESS_VARIABLE, "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}},
+            {"name": "health", "containerPort": supervisor_port(config)},
         ],
         "resources": _resources(_HEAD_CPUS, _HEAD_BYTES + OBJECT_STORE_BYTES, 0),
     }
@@ -71,6 +72,8 @@ def head_pod(config: Config, options: PodOptions) -> Tree:
 def worker_pod(config: Config, group: NodeGroup, options: PodOptions) -> Tree:
     """A pod that stands for a node: all workers that share it are in it, and reach each other's memory."""
     container = _container("ray-worker", options.image, _RAYLET_HEALTH)
+    container["ports"] = [{"name": "health", "containerPort": supervisor_port(config)}]
+    container["readinessProbe"] = _ready(config, container["readinessProbe"])
     shared_bytes = OBJECT_STORE_BYTES + host_tier_bytes(config) + group.num_ranks * _COLLECTIVES_BYTES
     memory_bytes = options.worker_memory_bytes or _estimate_bytes(config, group) + shared_bytes
     if memory_bytes <= shared_bytes:
@@ -112,13 +115,34 @@ def _container(name: str, image: str, health: tuple[str, int]) -> Tree:
     return {
         "name": name,
         "image": image,
-        "env": [{"name": "RAY_USAGE_STATS_ENABLED", "value": "0"}],
+        "env": [
+            {"name": "RAY_USAGE_STATS_ENABLED", "value": "0"},
+            {"name": ADDRESS_VARIABLE, "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}},
+        ],
         # A node that works hard answers late: what ends it is a minute of silence.
         "startupProbe": probe(60),
         "livenessProbe": probe(12),
         "readinessProbe": probe(3),
         "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
     }
+
+
+def supervisor_port(config: Config) -> int:
+    """The same on every node."""
+    return config.supervisor.port or SUPERVISOR_PORT
+
+
+def _ready(config: Config, probe: Tree) -> Tree:
+    """Ray's node is well, and so are all of Tandem's ranks on it, if there are any: pods are there before `tandem up`,
+    and KubeRay waits for it. A rank that is not well is started again alone: this is no reason to end the pod."""
+    path, port = _RAYLET_HEALTH
+    scheme, trust = ("https", " --insecure") if config.supervisor.tls_cert else ("http", "")
+    ask = "curl --silent --show-error --fail --max-time 4"
+    host = f"${ADDRESS_VARIABLE}"
+    ranks = f"{ask}{trust} {scheme}://{host}:{supervisor_port(config)}/readyz || [ $? -eq {_CURL_REFUSED} ]"
+    command = ["sh", "-c", f"{ask} http://{host}:{port}{path} && {{ {ranks}; }}"]
+    times = {key: value for key, value in probe.items() if key != "httpGet"}
+    return {"exec": {"command": command}, **times}
 
 
 def _resources(cpus: int, memory_bytes: int, gpus: int) -> Tree:

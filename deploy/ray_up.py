@@ -101,6 +101,7 @@ def extras(config: Config) -> list[str]:
         "gpu": any(pool is not None and pool.gpus_per_replica for pool in pools),
         "nixl": config.kv.transport in ("auto", "nixl"),
         "ucx": config.kv.transport == "ucx",
+        "otel": config.observability.traces.endpoint is not None,
         "s3": any(tier.kind == "s3" for tier in config.offload.tiers),
     }
     return [name for name, is_wanted in wanted.items() if is_wanted]

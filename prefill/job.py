@@ -7,6 +7,7 @@ import enum
 from ..core.errors import IllegalTransition
 from ..core.ids import TransferId
 from ..core.messages import TokenLogprobs
+from ..core.spans import Trace
 from ..engine.offloader import InTiers
 from ..engine.sequence import Sequence
 from ..kv_transfer.hidden_states import Recording
@@ -76,6 +77,8 @@ class Job:
         self.prompt_logprobs: list[TokenLogprobs] = []
         self.recording: Recording | None = None
         """Takes the prompt's hidden states."""
+        self.trace: Trace | None = None
+        """Where it is traced: its marks, for spans."""
 
     def move(self, state: JobState, at_s: float) -> None:
         """Change state.

@@ -6,6 +6,7 @@ Owned by one thread. `handle` and `step` return quickly but for the engine's own
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from ..core.clock import Clock
 from ..core.config import PrefillPool
@@ -30,6 +31,8 @@ from ..core.messages import (
     Table,
 )
 from ..core.metrics import WorkerMetrics
+from ..core.spans import Trace
+from ..core.tracer import Tracer
 from ..engine.engine import Engine, Outcome, device_is_lost
 from ..engine.limits import check_prompt
 from ..engine.offloader import Offloader
@@ -41,6 +44,7 @@ from ..kv_transfer.layout import DTYPE_BYTES
 from ..kv_transfer.lease import LeaseTable
 from .job import Job, JobState
 from .scheduler import PrefillScheduler
+from .spans import spans_of
 
 Send = Callable[[PeerId, Message], None]
 _log = RateLimited()
@@ -66,6 +70,7 @@ class PrefillWorker:
             to be computed, never by two at a time for one transfer.
         hidden_states: writes those of prompts; None: nobody may ask.
         offloader: keeps blocks in tiers, for jobs; None: there are none.
+        tracer: sends spans; None: nothing is traced.
     """
 
     def __init__(
@@ -81,6 +86,7 @@ class PrefillWorker:
         send: Send,
         hidden_states: HiddenStateWriter | None = None,
         offloader: Offloader[Job] | None = None,
+        tracer: Tracer | None = None,
     ) -> None:
         self._engine = engine
         self._connector = connector
@@ -90,6 +96,7 @@ class PrefillWorker:
         self._metrics = metrics
         self._send = send
         self._hidden_states = hidden_states
+        self._tracer = tracer
         self._leases = LeaseTable(lease_s, clock)
         self._offloader = offloader or Offloader[Job](engine, None, clock, metrics)
         self._scheduler = PrefillScheduler(engine, pool.max_batched_tokens, pool.max_running, clock, self._fetch)
@@ -143,6 +150,7 @@ class PrefillWorker:
                     "the lease of %s's transfer %d expired while %s", *transfer, job.state.value
                 )
                 self._scheduler.remove(job)
+                self._end_trace(job, "the lease expired")
                 message = "the reader gave no sign of life for the length of a lease"
                 self._send(transfer.reader, PrefillFailed(transfer.number, FailureReason.EXPIRED, message))
 
@@ -151,6 +159,8 @@ class PrefillWorker:
         for job, _, num_good in self._offloader.poll():
             if job.state is JobState.FETCHING:
                 RequestLog(job.sequence.request_id).debug("KV of %d tokens came from tiers", num_good)
+                if job.trace is not None:
+                    job.trace.mark("prefill.fetched", self._clock.wall_s(), f"{num_good} tokens")
                 self._scheduler.fetched(job)
         for job in self._scheduler.admit():
             self._accept(job)
@@ -244,6 +254,10 @@ class PrefillWorker:
             transfer, sequence, message.skip_tokens, arrived_s, message.sum_tokens, message.sum_dtype, message.salt
         )
         job.recording = recording
+        if self._tracer is not None and (trace := Trace.of(message.trace)) is not None:
+            job.trace = trace
+            trace.attributes |= {"tandem.request_id": message.request_id, "tandem.tokens": len(message.tokens)}
+            trace.mark("prefill.received", self._clock.wall_s(), f"{message.skip_tokens} tokens not needed")
         job.in_tiers = self._offloader.look(sequence, message.salt)
         self._scheduler.add(job)
         log.debug("queued: %d tokens, %d of them not needed", len(message.tokens), message.skip_tokens)
@@ -254,6 +268,8 @@ class PrefillWorker:
         if known is None or not self._offloader.fetch(job, job.sequence, job.salt, known, 0, self._s_per_token):
             return False
         job.in_tiers = None
+        if job.trace is not None:
+            job.trace.mark("prefill.fetch", self._clock.wall_s())
         return True
 
     def _accept(self, job: Job) -> None:
@@ -264,6 +280,8 @@ class PrefillWorker:
             first = max(job.skip_tokens, group.first_needed(sequence.num_tokens)) // size
             blocks = table[first:]
             tables.append(Table(first * size, blocks, self._engine.pool.generations_of(blocks)))
+        if job.trace is not None:
+            job.trace.mark("prefill.begun", self._clock.wall_s(), f"{sequence.num_computed} tokens cached")
         self._cached_tokens += sequence.num_computed
         self._metrics.cached_tokens.inc(sequence.num_computed)
         self._send(job.transfer.reader, Accepted(job.transfer.number, tables, sequence.num_computed))
@@ -311,6 +329,7 @@ class PrefillWorker:
             self._fail(job, "the model's output is not a number", 500)
             return
         now_s = self._clock.monotonic_s()
+        self._end_trace(job)
         self._scheduler.hold(job)
         self._send(
             job.transfer.reader,
@@ -335,6 +354,7 @@ class PrefillWorker:
         self._offloader.forget(job.sequence, job.salt)
         self._engine.discard(job.sequence)
         self._scheduler.remove(job)
+        self._end_trace(job, message)
         RequestLog(job.sequence.request_id).error("%s", message)
         self._send(
             job.transfer.reader,
@@ -350,3 +370,11 @@ class PrefillWorker:
             if job.state is not JobState.HELD:
                 self._metrics.aborts.labels(job.state.value).inc()
             self._scheduler.remove(job)
+            self._end_trace(job, "the reader wants it no more")
+
+    def _end_trace(self, job: Job, error: str = "") -> None:
+        """A job that is traced is computed, or given up; idempotent."""
+        if self._tracer is not None and job.trace is not None:
+            job.trace.error = error
+            self._tracer.send(partial(spans_of, job.trace, self._clock.wall_s()))
+            job.trace = None

@@ -15,6 +15,7 @@ from ...core.config import load_config, model_folder, model_name
 from ...core.environment import join_local_ray, prepare_ray, ray_address
 from ...engine.models.spec import context_length, read_spec
 from ..controller import WorkerStatus
+from ..gateway.listener import gateway_url
 from .kv_table import print_kv
 from .progress import Interrupted, Progress, show_launch, watch_signals
 
@@ -51,8 +52,7 @@ def up(file: Path | None, overrides: list[str], address: str | None) -> None:
             raise
         progress.done("ready")
         _print_table(console, cluster.status(), {})
-        host, port = config.gateway.host, config.gateway.port
-        console.print(f"\n[bold green]serving {model_name(config)} at http://{host}:{port}/v1[/bold green]")
+        console.print(f"\n[bold green]serving {model_name(config)} at {gateway_url(config)}/v1[/bold green]")
         console.print("look: tandem status   stop: tandem down", style="dim")
     finally:
         disconnect_ray()
@@ -82,6 +82,7 @@ def status(address: str | None, *, kv: bool, as_json: bool) -> None:
     connect_ray(where)
     try:
         cluster = Cluster.find()
+        supervisors = cluster.supervisors()
         before, before_s = cluster.status(), time.monotonic()
         time.sleep(_RATE_PERIOD_S)
         after, seconds = cluster.status(), time.monotonic() - before_s
@@ -91,11 +92,16 @@ def status(address: str | None, *, kv: bool, as_json: bool) -> None:
     if as_json:
         for worker in after:
             fields = worker._asdict() | {"report": msgspec.to_builtins(worker.report), **rates.get(worker.peer, {})}
+            fields["supervisor"] = supervisors.get(worker.worker, "")
             Console(soft_wrap=True, highlight=False).print(json.dumps(fields), markup=False)
     elif kv:
         print_kv(Console(highlight=False), after, time.time())
     else:
-        _print_table(Console(highlight=False), after, rates)
+        console = Console(highlight=False)
+        _print_table(console, after, rates)
+        for url in sorted(set(supervisors.values())):
+            on_node = sorted(worker for worker, where in supervisors.items() if where == url)
+            console.print(f"health and metrics of {', '.join(on_node)}: {url}", style="dim", soft_wrap=True)
 
 
 def _rates(before: list[WorkerStatus], after: list[WorkerStatus], seconds: float) -> dict[str, dict[str, float]]:

@@ -15,7 +15,8 @@ from rich.console import Console
 from ...core.config import DEMO_MODEL, Config, load_config, model_folder, model_name
 from ...core.environment import prepare_local_ray
 from ...core.errors import TandemError, WorkerError
-from ..gateway.listener import listen
+from ..gateway.listener import gateway_url, listen
+from ..tls import tls_context
 from .progress import Interrupted, Progress, show_launch, watch_signals
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ def _check(config: Config) -> None:
     from ...engine.models.spec import context_length, read_spec
 
     context_length(read_spec(model_folder(config)), config.model.max_model_len)
+    tls_context(config.gateway.tls_cert, config.gateway.tls_key, "gateway")
     listen(config.gateway.host, config.gateway.port).close()
 
 
@@ -82,12 +84,12 @@ def _run(config: Config, console: Console, stop: threading.Event) -> None:
 
 def _client(config: Config) -> httpx.Client:
     headers = {"Authorization": f"Bearer {config.gateway.api_keys[0]}"} if config.gateway.api_keys else {}
-    return httpx.Client(base_url=_url(config), headers=headers, timeout=60, trust_env=False)
+    # Our own server: what its certificate names is for others to check.
+    return httpx.Client(base_url=_url(config), headers=headers, timeout=60, trust_env=False, verify=False)
 
 
 def _url(config: Config) -> str:
-    host = config.gateway.host
-    return f"http://{f'[{host}]' if ':' in host else host}:{config.gateway.port}"
+    return gateway_url(config)
 
 
 def _wait_ready(client: httpx.Client, progress: Progress) -> None:

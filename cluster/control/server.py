@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
-import ipaddress
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -23,6 +22,7 @@ from ...core.errors import CapacityError, ConfigError, NotFoundError, RequestErr
 from ...core.log import logger
 from ..controller import Controller, WorkerStatus
 from ..scaling import DRAIN_S, Scaling
+from ..tls import is_loopback
 from . import control_pb2 as pb
 from .credentials import NAME, Credentials
 
@@ -133,7 +133,7 @@ class ControlServer:
                 f"control.port: cannot listen on {address}: {error}",
                 fix="stop what uses it, or leave control.port out; check control.tls_cert and tls_key",
             ) from None
-        if certificate is None and not _is_loopback(self._config.host):
+        if certificate is None and not is_loopback(self._config.host):
             logger.warning("the operators' API at %s has no TLS: whoever listens on the way learns the token", address)
         await server.start()
         self._server = server
@@ -243,10 +243,3 @@ def _worker(status: WorkerStatus) -> pb.Worker:
         restarts=max(0, status.restarts),
         load=load,
     )
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import Any
 
 from starlette.applications import Starlette
@@ -26,6 +27,7 @@ from .guard import Endpoint, Json, guarded_route, has_key, read_body
 from .responses import error_body, event
 from .schema import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, parse
 from .timeline import Timelines
+from .traces import RequestTraces
 
 _STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
@@ -76,6 +78,7 @@ class Api:
         ready: why requests cannot be served now, or "".
         scrape: every process's metrics, as text.
         operators: routes of their own.
+        traces: of requests; None: nothing is traced.
     """
 
     def __init__(
@@ -89,6 +92,7 @@ class Api:
         ready: Callable[[], str],
         scrape: Callable[[], Awaitable[str]],
         operators: Sequence[Route] = (),
+        traces: RequestTraces | None = None,
     ) -> None:
         self._config = config
         self._model = model
@@ -98,6 +102,7 @@ class Api:
         self._clock = clock
         self._ready = ready
         self._scrape = scrape
+        self._traces = traces or RequestTraces(None, "", model.name)
         self._started_s = int(clock.wall_s())
         self.app = Starlette(
             routes=[
@@ -178,8 +183,16 @@ class Api:
         self._check_model(body.model)
         response_id = new_request_id(prefix)
         request.state.request_id = response_id
+        operation = "chat" if isinstance(body, ChatBody) else "text_completion"
         generation = Generation(
-            self._model, self._dispatcher, self._timelines, self._metrics, self._clock, body, response_id
+            self._model,
+            self._dispatcher,
+            self._timelines,
+            self._metrics,
+            self._clock,
+            body,
+            response_id,
+            partial(self._traces.begin, request.headers.get("traceparent"), operation),
         )
         await generation.begin()
         headers = {"x-request-id": response_id}

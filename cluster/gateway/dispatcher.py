@@ -235,6 +235,7 @@ class Dispatcher:
                     salt=live.salt,
                     prefill=placement.prefill,
                     hidden_states=live.hidden_states,
+                    trace=live.trace.context.traceparent() if live.trace is not None else "",
                 ),
             )
         timer = self._homeless.pop(live, None)

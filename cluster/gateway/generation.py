@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from ...core.bounds import FILE_SUFFIX
@@ -14,6 +14,7 @@ from ...core.ids import RequestId
 from ...core.messages import Child, FinishReason, Stopping, TokenLogprobs
 from ...core.metrics import GatewayMetrics
 from ...core.randomness import child_seed
+from ...core.spans import Trace
 from ...engine.limits import check_ids, check_prompt
 from .choice import Choice, Piece
 from .dispatcher import Dispatcher
@@ -69,6 +70,7 @@ class Generation:
         clock: tells the time.
         body: of the call, checked.
         response_id: its id.
+        begin_trace: called for each of its requests.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class Generation:
         clock: Clock,
         body: CompletionBody | ChatBody,
         response_id: RequestId,
+        begin_trace: Callable[[], Trace | None] = lambda: None,
     ) -> None:
         self._model = model
         self._dispatcher = dispatcher
@@ -88,6 +91,7 @@ class Generation:
         self._clock = clock
         self._body = body
         self._id = response_id
+        self._begin_trace = begin_trace
         self._n = body.n or 1
         self._echo = isinstance(body, CompletionBody) and bool(body.echo)
         self._lives: list[LiveRequest] = []
@@ -134,6 +138,7 @@ class Generation:
                 body.cache_salt or "",
                 timeline,
                 secrets.token_hex(16) if body.return_hidden_states else "",
+                self._begin_trace(),
             )
             for index in range(self._n):
                 self._choices[number * self._n + index] = Choice(self._model.tokenizer, tokens, body.stops)

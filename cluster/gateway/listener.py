@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import socket
 
+from ...core.config import Config
 from ...core.errors import ConfigError
+
+
+def gateway_url(config: Config) -> str:
+    """Where clients reach the gateway."""
+    host, scheme = config.gateway.host, "https" if config.gateway.tls_cert else "http"
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{config.gateway.port}"
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -10,6 +10,7 @@ from ...core.errors import TandemError
 from ...core.ids import RequestId
 from ...core.log import RequestLog
 from ...core.messages import Child, FinishReason, Sampling, Stopping, TokenLogprobs, Usage
+from ...core.spans import Trace
 from ..router import Placement
 from .timeline import Timeline
 
@@ -55,6 +56,7 @@ class LiveRequest:
         salt: of the prefix cache.
         hidden_states: name of the file for the prompt's hidden states, without a suffix; "" for none.
         timeline: where its stages are kept.
+        trace: of the client's request, if it is traced.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class LiveRequest:
         salt: str,
         timeline: Timeline,
         hidden_states: str = "",
+        trace: Trace | None = None,
     ) -> None:
         self.request_id = request_id
         self.tokens = tokens
@@ -79,6 +82,7 @@ class LiveRequest:
         self.salt = salt
         self.hidden_states = hidden_states
         self.timeline = timeline
+        self.trace = trace
         self.log = RequestLog(request_id)
         self.attempts: dict[int, Attempt] = {}
         self.usage: Usage | None = None
@@ -102,6 +106,8 @@ class LiveRequest:
 
     def fail(self, error: TandemError) -> None:
         """The request ends with an error, after the tokens that came before it."""
+        if self.trace is not None:
+            self.trace.error = error.message
         self._error = error
         self._news.set()
 

@@ -7,6 +7,7 @@ import contextlib
 import os
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -14,30 +15,36 @@ from prometheus_client import CollectorRegistry
 
 from ...core.clock import SystemClock
 from ...core.config import Config, model_folder, model_name
-from ...core.errors import ConfigError
+from ...core.errors import ConfigError, WorkerError
+from ...core.health import Vitals
 from ...core.ids import PeerId, worker_of
 from ...core.kv_messages import KVControlled, KVEvents, KVSnapshot
 from ...core.log import logger
 from ...core.messages import Member, Membership, Message, Report, Scrape, Scraped, Subscribe
 from ...core.metrics import GatewayMetrics, merge, render
+from ...core.tracer import open_tracer
 from ...core.wire import ClusterKeys, SecureContext
 from ...engine.models.spec import context_length, read_spec
 from ..kv_view import KVView
 from ..mesh import Mesh
 from ..router import Router
+from ..tls import is_loopback, tls_context
 from .app import Api
 from .dispatcher import Dispatcher
 from .gather import Gather
 from .generation import Model
 from .listener import listen
+from .live import LiveRequest
 from .operators import Operators
 from .recorder import TraceRecorder
 from .timeline import Timelines
 from .tokenizer import Tokenizer
+from .traces import RequestTraces
 
 _SCRAPE_TIMEOUT_S = 1.0
 _CONTROL_TIMEOUT_S = 10.0
 _RECONNECT_S = 0.5
+_TURN_TIMEOUT_S = 2.0
 
 
 def load_model(config: Config) -> Model:
@@ -100,7 +107,12 @@ class GatewayRuntime:
         Raises:
             ConfigError: the port is taken, or the model cannot be served as configured.
         """
-        self._socket = listen(self._config.gateway.host, self._config.gateway.port)
+        gateway = self._config.gateway
+        tls_context(gateway.tls_cert, gateway.tls_key, "gateway")  # or it tells what is wrong with them
+        certificate, key = (path and Path(path).expanduser() for path in (gateway.tls_cert, gateway.tls_key))
+        self._socket = listen(gateway.host, gateway.port)
+        if not certificate and gateway.api_keys and not is_loopback(gateway.host):
+            logger.warning("the gateway at %s has no TLS: whoever listens on the way learns the API keys", gateway.host)
         self._progress("reading the tokenizer")
         self._model = load_model(self._config)
         context = self._context = SecureContext(self._keys)
@@ -114,7 +126,14 @@ class GatewayRuntime:
         )
         recorder = TraceRecorder(self._clock)
         self._dispatcher = Dispatcher(self._config.gateway, self._router, self._clock, self._metrics, self._mesh.send)
-        self._dispatcher.on_finish = recorder.finished
+        self._tracer = open_tracer(self.peer, "gateway", self._config.observability.traces, self._metrics.spans)
+        traces = RequestTraces(self._tracer, self.peer, self._model.name)
+
+        def finished(live: LiveRequest) -> None:
+            recorder.finished(live)
+            traces.finished(live)
+
+        self._dispatcher.on_finish = finished
         operators = Operators(self._config.gateway, self._model, self._control, recorder, self._metrics)
         api = Api(
             self._config.gateway,
@@ -126,6 +145,7 @@ class GatewayRuntime:
             self._why_not_ready,
             self._scrape,
             operators.routes(),
+            traces,
         )
         self._server = uvicorn.Server(
             uvicorn.Config(
@@ -137,6 +157,8 @@ class GatewayRuntime:
                 timeout_graceful_shutdown=5,
                 server_header=False,
                 h11_max_incomplete_event_size=1 << 16,
+                ssl_certfile=certificate or None,
+                ssl_keyfile=key or None,
             )
         )
         self._mesh.start()
@@ -153,12 +175,26 @@ class GatewayRuntime:
         """Requests in flight, as `running`."""
         return Report(self._dispatcher.num_live, 0, 0, 0, 0)
 
+    def vitals(self, with_metrics: bool) -> Vitals:
+        """How we are, if the event loop turns.
+
+        Raises:
+            WorkerError: it does not.
+        """
+        turned = threading.Event()
+        self._call(turned.set)
+        if self._thread.is_alive() and not turned.wait(_TURN_TIMEOUT_S):
+            raise WorkerError(f"the event loop of {self.peer} has not turned for {_TURN_TIMEOUT_S:g} s")
+        return Vitals(0.0, render(self._metrics.registry) if with_metrics else "")
+
     def stop(self, grace_s: float) -> None:
         """Stop listening, finish what is in flight for at most ``grace_s`` seconds, end the threads. Idempotent."""
         if self._server is not None and self._thread.is_alive():
             self._server.config.timeout_graceful_shutdown = max(1, round(grace_s))
             self._server.should_exit = True
             self._thread.join()
+            if self._tracer is not None:
+                self._tracer.close()
             self._mesh.close()
             self._context.close()
 

@@ -39,6 +39,10 @@ class Timeline:
         if len(self._marks) < _MAX_MARKS:
             self._marks.append(Mark(name, process, at_s, detail))
 
+    def marks_of(self, process: str) -> list[Mark]:
+        """What happened in one process."""
+        return [mark for mark in self._marks if mark.process == process]
+
     def as_json(self) -> dict[str, Any]:
         """For `GET /debug/requests/{id}`: marks in order, with milliseconds since the first."""
         marks = sorted(self._marks, key=lambda mark: mark.at_s)

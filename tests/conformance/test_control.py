@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import datetime
-import ipaddress
 import socket
 import subprocess
 import sys
@@ -15,14 +13,11 @@ from typing import Any
 
 import grpc
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 from google.protobuf import descriptor_pool
 from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+from support.certificates import self_signed
 from support.launched import Launched
 from tandem.cluster.control import control_pb2 as pb
 from tandem.cluster.control.client import ControlClient
@@ -222,14 +217,14 @@ def test_a_port_in_use_is_not_shared(tmp_path: Path) -> None:
 
 
 def test_tls(tmp_path: Path) -> None:
-    certificate, key = _self_signed(tmp_path)
+    certificate, key = self_signed(tmp_path)
     with Served(tmp_path, tls_cert=str(certificate), tls_key=str(key)) as served:
         served.do(served.controller.start())
         with ControlClient(served.credentials) as client:
             assert len(client.status()) == 4
         plain = Credentials(served.credentials.address, served.credentials.token, None)
         (tmp_path / "other").mkdir()
-        stranger = Credentials(plain.address, plain.token, _self_signed(tmp_path / "other")[0].read_text())
+        stranger = Credentials(plain.address, plain.token, self_signed(tmp_path / "other")[0].read_text())
         for wrong in (plain, stranger):
             with ControlClient(wrong) as client, pytest.raises(WorkerError, match="does not answer"):
                 client.status()
@@ -280,28 +275,3 @@ def _code(call: Callable[[], Any]) -> Any:
     with pytest.raises(grpc.RpcError) as caught:
         call()
     return caught.value.code()
-
-
-def _self_signed(folder: Path) -> tuple[Path, Path]:
-    """A certificate for 127.0.0.1, and its key, in PEM."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "tandem")])
-    now = datetime.datetime.now(datetime.UTC)
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(hours=1))
-        .not_valid_after(now + datetime.timedelta(hours=1))
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), True)
-        .sign(key, hashes.SHA256())
-    )
-    paths = folder / "cert.pem", folder / "key.pem"
-    pem = serialization.Encoding.PEM
-    paths[0].write_bytes(certificate.public_bytes(pem))
-    private = serialization.PrivateFormat.PKCS8
-    paths[1].write_bytes(key.private_bytes(pem, private, serialization.NoEncryption()))
-    return paths

@@ -46,13 +46,13 @@ _DNS_LABEL: Schema = {"type": "string", "maxLength": 63, "pattern": "^[a-z0-9]([
 _QUANTITY: Schema = {"type": "string", "pattern": r"^[0-9]+(\.[0-9]+)?(m|[KMGT]i?)?$"}
 _SELECTOR = _object("matchLabels", matchLabels=_LABELS)
 
-_PROBE = _object(
-    "httpGet",
-    httpGet=_object("path port", path=_TEXT, port=_PORT),
-    periodSeconds=_COUNT,
-    timeoutSeconds=_COUNT,
-    failureThreshold=_COUNT,
-)
+_TIMES = {"periodSeconds": _COUNT, "timeoutSeconds": _COUNT, "failureThreshold": _COUNT}
+_PROBE = {
+    "oneOf": [
+        _object("httpGet", httpGet=_object("path port", path=_TEXT, port=_PORT), **_TIMES),
+        _object("exec", exec=_object("command", command=_list(_TEXT, 1)), **_TIMES),
+    ]
+}
 _ENV = {
     "oneOf": [
         _object("name value", name=_TEXT, value={"type": "string"}),

@@ -18,7 +18,7 @@ _TOKEN = re.compile(
 _GROUPING = {"by", "without", "on", "ignoring", "group_left", "group_right"}
 _OPERATORS = {"and", "or", "unless", "bool", "offset"}
 _FUNCTIONS = {
-    "avg", "count", "histogram_quantile", "increase", "label_values", "max", "min", "rate", "sum", "time",
+    "avg", "count", "delta", "histogram_quantile", "increase", "label_values", "max", "min", "rate", "sum", "time",
 }  # fmt: skip
 _MATCHERS = {"=", "!=", "=~", "!~"}
 

@@ -88,6 +88,7 @@ def test_the_package_is_imported_relatively() -> None:
                 f"cluster/{name}.py"
                 for name in (
                     "actors",
+                    "node_actors",
                     "placement_groups",
                     "probe_actors",
                     "ray_cluster",
@@ -229,7 +230,7 @@ def test_public_things_are_documented() -> None:
 def _is_section(node: ast.AST) -> bool:
     """A configuration section or a request body, whose fields say it all."""
     return isinstance(node, ast.ClassDef) and any(
-        getattr(base, "id", "") in ("_Section", "_Body", "_Pool", "DecodePool") for base in node.bases
+        getattr(base, "id", "") in ("_Section", "_Tls", "_Body", "_Pool", "DecodePool") for base in node.bases
     )
 
 

@@ -57,8 +57,9 @@ def test_an_unknown_key_in_a_pool(tmp_path: Path) -> None:
 
 
 def test_a_key_without_a_neighbour_lists_what_is_known(tmp_path: Path) -> None:
-    assert "known here: model, pools, kv, routing, gateway, control, hidden_states, offload, experts, log" in complaint(
-        tmp_path, "zzz: 1\n"
+    assert (
+        "known here: model, pools, kv, routing, gateway, control, supervisor, observability, hidden_states, offload, experts, log"
+        in complaint(tmp_path, "zzz: 1\n")
     )
 
 

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import copy
+import http.server
 import json
+import os
 import re
 import shlex
+import shutil
+import socket
+import subprocess
+import threading
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -106,7 +112,8 @@ def test_ray_is_asked_for_what_the_pools_need(tmp_path: Path) -> None:
 def test_extras_are_those_of_the_package() -> None:
     declared = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
     asked = set(extras(config(GPUS))) | set(extras(config("kv: {transport: ucx}")))
-    assert asked == {"gpu", "nixl", "s3", "ucx"}
+    asked |= set(extras(config("observability: {traces: {endpoint: 'http://collector:4318/v1/traces'}}")))
+    assert asked == {"gpu", "nixl", "otel", "s3", "ucx"}
     image = (ROOT / "deploy" / "image" / "Dockerfile").read_text()
     in_image = re.search(r"ARG EXTRAS=(\S+)", image)
     assert in_image is not None
@@ -176,6 +183,13 @@ def test_pods_have_what_the_pools_need(tmp_path: Path) -> None:
     assert service["spec"]["selector"] == {"ray.io/cluster": "tandem", "ray.io/node-type": "head"}
     assert launch["spec"]["clusterSelector"] == {"ray.io/cluster": cluster["metadata"]["name"]}
 
+    # Everybody knows where health is told, and only Prometheus and the cluster reach it.
+    assert "--set supervisor.port=9464" in launch["spec"]["entrypoint"]
+    assert {"name": "health", "containerPort": 9464} in head["ports"]
+    assert {"name": "health", "containerPort": 9464} in container["ports"]
+    (told,) = [rule for rule in policy["spec"]["ingress"] if {"protocol": "TCP", "port": 9464} in rule.get("ports", ())]
+    assert [peer["podSelector"]["matchLabels"] for peer in told["from"]] == [{"app.kubernetes.io/name": "prometheus"}]
+
     # Only the cluster reaches every port.
     open_to_all_ports = [rule["from"] for rule in policy["spec"]["ingress"] if "ports" not in rule]
     assert open_to_all_ports == [[{"podSelector": policy["spec"]["podSelector"]}]]
@@ -187,6 +201,48 @@ def test_pods_have_what_the_pools_need(tmp_path: Path) -> None:
     # The image has the user that the pods run as.
     image = (ROOT / "deploy" / "image" / "Dockerfile").read_text()
     assert f"USER {pod['securityContext']['runAsUser']}:{pod['securityContext']['runAsGroup']}" in image
+
+
+class _Answers(http.server.BaseHTTPRequestHandler):
+    """Answers with the status that the path names; Ray's health is good."""
+
+    status = 200
+
+    def do_GET(self) -> None:
+        self.send_response(200 if self.path == "/api/local_raylet_healthz" else self.status)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl, which the image has")
+def test_a_pod_is_ready_when_its_ranks_are(tmp_path: Path) -> None:
+    """The probe's own command, against servers that answer as Ray's node and the supervisor do."""
+    (cluster,) = render(tmp_path, "supervisor: {port: 45678}", ["--target", "kuberay"])["raycluster.yaml"]
+    (container,) = cluster["spec"]["workerGroupSpecs"][0]["template"]["spec"]["containers"]
+    assert "httpGet" in container["livenessProbe"]  # a rank that stands still is no reason to end the pod
+    shell, option, script = container["readinessProbe"]["exec"]["command"]
+
+    def ready(ray: int, ranks: int) -> bool:
+        command = script.replace(":52365/", f":{ray}/").replace(":45678/", f":{ranks}/")
+        assert command != script
+        environment = {"TANDEM_POD_ADDRESS": "127.0.0.1", "PATH": os.environ["PATH"]}
+        return subprocess.run([shell, option, command], env=environment, capture_output=True).returncode == 0
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Answers) as server, socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))  # and does not listen
+        there, refused = server.server_address[1], nobody.getsockname()[1]
+        threading.Thread(target=server.serve_forever).start()
+        try:
+            assert ready(there, refused)  # before `tandem up`
+            assert ready(there, there)
+            assert not ready(refused, there)
+            _Answers.status = 503
+            assert not ready(there, there)
+        finally:
+            _Answers.status = 200
+            server.shutdown()
 
 
 @pytest.mark.parametrize("target", TARGETS)

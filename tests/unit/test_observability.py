@@ -15,7 +15,7 @@ import yaml
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 from support.promql import read_promql
-from tandem.core.metrics import GatewayMetrics, WorkerMetrics, merge, render
+from tandem.core.metrics import GatewayMetrics, SupervisorMetrics, WorkerMetrics, merge, render
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "deploy" / "observability"
@@ -26,9 +26,9 @@ SCRAPE_LABELS = {"job", "instance"}
 
 @cache
 def exposed() -> dict[str, set[str]]:
-    """Every series that a gateway serves at /metrics → its labels, read off what it writes."""
+    """Every series that a gateway or a supervisor serves at /metrics → its labels, read off what it writes."""
     texts = {}
-    for worker, kind in (("decode-0", WorkerMetrics), ("gateway-0", GatewayMetrics)):
+    for worker, kind in (("decode-0", WorkerMetrics), ("gateway-0", GatewayMetrics), ("", SupervisorMetrics)):
         registry = CollectorRegistry()
         for metric in vars(kind(registry)).values():
             if names := getattr(metric, "_labelnames", ()):  # it writes no line before it has a child
