@@ -192,6 +192,7 @@ class GatewayMetrics:
             registry=r,
         )
         self.replays = Counter("tandem_replays", "Requests replayed on another worker", registry=r)
+        self.moves = Counter("tandem_moves", "Outputs that went on on another worker with their KV", registry=r)
         self.members = Gauge("tandem_members", "Live workers", ["role"], registry=r)
         self.bad_frames = Counter("tandem_bad_frames", "Frames refused", ["socket"], registry=r)
 

@@ -25,6 +25,7 @@ class StreamState(enum.Enum):
            └─┴──► PREFILLING ──────┘                     computed here
         LOADING ──► DRAINING ──► ENDED                   aborted while reads still write
         WAITING ◄─► FETCHING ──► ENDED                   tiers give what they have to the prefix cache
+        RUNNING ──► HELD ──► ENDED                       this worker ends, and another reads its KV
     """
 
     WAITING = "waiting"
@@ -32,6 +33,7 @@ class StreamState(enum.Enum):
     LOADING = "loading"
     PREFILLING = "prefilling"
     RUNNING = "running"
+    HELD = "held"
     DRAINING = "draining"
     ENDED = "ended"
 
@@ -54,7 +56,8 @@ _ALLOWED = {
         StreamState.ENDED,
     },
     StreamState.PREFILLING: {StreamState.RUNNING, StreamState.WAITING, StreamState.ENDED},
-    StreamState.RUNNING: {StreamState.WAITING, StreamState.ENDED},
+    StreamState.RUNNING: {StreamState.WAITING, StreamState.HELD, StreamState.ENDED},
+    StreamState.HELD: {StreamState.ENDED},
     StreamState.DRAINING: {StreamState.ENDED},
     StreamState.ENDED: set(),
 }

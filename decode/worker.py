@@ -20,9 +20,14 @@ from ..core.messages import (
     FailureReason,
     FinishReason,
     Generate,
+    Hello,
     HelloReply,
     Membership,
     Message,
+    Moved,
+    Prefill,
+    Release,
+    Renew,
     Report,
     SampledToken,
 )
@@ -36,8 +41,9 @@ from ..kv_transfer.hidden_states import HiddenStateWriter, record
 from ..kv_transfer.multi import MultiConnector
 from .cost import CostModel
 from .emitter import Emitter
+from .lender import Lender
 from .loader import LoadClosed, LoadDone, Loader, LoadEvent, LoadFailed, PromptDone, PromptStarted, ReadStarted
-from .peers import PrefillPeers, Send
+from .peers import Send, Sources
 from .scheduler import DecodeScheduler
 from .step_loop import Landed, StepLoop
 from .stream import Stream, StreamState
@@ -84,7 +90,7 @@ class DecodeWorker:
     ) -> None:
         self._engine = engine
         self._connector = connector
-        self._peers = PrefillPeers(connector, metrics, send)
+        self._peers = Sources(connector, metrics, send)
         self._fingerprint = fingerprint
         self._recompute = config.kv.on_load_failure == "recompute"
         self._max_model_len = max_model_len
@@ -97,6 +103,16 @@ class DecodeWorker:
         self._steps = StepLoop(engine, self._scheduler, clock, self._preempted, self._landed, self._step_failed)
         self._loader = Loader(connector, config.kv.handoff_timeout_s, clock, metrics, send, self._cost.handed_off)
         self._emitter = Emitter(clock, send)
+        self._lender = Lender(
+            connector,
+            engine.pool,
+            engine.block_tokens,
+            config.kv.lease_s,
+            clock,
+            metrics,
+            send,
+            self._scheduler.end,
+        )
         self._streams: dict[tuple[PeerId, int], list[Stream]] = {}
         self._order = 0
         self._output_tokens = 0
@@ -114,9 +130,13 @@ class DecodeWorker:
             case Abort():
                 for ticket in message.tickets:
                     self._abort(sender, ticket, message.child)
+                    self._lender.abort(sender, ticket, message.child)
+            case Hello() | Prefill() | Renew() | Release():
+                self._lender.handle(sender, message)
             case HelloReply():
                 self._peers.greeted(sender, message)
             case Membership():
+                self._lender.follow(message)
                 for peer in self._peers.follow(message, {key[0] for key in self._streams}):
                     self.peer_lost(peer)
             case _:
@@ -127,6 +147,7 @@ class DecodeWorker:
         self._peers.forget(peer)
         self._apply(self._loader.peer_lost(peer))
         self._emitter.forget(peer)
+        self._lender.peer_lost(peer)
         for gateway, ticket in [key for key in self._streams if key[0] == peer]:
             self._abort(gateway, ticket, -1)
 
@@ -134,11 +155,12 @@ class DecodeWorker:
 
     def next_deadline_s(self) -> float | None:
         """When `tick` is due, on the monotonic clock."""
-        times = [self._loader.next_deadline_s(), self._offloader.next_event_s()]
+        times = [self._loader.next_deadline_s(), self._lender.next_deadline_s(), self._offloader.next_event_s()]
         return min((at_s for at_s in times if at_s is not None), default=None)
 
     def tick(self) -> None:
-        """Renew leases, and give up on prefills that stand still."""
+        """Renew leases, end those of others, and give up on prefills that stand still."""
+        self._lender.tick()
         self._apply(self._loader.tick())
 
     def step(self) -> bool:
@@ -149,6 +171,10 @@ class DecodeWorker:
         """
         self._apply(self._loader.poll())
         self._poll_tiers()
+        if self._lender.readers:
+            for stream in self._scheduler.waiting():
+                self._move(stream, [])
+                self._close(stream)
         for stream in self._scheduler.admit():
             self._start(stream)
         computed = self._steps.turn()
@@ -171,13 +197,14 @@ class DecodeWorker:
             prompt_tokens=self._prompt_tokens,
             received_bytes=self._received_bytes,
             cached_tokens=self._cached_tokens,
-            peers=self._connector.peers(),
+            leases=len(self._lender),
+            peers=self._peers.prefills(),
             refused=self._peers.refusals(),
         )
 
     def drained(self) -> bool:
-        """Whether no client waits for us any more."""
-        return not self._streams
+        """Whether neither a client nor a worker that takes over waits for us any more."""
+        return not self._streams and not len(self._lender)
 
     # ---- requests ---------------------------------------------------------------------------------------------------
 
@@ -241,7 +268,8 @@ class DecodeWorker:
         scheduler = self._scheduler
         ahead = scheduler.num_prefilling_tokens, scheduler.num_loading_tokens
         remaining = stream.sequence.num_tokens - stream.sequence.num_computed
-        if peer and not self._cost.local_is_sooner(remaining, *ahead, scheduler.num_running):
+        held = self._peers.holds(peer)
+        if peer and (held or not self._cost.local_is_sooner(remaining, *ahead, scheduler.num_running)):
             yield peer
             # With the first tokens known, the client waits for this worker alone.
             other = self._peers.choose(stream, avoid=peer) if stream.first_tokens is None else ""
@@ -292,16 +320,20 @@ class DecodeWorker:
         """End a stream in whatever state; blocks that reads still write into are freed when they have stopped."""
         if stream.recording is not None:
             stream.recording.close()
-        streams = self._streams.get(stream.key, [])
-        if stream in streams:
-            streams.remove(stream)
-            if not streams:
-                del self._streams[stream.key]
+        self._forget(stream)
         if stream.state is StreamState.LOADING and self._loader.loads(stream):
             self._scheduler.drain(stream)
             self._apply(self._loader.abort(stream))
         elif stream.state is not StreamState.DRAINING:
             self._scheduler.end(stream)
+
+    def _forget(self, stream: Stream) -> None:
+        """Its ticket means nothing here any more."""
+        streams = self._streams.get(stream.key, [])
+        if stream in streams:
+            streams.remove(stream)
+            if not streams:
+                del self._streams[stream.key]
 
     # ---- tiers ------------------------------------------------------------------------------------------------------
 
@@ -423,11 +455,29 @@ class DecodeWorker:
             return
         self._offer(stream, outcome.first + outcome.num_new)
         stream.sequence.tokens.append(sample.token)
-        self._engine.commit(stream.sequence)
         finish = stream.finish_of(sample.token)
+        if finish is None and self._lender.readers:
+            stream.sequence.tokens.pop()
+            self._hold(stream, sample)
+            return
+        self._engine.commit(stream.sequence)
         self._emit(stream, stream.children[0], sample, finish)
         if finish is not None:
             self._close(stream)
+
+    def _hold(self, stream: Stream, sample: SampledToken) -> None:
+        """Another worker goes on with a stream, from the token that has just been sampled."""
+        self._move(stream, self._lender.readers)
+        self._scheduler.hold(stream)
+        self._forget(stream)
+        self._lender.hold(stream, sample)
+
+    def _move(self, stream: Stream, readers: list[PeerId]) -> None:
+        """Tell that a stream's outputs do not go on here."""
+        self._stage(stream, "decode.moved", "" if readers else "not begun")
+        for child in stream.children:
+            if child.index not in stream.ended_children:
+                self._emitter.moved(stream.gateway, Moved(stream.request.ticket, child.index, readers))
 
     def _advance_prompt(self, stream: Stream, outcome: Outcome) -> None:
         sequence = stream.sequence
