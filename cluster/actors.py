@@ -28,6 +28,7 @@ from ..core.log import configure_logging, logger
 from ..core.messages import Member, Membership, Report
 from ..core.wire import ClusterKeys, make_cluster_keys
 from .controller import Controller, Event, Handle, WorkerStatus
+from .gateway.listener import listen
 from .ray_cluster import ANSWER_TIMEOUT_S, NAMESPACE, check_resources, check_room
 from .scaling import Scaling
 
@@ -351,6 +352,9 @@ class _ControllerActor:
         self._control = ControlServer(self._controller, scaling, parsed.control, Path(log_folder))
 
     async def start(self) -> None:
+        gateway = self._config.gateway
+        if gateway.replicas > 1:  # they share their port among each other, and with nobody else
+            listen(gateway.host, gateway.port).close()
         try:
             await self._control.start()
             await self._controller.start()

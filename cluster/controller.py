@@ -113,14 +113,14 @@ class Desired:
         return peer_id(self.worker, self.incarnation)
 
 
-def desired_workers(config: Config, num_gateways: int = 1) -> list[tuple[WorkerId, str]]:
+def desired_workers(config: Config) -> list[tuple[WorkerId, str]]:
     """Worker id and role of everything that a configuration asks for."""
     pools = config.pools
     counts = {
         "prefill": pools.prefill.replicas if pools.prefill else 0,
         "decode": pools.decode.replicas if pools.decode else 0,
         "colocated": pools.colocated.replicas if pools.colocated else 0,
-        "gateway": num_gateways,
+        "gateway": config.gateway.replicas,
     }
     return [(f"{role}-{index}", role) for role, count in counts.items() for index in range(count)]
 

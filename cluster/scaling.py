@@ -35,8 +35,8 @@ class Scaling:
     async def drain(
         self, name: WorkerId, grace_s: float = DRAIN_S, *, restart: bool = False, finish: bool = False
     ) -> None:
-        """Take a worker out: it gets nothing new, hands over or finishes what it has, and ends. Waits until it has ended, or, to
-        ``restart``, until it serves again; the drain goes on when the caller is cancelled. Idempotent.
+        """Take a worker out: it gets nothing new, hands over or finishes what it has, and ends. Waits until it has
+        ended, or, to ``restart``, until it serves again; the drain goes on when the caller is cancelled. Idempotent.
 
         Args:
             name: of a prefill, decode or colocated worker.

@@ -58,8 +58,8 @@ class ControlClient:
         self._call("Drain", request, timeout_s)
 
     def restart(self, pool: str, grace_s: float) -> Iterator[str]:
-        """Begin another life of every worker of a pool, or, for "", of all, one after the other: the name of each when it
-        serves again. Whoever stops to listen stops it."""
+        """Begin another life of every worker of a pool, or, for "", of all, one after the other: the name of each when
+        it serves again. Whoever stops to listen stops it."""
         try:
             request = pb.RestartRequest(pool=pool, grace_s=grace_s)
             for answer in self._method("Restart")(request, metadata=self._metadata):

@@ -100,7 +100,8 @@ class GatewayRuntime:
         Raises:
             ConfigError: the port is taken, or the model cannot be served as configured.
         """
-        self._socket = listen(self._config.gateway.host, self._config.gateway.port)
+        gateway = self._config.gateway
+        self._socket = listen(gateway.host, gateway.port, shared=gateway.replicas > 1)
         self._progress("reading the tokenizer")
         self._model = load_model(self._config)
         context = self._context = SecureContext(self._keys)
