@@ -49,6 +49,8 @@ class Run(NamedTuple):
     seconds: float
     done: list[float]
     """Seconds into the run at which the disturbances ended."""
+    noticed: list[float]
+    """Seconds from each kill until the controller knew, and told the gateways."""
 
 
 class Cluster:
@@ -63,6 +65,8 @@ class Cluster:
         self._served = Served(folder / "home", settings)
         self._folder = folder
         self.server = self._served.server
+        self.noticed_s: list[float] = []
+        """Seconds from each kill until the controller knew."""
 
     def wait_ready(self) -> None:
         """Until it serves. Blocks."""
@@ -79,7 +83,7 @@ class Cluster:
         names = [worker.name for worker in await asyncio.to_thread(self._workers)]
         for name in names:
             lives = {worker.name: worker.restarts for worker in await asyncio.to_thread(self._workers)}
-            await asyncio.to_thread(lambda name=name: self._process(name).kill())
+            killed_s = await asyncio.to_thread(self._kill, name)
             until_s = time.monotonic() + _BACK_TIMEOUT_S
             while not any(
                 worker.name == name and worker.restarts > lives[name] and worker.phase == "ready"
@@ -88,8 +92,20 @@ class Cluster:
                 if time.monotonic() > until_s:
                     raise WorkerError(f"{name} does not come back")
                 await asyncio.sleep(0.2)
+            self.noticed_s.append(round(await asyncio.to_thread(self._gone_s, name, lives[name] + 1) - killed_s, 3))
             await asyncio.sleep(_SETTLE_S)
         return names
+
+    def _kill(self, worker: str) -> float:
+        process = self._process(worker)
+        killed_s = time.time()
+        process.kill()
+        return killed_s
+
+    def _gone_s(self, worker: str, life: int) -> float:
+        """When the controller found a life to be over."""
+        with ControlClient(self._control) as client:
+            return next(e.at_s for e in client.watch() if e.text.startswith(f"{worker}#{life} is gone"))
 
     async def restart_each(self) -> list[str]:
         """`tandem restart`. Returns the workers' names."""
@@ -123,7 +139,7 @@ def bodies(seed: int, output_tokens: int) -> list[dict[str, Any]]:
     rng = random.Random(seed)
     return [
         {
-            "prompt": [rng.randrange(5, 4000) for _ in range(rng.randint(64, 512))],
+            "prompt": [rng.randrange(5, 4000) for _ in range(rng.randint(32, 192))],
             "max_tokens": output_tokens, "temperature": 1.0, "seed": number, "ignore_eos": True,
         }
         for number in range(_NUM_BODIES)
@@ -149,7 +165,8 @@ async def load(
         await disturbance
         done.append(round(time.perf_counter() - start_s, 3))
     replies = list(await asyncio.gather(*tasks))
-    return Run(replies, time.perf_counter() - start_s, done)
+    noticed, cluster.noticed_s = cluster.noticed_s, []
+    return Run(replies, time.perf_counter() - start_s, done, noticed)
 
 
 def figures(quiet: Run, disturbed: Run, golden: list[list[int]]) -> dict[str, Any]:
@@ -183,6 +200,7 @@ def figures(quiet: Run, disturbed: Run, golden: list[list[int]]) -> dict[str, An
         "disturbed": wrong(disturbed)
         | {"e2e_s": spread(e2e_b), "itl_s": spread(gaps_b), "longest_gap_s": spread(stalls_b)},
         "disturbed_for_s": disturbed.done,
+        "death_noticed_s": disturbed.noticed,
         "added_latency_s": spread(added) | {"max": round(max(added), 6)},
         "itl_p99_ratio": round(percentile(gaps_b, 99) / percentile(gaps_a, 99), 3),
     }  # fmt: skip
@@ -220,7 +238,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("scenario", choices=["kills", "restart"])
     parser.add_argument("--rate", type=float, default=10.0, help="requests a second")
-    parser.add_argument("--output-tokens", type=int, default=48)
+    parser.add_argument("--output-tokens", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--set", dest="settings", action="append", default=[], metavar="KEY=VALUE")
     arguments = parser.parse_args()

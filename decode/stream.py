@@ -106,6 +106,8 @@ class Stream:
         """Children that are over before their stream was split off."""
         self.sources: MultiConnector[str] = MultiConnector(0, 1, ())
         """Where its prompt's KV comes from, since it was last admitted."""
+        self.takes_over = False
+        """Whether its KV is asked of a worker that is about to end, on which it ran."""
         self.in_tiers: InTiers | None = None
         """What tiers had of it when it was queued, until that is fetched."""
         self.fetched_from: int | None = None

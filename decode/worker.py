@@ -300,6 +300,7 @@ class DecodeWorker:
         if stream.recording is not None:  # whoever computes the whole prompt records it
             stream.recording.close()
             stream.recording = None
+        stream.takes_over = self._peers.holds(peer)
         self._scheduler.load(stream)
         self._loader.start(stream, peer)
         self._stage(stream, "decode.handoff", detail)
@@ -405,7 +406,7 @@ class DecodeWorker:
         if event.reason is FailureReason.PREFILL and event.status < 500:
             self._refuse(stream, event.status, event.message)
             return
-        if not self._recompute:
+        if not self._recompute and not stream.takes_over:  # an operator's drain fails no request
             self._refuse(stream, 503, f"the prompt's KV did not arrive: {event.reason.value}", retryable=True)
             return
         # Hidden states are wanted of every token: the one that computes the last has computed the first.

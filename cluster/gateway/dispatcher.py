@@ -275,7 +275,8 @@ class Dispatcher:
         """Stop an attempt, or one of its outputs, also where its KV may still be held for it."""
         self._send(attempt.placement.decode, Abort([attempt.ticket], index))
         if attempt.held is not None:
-            self._send(attempt.held.peer, Abort([attempt.held.ticket], index))
+            [held_index] = attempt.children
+            self._send(attempt.held.peer, Abort([attempt.held.ticket], held_index))
 
     def _drop(self, output: Output) -> None:
         """Nobody will ask for an output's KV."""

@@ -58,11 +58,11 @@ class Launched:
         self.room = room
         self.processes: dict[PeerId, Process] = {}
         self.order: list[PeerId] = []
-        self._fails = fails or {}
+        self.fails = fails or {}
         self._hold = hold
 
     def launch(self, peer: PeerId, role: str, on_phase: Callable[[str], None]) -> Process:
-        process = self.processes[peer] = Process(peer, role, self._fails.get(peer))
+        process = self.processes[peer] = Process(peer, role, self.fails.get(peer))
         self.order.append(peer)
         on_phase("reading the model")
         if not self._hold:

@@ -13,7 +13,7 @@ from tandem.core.messages import Abort, Child, Generate, Message, Prefill, Sampl
 from tandem.decode.worker import DecodeWorker
 
 SOURCE, OTHER = "decode-0#1", "decode-1#1"
-FAMILIES = ["qwen3_moe", "gpt_oss"]
+FAMILIES = ["qwen3_moe", "gpt_oss", "qwen3"]
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +123,7 @@ def ask(pair: Pair, i: int, **changes: object) -> int:
     return pair.submit(prompt_of(i), **({"max_tokens": 30, "sampling": sampling, "seeds": [i]} | changes))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES[:2])
 @pytest.mark.parametrize("overlap", [False, True], ids=["", "overlap"])
 def test_it_goes_on_from_the_very_next_token_whenever_it_is_moved(
     folders: dict[str, Path], family: str, overlap: bool
@@ -254,6 +254,43 @@ def test_only_the_very_sequence_is_lent(cluster: Cluster) -> None:
     assert len(lender._lender) == 1, "still there for whoever it is for"
     for stranger in strangers:
         assert cluster.pair.outputs[stranger].finish
+
+
+@pytest.mark.parametrize("decode", [{"tensor_parallel": 2}, {"max_running": 2}], ids=["ranks", "few"])
+def test_workers_of_several_ranks_and_those_that_are_full(folders: dict[str, Path], decode: dict[str, object]) -> None:
+    cluster = Cluster(folders["qwen3"], overlap=False, pools={"prefill": {}, "decode": decode})
+    wants = [ask(cluster.pair, i) for i in range(3)]
+    cluster.run()
+    tickets = [ask(cluster.pair, i, salt="again") for i in range(3)]
+    while len(cluster.pair.outputs[tickets[0]].tokens.get(0, [])) < 9:
+        cluster.turn()
+    cluster.end_source()
+    cluster.run()
+    for ticket, want in zip(tickets, wants, strict=True):
+        assert cluster.output(ticket)[0] == cluster.output(want)[0]
+    assert cluster.pulled() > 0
+    cluster.check()
+
+
+def test_a_failed_load_fails_no_request_where_it_would_a_prompts(folders: dict[str, Path]) -> None:
+    cluster = Cluster(folders["qwen3_moe"], overlap=True, kv={"on_load_failure": "fail"})
+    want = ask(cluster.pair, 2)
+    cluster.run()
+    ticket = ask(cluster.pair, 2, salt="again")
+    while len(cluster.pair.outputs[ticket].tokens.get(0, [])) < 9:
+        cluster.turn()
+    cluster.end_source()
+    while not cluster.pair.outputs[ticket].moved:
+        cluster.turn()
+    cluster.other.connector.poll = lambda: []  # type: ignore[method-assign] - the reads take for ever
+    for _ in range(6):
+        cluster.turn()
+    cluster.pair.remove(SOURCE)
+    del cluster.other.connector.poll
+    cluster.run()
+    assert cluster.other.metrics.load_failures.labels("peer_lost")._value.get() == 1
+    assert cluster.output(ticket)[0] == cluster.output(want)[0]
+    cluster.check()
 
 
 def test_checksums_cover_it(folders: dict[str, Path]) -> None:
