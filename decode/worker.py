@@ -50,6 +50,9 @@ from .stream import Stream, StreamState
 
 _log = RateLimited()
 
+_BEGUN = 1 << 60
+"""Outputs that began on another worker come before those that have not begun."""
+
 _PREFIX_CACHE = "prefix cache"
 _TIERS = "tiers"
 _HERE = "here"
@@ -238,7 +241,10 @@ class DecodeWorker:
 
     def _new_stream(self, gateway: PeerId, message: Generate, sequence: Sequence) -> Stream:
         self._order += 1
-        return Stream(gateway, message, sequence, self._order, self._clock.monotonic_s(), self._max_model_len)
+        order = self._order
+        if len(message.tokens) > message.num_prompt_tokens:  # a client waits in the middle of his answer
+            order -= _BEGUN
+        return Stream(gateway, message, sequence, order, self._clock.monotonic_s(), self._max_model_len)
 
     def _start(self, stream: Stream) -> None:
         """Decide where an admitted stream's prompt is computed."""

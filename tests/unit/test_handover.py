@@ -158,6 +158,19 @@ def move_after(cluster: Cluster, turns: int) -> None:
     assert cluster.source.worker.drained()
 
 
+def test_outputs_that_have_begun_come_first(folders: dict[str, Path]) -> None:
+    cluster = Cluster(folders["qwen3_moe"], overlap=True, pools={"prefill": {}, "decode": {"max_running": 1}})
+    pair = cluster.pair
+    waiting = [ask(pair, i) for i in range(3)]
+    begun = pair.submit(prompt_of(3), max_tokens=30, num_prompt_tokens=len(prompt_of(3)) - 4)
+    ended: list[int] = []
+    while len(ended) < 4:
+        pair.turn()
+        ended += [t for t in (*waiting, begun) if pair.outputs[t].finish and t not in ended]
+    assert ended == [begun, *waiting]
+    cluster.check()
+
+
 def test_several_outputs_of_one_request_are_moved(cluster: Cluster) -> None:
     want = ask(cluster.pair, 3, seeds=[1, 2, 3])
     cluster.run()
