@@ -215,7 +215,7 @@ class Controller:
             self._desired.append(worker)
         elif worker.phase != "drained":
             return  # it still leaves, and then begins another life
-        self._background(self._supervise(worker))
+        self.background(self._supervise(worker))
 
     def take_out(self, worker: Desired, grace_s: float, *, restart: bool, hand_over: bool = True) -> None:
         """Have a worker finish or hand over what it has, for at most ``grace_s`` seconds, and end. Does not wait.
@@ -230,7 +230,11 @@ class Controller:
         worker.asked_to_end = True
         if worker.member is not None:
             worker.phase = "leaving"  # at once: whoever is asked next may be the last that is ready
-        self._background(self._end(worker.peer, worker.handle, grace_s, hand_over))
+        self.background(self._end(worker.peer, worker.handle, grace_s, hand_over))
+
+    def background(self, work: Coroutine[Any, Any, None]) -> None:
+        """Have something done until it is over, or the controller stops. Does not wait."""
+        self._tasks = [task for task in self._tasks if not task.done()] + [asyncio.create_task(work)]
 
     async def until(self, condition: Callable[[], bool]) -> None:
         """Wait until something is true of the workers or the membership."""
@@ -262,9 +266,6 @@ class Controller:
         return [event for event in self._events if event.number > after]
 
     # ---- inside -----------------------------------------------------------------------------------------------------
-
-    def _background(self, work: Coroutine[Any, Any, None]) -> None:
-        self._tasks = [task for task in self._tasks if not task.done()] + [asyncio.create_task(work)]
 
     async def _end(self, peer: PeerId, handle: Handle | None, grace_s: float, hand_over: bool) -> None:
         await self.leaving(peer, hands_over=hand_over)

@@ -107,7 +107,7 @@ class Scaling:
                             yield worker.worker
                 finally:
                     if spare is not None:
-                        self._controller.take_out(spare, DRAIN_S, restart=False)
+                        self._controller.background(self._dismiss(spare))
         finally:
             self._restarting = False
 
@@ -125,6 +125,12 @@ class Scaling:
             self._controller.take_out(spare, 0, restart=False)
             raise
         return spare
+
+    async def _dismiss(self, spare: Desired) -> None:
+        """Take a spare worker out as soon as it is not the only one."""
+        others = [worker for worker in self._pool(spare.role) if worker is not spare]
+        await self._controller.until(lambda: any(worker.phase == "ready" for worker in others))
+        self._controller.take_out(spare, DRAIN_S, restart=False)
 
     async def _replace(self, worker: Desired, grace_s: float) -> None:
         life = worker.peer

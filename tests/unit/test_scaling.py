@@ -211,6 +211,24 @@ def count_ready(controller: Controller) -> dict[str, int]:
     return counts
 
 
+def test_the_second_worker_stays_until_the_first_is_back() -> None:
+    async def body(controller: Controller, scaling: Scaling, launched: Launched) -> None:
+        launched.hold = True
+        restart = asyncio.ensure_future(anext(scaling.restart("prefill")))
+        await settle()
+        launched.processes["prefill-1#1"].is_ready.set()
+        await settle()
+        assert controller.phases() | {"prefill-0": "reading the model", "prefill-1": "ready"} == controller.phases()
+        restart.cancel()
+        await settle()
+        assert controller.phases()["prefill-1"] == "ready"
+        launched.processes["prefill-0#2"].is_ready.set()
+        await settle()
+        assert (controller.phases()["prefill-0"], controller.phases()["prefill-1"]) == ("ready", "drained")
+
+    play(body)
+
+
 def test_without_room_the_only_worker_is_restarted_all_the_same() -> None:
     async def body(controller: Controller, scaling: Scaling, launched: Launched) -> None:
         launched.room = 0
