@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
 from ..core.config import Config, PoolsConfig
 from ..core.errors import CapacityError, NotFoundError, RequestError, WorkerError
@@ -73,7 +73,7 @@ class Scaling:
 
         await self._controller.until(over)
 
-    async def restart(self, pool: str = "", grace_s: float = DRAIN_S) -> AsyncIterator[WorkerId]:
+    async def restart(self, pool: str = "", grace_s: float = DRAIN_S) -> AsyncGenerator[WorkerId, None]:
         """Begin another life of every worker of a pool, or of all but the gateways: one is drained, starts and serves
         before the next is drained. Of a pool with one worker a second one lives meanwhile, where there is room for it;
         else what comes meanwhile waits. When the caller leaves, no further one is begun.

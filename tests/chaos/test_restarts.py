@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from support.footprint import Footprint
+from support.gateway import wait_for
 from support.load import Answer, Body, Tokens, ask_all, body, check
 from support.processes import Processes
 
@@ -38,6 +39,7 @@ class EndlessLoad:
         self._at_once = at_once
         self._numbers = itertools.count(seed % NUM_BODIES)
         self._over = threading.Event()
+        self._sent: list[tuple[float, int]] = []
         self._thread = threading.Thread(target=self._run, name="load")
 
     def _requests(self) -> Iterator[Body]:
@@ -48,7 +50,6 @@ class EndlessLoad:
             yield body(number % NUM_BODIES)
 
     def _run(self) -> None:
-        self._sent: list[tuple[float, int]] = []
         answers = ask_all(self._url, self._requests(), self._at_once)
         self.answers = [(at_s, number, answer) for (at_s, number), answer in zip(self._sent, answers, strict=True)]
 
@@ -59,6 +60,11 @@ class EndlessLoad:
     def __exit__(self, *_: object) -> None:
         self._over.set()
         self._thread.join()
+
+    def more(self, count: int) -> None:
+        """Wait until so many more are sent."""
+        before = len(self._sent)
+        wait_for(lambda: len(self._sent) >= before + count, 100, f"{count} requests")
 
     def check(self, golden: Golden, since_s: float) -> None:
         """All are right; of those sent after ``since_s``, 99 in 100 took less than 30 s."""
@@ -103,4 +109,23 @@ def test_decode_restarts_ten_times(cluster: Processes, golden: Golden, seeds: It
         load.check(golden, last_s)
         assert cluster.all["prefill-0"] is prefill
         assert prefill.alive
+        footprint.check()
+
+
+def test_decode_ends_three_times_and_hands_over(cluster: Processes, golden: Golden, seeds: Iterator[int]) -> None:
+    """Whoever reads from a worker that ends keeps no socket, descriptor or mapping of it."""
+    for seed in seeds:
+        cluster.serve()
+        ask_all(cluster.url, [body(i) for i in range(8)])
+        stays = [cluster.all[name].system for name in ("prefill-0", "decode-0")]
+        footprint = Footprint(cluster, stays)
+        with EndlessLoad(cluster.url, seed, 10) as load:
+            for _ in range(3):
+                load.more(20)
+                cluster.end("decode-1")
+            last_s = time.monotonic()
+            load.more(70)
+        load.check(golden, last_s)
+        assert "takes it over" in cluster.logs()
+        assert [cluster.all[name].system for name in ("prefill-0", "decode-0")] == stays
         footprint.check()
