@@ -82,9 +82,13 @@ class Served:
 
     def cpu_s(self) -> float:
         """Processor time that all of its processes have taken."""
-        parent = psutil.Process(self._process.pid)
-        times = [process.cpu_times() for process in (parent, *parent.children(recursive=True))]
+        times = [process.cpu_times() for process in self.processes()]
         return sum(one.user + one.system for one in times)
+
+    def processes(self) -> list[psutil.Process]:
+        """All of them."""
+        parent = psutil.Process(self._process.pid)
+        return [parent, *parent.children(recursive=True)]
 
     def close(self) -> None:
         """End it. Blocks."""

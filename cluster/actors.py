@@ -30,6 +30,7 @@ from ..core.log import configure_logging, logger
 from ..core.messages import Member, Membership, Report
 from ..core.wire import ClusterKeys, make_cluster_keys
 from .controller import Controller, Event, Handle, WorkerStatus, desired_workers
+from .gateway.listener import listen
 from .node_actors import HostTiers, Supervisors
 from .placement_groups import PlacementGroups, check_room
 from .ray_cluster import ANSWER_TIMEOUT_S, NAMESPACE
@@ -346,6 +347,9 @@ class ControllerActor:
         starting.result()
 
     async def _start(self) -> None:
+        gateway = self._config.gateway
+        if gateway.replicas > 1:  # they share their port among each other, and with nobody else
+            listen(gateway.host, gateway.port).close()
         try:
             await self._control.start()
             await self._launcher.choose_nodes()

@@ -117,14 +117,14 @@ class Desired:
         return peer_id(self.worker, self.incarnation)
 
 
-def desired_workers(config: Config, num_gateways: int = 1) -> list[tuple[WorkerId, str]]:
+def desired_workers(config: Config) -> list[tuple[WorkerId, str]]:
     """Worker id and role of everything that a configuration asks for."""
     pools = config.pools
     counts = {
         "prefill": pools.prefill.replicas if pools.prefill else 0,
         "decode": pools.decode.replicas if pools.decode else 0,
         "colocated": pools.colocated.replicas if pools.colocated else 0,
-        "gateway": num_gateways,
+        "gateway": config.gateway.replicas,
     }
     return [(f"{role}-{index}", role) for role, count in counts.items() for index in range(count)]
 
@@ -186,12 +186,13 @@ class Controller:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def leaving(self, peer: PeerId) -> None:
-        """A process was asked to end: it finishes what it has, and gets nothing new."""
+    async def leaving(self, peer: PeerId, *, hands_over: bool = True) -> None:
+        """A process was asked to end: it gets nothing new, and finishes what it has, or ``hands_over`` what runs on
+        it, where another worker can go on with it."""
         for worker in self._desired:
             if worker.peer == peer and worker.member is not None:
                 worker.phase = "leaving"
-                worker.member = msgspec.structs.replace(worker.member, ready=False)
+                worker.member = msgspec.structs.replace(worker.member, ready=False, hands_over=hands_over)
                 await self._tell(f"{peer} was asked to end")
                 await self._announce()
 
@@ -218,21 +219,26 @@ class Controller:
             self._desired.append(worker)
         elif worker.phase != "drained":
             return  # it still leaves, and then begins another life
-        self._background(self._supervise(worker))
+        self.background(self._supervise(worker))
 
-    def take_out(self, worker: Desired, grace_s: float, *, restart: bool) -> None:
-        """Have a worker finish what it has, for at most ``grace_s`` seconds, and end. Does not wait.
+    def take_out(self, worker: Desired, grace_s: float, *, restart: bool, hand_over: bool = True) -> None:
+        """Have a worker finish or hand over what it has, for at most ``grace_s`` seconds, and end. Does not wait.
 
         Args:
             worker: ready or not.
             grace_s: what is not finished by then goes on elsewhere.
             restart: whether another life follows.
+            hand_over: whether what runs on a decode worker goes on elsewhere, with its KV; else it is finished there.
         """
         worker.wanted = restart
         worker.asked_to_end = True
         if worker.member is not None:
             worker.phase = "leaving"  # at once: whoever is asked next may be the last that is ready
-        self._background(self._end(worker.peer, worker.handle, grace_s))
+        self.background(self._end(worker.peer, worker.handle, grace_s, hand_over))
+
+    def background(self, work: Coroutine[Any, Any, None]) -> None:
+        """Have something done until it is over, or the controller stops. Does not wait."""
+        self._tasks = [task for task in self._tasks if not task.done()] + [asyncio.create_task(work)]
 
     async def until(self, condition: Callable[[], bool]) -> None:
         """Wait until something is true of the workers or the membership."""
@@ -265,11 +271,8 @@ class Controller:
 
     # ---- inside -----------------------------------------------------------------------------------------------------
 
-    def _background(self, work: Coroutine[Any, Any, None]) -> None:
-        self._tasks = [task for task in self._tasks if not task.done()] + [asyncio.create_task(work)]
-
-    async def _end(self, peer: PeerId, handle: Handle | None, grace_s: float) -> None:
-        await self.leaving(peer)
+    async def _end(self, peer: PeerId, handle: Handle | None, grace_s: float, hand_over: bool) -> None:
+        await self.leaving(peer, hands_over=hand_over)
         if handle is not None:
             await handle.stop(grace_s)
 

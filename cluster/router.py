@@ -122,19 +122,21 @@ class Router:
         """Those that can be routed to, gateways left out."""
         return [member for member in self._members.values() if self._is_there(member.peer) and member.role != "gateway"]
 
-    def place(self, tokens: Sequence[int] = (), salt: str = "") -> Placement | None:
+    def place(self, tokens: Sequence[int] = (), salt: str = "", among: Sequence[PeerId] = ()) -> Placement | None:
         """Workers for a request, or None when nobody decodes at the moment.
 
         Args:
             tokens: its prompt.
             salt: its tenant's.
+            among: decode workers that are better than all others, if they are there.
         """
         if self._decoders is None:
             self._decoders = sorted(m.peer for m in self.members() if m.role in ("decode", "colocated"))
         if not self._decoders:
             return None
         prompt = self._look_at(tokens, salt)
-        decode = self._pick("decode", self._decoders, self._decode_load, prompt)
+        decoders = [peer for peer in self._decoders if peer in among] if among else []
+        decode = self._pick("decode", decoders or self._decoders, self._decode_load, prompt)
         prefill = ""
         if self._members[decode].role != "colocated":
             readable = self._readable.get(decode)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncGenerator
+
 from ..core.config import Config, PoolsConfig
-from ..core.errors import CapacityError, NotFoundError, RequestError
+from ..core.errors import CapacityError, NotFoundError, RequestError, WorkerError
 from ..core.ids import WorkerId
 from .controller import Controller, Desired, Launcher, desired_workers
 
 DRAIN_S = 600.0
 """What a worker that is drained takes at most, unless told otherwise."""
 _MAX_DRAIN_S = 86_400.0
+_ALONE_S = 5.0
+"""What a worker takes to finish while nobody else of its pool is there: what comes meanwhile waits."""
 _MAX_REPLICAS = 1024
 
 
@@ -26,15 +30,19 @@ class Scaling:
         self._config = config
         self._launcher = launcher
         self._controller = controller
+        self._restarting = False
 
-    async def drain(self, name: WorkerId, grace_s: float = DRAIN_S, *, restart: bool = False) -> None:
-        """Take a worker out: it gets nothing new, finishes what it has, and ends. Waits until it has ended, or, to
-        ``restart``, until it serves again; the drain goes on when the caller is cancelled. Idempotent.
+    async def drain(
+        self, name: WorkerId, grace_s: float = DRAIN_S, *, restart: bool = False, finish: bool = False
+    ) -> None:
+        """Take a worker out: it gets nothing new, hands over or finishes what it has, and ends. Waits until it has
+        ended, or, to ``restart``, until it serves again; the drain goes on when the caller is cancelled. Idempotent.
 
         Args:
             name: of a prefill, decode or colocated worker.
             grace_s: what is not finished by then goes on elsewhere.
             restart: begin another life.
+            finish: what runs on a decode worker is finished there; else it goes on on another, with its KV.
 
         Raises:
             NotFoundError: there is no such worker.
@@ -49,15 +57,14 @@ class Scaling:
         if worker.role == "gateway":
             raise RequestError("a gateway cannot be drained: its clients are connected to it", param="worker")
         self._check_experts(worker.role, "worker")
-        if not 0 <= grace_s <= _MAX_DRAIN_S:
-            raise RequestError(f"grace_s is {grace_s:g}, expected 0 to {_MAX_DRAIN_S:g}", param="grace_s")
+        self._check_grace(grace_s)
         if [other for other in self._pool(worker.role) if other.phase == "ready"] == [worker]:
             raise CapacityError(
                 f"{name} is the last {worker.role} worker that is ready", fix=f"first `tandem scale {worker.role} N`"
             )
         life = worker.peer
         if worker.wanted or not restart:
-            self._controller.take_out(worker, grace_s, restart=restart)
+            self._controller.take_out(worker, grace_s, restart=restart, hand_over=not finish)
 
         def over() -> bool:
             if restart and worker.wanted:
@@ -65,6 +72,90 @@ class Scaling:
             return worker.peer != life or worker.phase == "drained"
 
         await self._controller.until(over)
+
+    async def restart(self, pool: str = "", grace_s: float = DRAIN_S) -> AsyncGenerator[WorkerId, None]:
+        """Begin another life of every worker of a pool, or of all but the gateways: one is drained, starts and serves
+        before the next is drained. Of a pool with one worker a second one lives meanwhile, where there is room for it;
+        else what comes meanwhile waits. When the caller leaves, no further one is begun.
+
+        Yields:
+            each worker that serves again.
+
+        Raises:
+            NotFoundError: the configuration has no such pool.
+            RequestError: its workers share experts, or ``grace_s`` is out of bounds.
+            CapacityError: another restart is under way, or the cluster is still starting.
+            WorkerError: one did not come back; those that are left have not been touched.
+        """
+        self._check_started()
+        self._check_grace(grace_s)
+        pools = [pool] if pool else [name for name in PoolsConfig.model_fields if self._pool(name)]
+        for name in pools:
+            self._workers_of(name)
+            self._check_experts(name, "pool")
+        if self._restarting:
+            raise CapacityError("another restart is under way", fix="`tandem watch` shows how it goes on")
+        self._restarting = True
+        try:
+            for name in pools:
+                workers = [worker for worker in self._pool(name) if worker.wanted]
+                spare = await self._spare(name) if len(workers) == 1 else None
+                try:
+                    for worker in workers:
+                        if worker.wanted:
+                            await self._replace(worker, grace_s)
+                            yield worker.worker
+                finally:
+                    if spare is not None:
+                        self._controller.background(self._dismiss(spare))
+        finally:
+            self._restarting = False
+
+    async def _spare(self, pool: str) -> Desired | None:
+        """One more worker of a pool, or None where there is no room for it."""
+        try:
+            self._check_tiers(pool, len(self._pool(pool)) + 1)
+            self._launcher.check_room(pool, 1)
+        except (RequestError, CapacityError):
+            return None
+        [spare] = self._start(pool, 1)
+        try:
+            await self._serves(spare, "")
+        except WorkerError:
+            self._controller.take_out(spare, 0, restart=False)
+            raise
+        return spare
+
+    async def _dismiss(self, spare: Desired) -> None:
+        """Take a spare worker out as soon as it is not the only one."""
+        others = [worker for worker in self._pool(spare.role) if worker is not spare]
+        await self._controller.until(lambda: any(worker.phase == "ready" for worker in others))
+        self._controller.take_out(spare, DRAIN_S, restart=False)
+
+    async def _replace(self, worker: Desired, grace_s: float) -> None:
+        life = worker.peer
+        alone = not any(other.phase == "ready" for other in self._pool(worker.role) if other is not worker)
+        self._controller.take_out(worker, min(grace_s, _ALONE_S) if alone else grace_s, restart=True)
+        await self._serves(worker, life)
+
+    async def _serves(self, worker: Desired, after: str) -> None:
+        """Wait until a worker serves, in another life than ``after``."""
+
+        def settled() -> bool:
+            return worker.peer != after and (worker.phase == "ready" or _failed(worker) or not worker.wanted)
+
+        await self._controller.until(settled)
+        if _failed(worker):
+            raise WorkerError(f"{worker.worker} does not come back", fix="`tandem watch` tells why; then begin again")
+
+    def _start(self, pool: str, count: int) -> list[Desired]:
+        """Have more workers in a pool; those that were drained come back first."""
+        workers = self._pool(pool)
+        new = [Desired(f"{pool}-{number}", pool) for number in range(len(workers), len(workers) + count)]
+        starting = ([worker for worker in workers if not worker.wanted] + new)[:count]
+        for worker in starting:
+            self._controller.take_in(worker)
+        return starting
 
     async def scale(self, pool: str, replicas: int) -> tuple[list[WorkerId], list[WorkerId]]:
         """Have so many workers in a pool. Those that were drained come back first; those that are not ready leave
@@ -79,10 +170,7 @@ class Scaling:
             CapacityError: there is no room for them, or the cluster is still starting.
         """
         self._check_started()
-        workers = self._pool(pool)
-        if pool not in PoolsConfig.model_fields or not workers:
-            pools = ", ".join(sorted({worker.role for worker in self._controller.desired} - {"gateway"}))
-            raise NotFoundError(f"there is no pool {pool[:100]!r}; there are {pools}", param="pool")
+        workers = self._workers_of(pool)
         if not 1 <= replicas <= _MAX_REPLICAS:
             raise RequestError(f"replicas is {replicas}, expected 1 to {_MAX_REPLICAS}", param="replicas")
         self._check_experts(pool, "pool")
@@ -91,10 +179,7 @@ class Scaling:
         surplus = sorted(wanted, key=lambda worker: worker.phase != "ready")[replicas:]
         num_missing = max(0, replicas - len(wanted))
         self._launcher.check_room(pool, num_missing)
-        new = [Desired(f"{pool}-{number}", pool) for number in range(len(workers), len(workers) + num_missing)]
-        starting = ([worker for worker in workers if not worker.wanted] + new)[:num_missing]
-        for worker in starting:
-            self._controller.take_in(worker)
+        starting = self._start(pool, num_missing)
         for worker in surplus:
             self._controller.take_out(worker, DRAIN_S, restart=False)
         return [worker.worker for worker in starting], [worker.worker for worker in surplus]
@@ -106,6 +191,17 @@ class Scaling:
 
     def _pool(self, role: str) -> list[Desired]:
         return [worker for worker in self._controller.desired if worker.role == role]
+
+    def _workers_of(self, pool: str) -> list[Desired]:
+        workers = self._pool(pool)
+        if pool not in PoolsConfig.model_fields or not workers:
+            pools = ", ".join(sorted({worker.role for worker in self._controller.desired} - {"gateway"}))
+            raise NotFoundError(f"there is no pool {pool[:100]!r}; there are {pools}", param="pool")
+        return workers
+
+    def _check_grace(self, grace_s: float) -> None:
+        if not 0 <= grace_s <= _MAX_DRAIN_S:
+            raise RequestError(f"grace_s is {grace_s:g}, expected 0 to {_MAX_DRAIN_S:g}", param="grace_s")
 
     def _check_started(self) -> None:
         desired = self._controller.desired
@@ -132,3 +228,8 @@ class Scaling:
                 fix=f"start with a larger pools.{pool}.replicas, and scale down",
                 param="replicas",
             )
+
+
+def _failed(worker: Desired) -> bool:
+    """Whether its newest life was a short one."""
+    return worker.phase.startswith("restarts in")

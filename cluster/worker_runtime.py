@@ -449,12 +449,15 @@ class WorkerRuntime:
         self._mesh.send(sender, answer)
 
     def _link(self, membership: Membership) -> None:
-        """Decode workers connect to every prefill worker."""
+        """Decode workers connect to every prefill worker, and to decode workers that hand over what they have."""
         if self._role != "decode":
             return
         members = [m for m in membership.members if m.role == "prefill"]
         # One that leaves takes nothing new, but still hands over.
         wanted = {m.peer: m.endpoint for m in members if m.ready or m.peer in self._linked}
+        ending = [m for m in membership.members if m.role == "decode" and m.hands_over]
+        if self.peer not in {member.peer for member in ending}:
+            wanted |= {m.peer: m.endpoint for m in ending}
         for peer in self._linked - wanted.keys():
             self._mesh.disconnect(peer)
         for peer in wanted.keys() - self._linked:

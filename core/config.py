@@ -202,8 +202,11 @@ class GatewayConfig(_Tls):
     """Address to listen on."""
     port: int = Field(default=8000, ge=1, le=65535)
     """Port to listen on."""
+    replicas: int = Field(default=1, ge=1, le=64)
+    """Gateways that share the port, each a process of its own: when one dies, its connections are lost, and the others
+    go on."""
     max_queued: int = Field(default=1024, ge=1, le=1 << 20)
-    """Requests in flight; one more is answered 429 with Retry-After."""
+    """Requests in flight in a gateway; one more is answered 429 with Retry-After."""
     max_body: ByteSize = 8 << 20
     """Largest request body."""
     api_keys: tuple[str, ...] = ()

@@ -5,7 +5,7 @@
     gateway ── Generate, Abort ─────────────────────────────────────► decode
     gateway ◄─ Update, Refused ────────────────────────────────────── decode
     decode  ── Hello, Prefill, Renew, Release ──────────────────────► prefill
-    decode  ◄─ HelloReply, Accepted, BlocksReady, Prefilled, PrefillFailed ── prefill
+    decode  ◄─ HelloReply, Accepted, BlocksReady, Prefilled, PrefillFailed ── prefill, or a decode worker that ends
     any     ── Report ──► gateways          gateway ── Scrape ──► worker ── Scraped ──► gateway
     gateway ── KVClear, KVPin, KVUnpin ──► worker ── KVControlled ──► gateway
     gateway ── KVWatch ──► worker ── KVSnapshot, then KVEvents ──► gateway
@@ -195,6 +195,15 @@ class Usage(Struct, array_like=True, frozen=True):
     transferred_bytes: Count
 
 
+class Moved(Struct, array_like=True, frozen=True):
+    """An output that the sender, which is about to end, does not go on with."""
+
+    ticket: Count
+    index: Annotated[int, Meta(ge=0, lt=MAX_CHILDREN)]
+    readers: Annotated[list[Name], Meta(max_length=4096)] = []
+    """Decode workers that can read its KV from the sender, which holds it; empty: it holds none."""
+
+
 class Update(Struct, tag=True, frozen=True):
     """Decode → gateway: what a step produced for that gateway's requests."""
 
@@ -202,6 +211,8 @@ class Update(Struct, tag=True, frozen=True):
     stages: list[Stage] = []
     prompt_logprobs: list[PromptLogprobs] = []
     usages: list[Usage] = []
+    moved: list[Moved] = []
+    """Their tokens up to here are among `children`, or came before."""
 
 
 class Refused(Struct, tag=True, frozen=True):
@@ -248,7 +259,7 @@ class RankSpec(Struct, frozen=True):
 
 
 class Hello(Struct, tag=True, frozen=True):
-    """First message between a decode and a prefill worker; `HelloReply` mirrors it.
+    """First message between a decode worker and one that it reads from; `HelloReply` mirrors it.
 
     The first three fields are the same in all versions of the protocol: whatever else a peer tells, it can be refused
     with a reason.
@@ -421,6 +432,8 @@ class Member(Struct, array_like=True, frozen=True):
     endpoint: Name
     """Where its message socket listens; empty for gateways, which only connect."""
     ready: bool = True
+    hands_over: bool = False
+    """It is about to end, and what runs on it may go on elsewhere, with its KV."""
 
 
 class Membership(Struct, tag=True, frozen=True):

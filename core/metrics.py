@@ -198,6 +198,7 @@ class GatewayMetrics:
         )
         self.replays = Counter("tandem_replays", "Requests replayed on another worker", registry=r)
         self.spans = _spans(r)
+        self.moves = Counter("tandem_moves", "Outputs that went on on another worker with their KV", registry=r)
         self.members = Gauge("tandem_members", "Live workers", ["role"], registry=r)
         self.bad_frames = Counter("tandem_bad_frames", "Frames refused", ["socket"], registry=r)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from ..core.clock import Clock
 from ..core.ids import PeerId
-from ..core.messages import ChildUpdate, Message, PromptLogprobs, Refused, Stage, TokenLogprobs, Update, Usage
+from ..core.messages import ChildUpdate, Message, Moved, PromptLogprobs, Refused, Stage, TokenLogprobs, Update, Usage
 
 
 class Emitter:
@@ -40,6 +40,10 @@ class Emitter:
     def usage(self, gateway: PeerId, usage: Usage) -> None:
         """How long the stages took."""
         self._of(gateway).usages.append(usage)
+
+    def moved(self, gateway: PeerId, moved: Moved) -> None:
+        """An output does not go on here."""
+        self._of(gateway).moved.append(moved)
 
     def refuse(self, gateway: PeerId, ticket: int, status: int, message: str, *, retryable: bool = False) -> None:
         """The request ends with an error."""

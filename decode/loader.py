@@ -353,7 +353,8 @@ class Loader:
         stream.transferred_bytes += load.num_bytes
         self._metrics.transfer_hidden_s.observe(load.hidden_s)
         self._metrics.transfer_unhidden_s.observe(now_s - load.prefilled_s)
-        self._on_handoff(now_s - load.started_s - load.queue_s - load.prefill_s, load.s_per_token)
+        if load.s_per_token:  # else it was computed before
+            self._on_handoff(now_s - load.started_s - load.queue_s - load.prefill_s, load.s_per_token)
         self._end(load, "loaded")
         return LoadDone(stream)
 

@@ -1,4 +1,7 @@
-"""The prefill workers that a decode worker can read from: greets them, and picks one for a stream."""
+"""The workers that a decode worker can read from: greets them, and picks one for a stream.
+
+These are the prefill workers, and decode workers that are about to end, who hold what ran on them.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ Send = Callable[[PeerId, Message], None]
 """Delivers a message to a peer; never blocks."""
 
 
-class PrefillPeers:
+class Sources:
     """Owned by the worker's thread; nothing blocks.
 
     Args:
@@ -31,9 +34,11 @@ class PrefillPeers:
         self._metrics = metrics
         self._send = send
         self._refused: set[PeerId] = set()
+        self._ending: set[PeerId] = set()
+        """Decode workers that are about to end."""
 
     def follow(self, membership: Membership, others: Iterable[PeerId]) -> list[PeerId]:
-        """The members have changed: greet prefill workers that are new.
+        """The members have changed: greet workers that are new among those that can be read from.
 
         Args:
             membership: who is there.
@@ -43,10 +48,14 @@ class PrefillPeers:
             peers that are gone for good.
         """
         alive = {member.peer: member for member in membership.members}
+        here = self._connector.peer
+        stays = here in alive and not alive[here].hands_over
+        ending = {peer for peer, m in alive.items() if m.role == "decode" and m.hands_over and stays}
         for peer, member in alive.items():
             known = self._connector.connected(peer) or peer in self._refused
-            if member.role == "prefill" and member.ready and not known:
+            if not known and ((member.role == "prefill" and member.ready) or peer in ending):
                 self._send(peer, self._connector.hello())
+        self._ending = (self._ending | ending) & alive.keys()
         return [peer for peer in {*others, *self._connector.peers(), *self._refused} if peer not in alive]
 
     def greeted(self, sender: PeerId, reply: HelloReply) -> None:
@@ -64,16 +73,24 @@ class PrefillPeers:
         """A peer is gone: when it comes back it is greeted again."""
         self._refused.discard(peer)
 
+    def prefills(self) -> list[PeerId]:
+        """The prefill workers that can be read from."""
+        return [peer for peer in self._connector.peers() if peer not in self._ending]
+
+    def holds(self, peer: PeerId) -> bool:
+        """Whether a peer has KV of what ran on it, and nothing to compute."""
+        return peer in self._ending
+
     def refusals(self) -> dict[PeerId, str]:
         """Those that cannot be read from, and why."""
-        return {peer: self._connector.refusal(peer)[:MAX_TEXT] for peer in self._refused}
+        return {peer: self._connector.refusal(peer)[:MAX_TEXT] for peer in self._refused - self._ending}
 
     def choose(self, stream: Stream, avoid: PeerId = "") -> PeerId:
-        """The prefill peer for a stream: the one that the gateway chose, or another; "" when there is none."""
+        """The peer for a stream: the one that the gateway chose, or a prefill worker; "" when there is none."""
         wanted = stream.request.prefill
         if not wanted:
             return ""
         if wanted != avoid and self._connector.connected(wanted):
             return wanted
-        others = [peer for peer in self._connector.peers() if peer != avoid]
+        others = [peer for peer in self.prefills() if peer != avoid]
         return others[stream.order % len(others)] if others else ""

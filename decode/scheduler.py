@@ -162,6 +162,15 @@ class DecodeScheduler:
         stream.move(StreamState.RUNNING, self._clock.monotonic_s())
         self._running[id(stream)] = stream
 
+    def waiting(self) -> list[Stream]:
+        """The streams without blocks."""
+        return [*self._waiting, *self._fetching.values()]
+
+    def hold(self, stream: Stream) -> None:
+        """A running stream takes part in no step any more, and keeps its blocks."""
+        del self._running[id(stream)]
+        stream.move(StreamState.HELD, self._clock.monotonic_s())
+
     def drain(self, stream: Stream) -> None:
         """A stream is over, but reads may still write into its blocks."""
         stream.move(StreamState.DRAINING, self._clock.monotonic_s())

@@ -26,6 +26,7 @@ class StreamState(enum.Enum):
            └─┴──► PREFILLING ──────┘                     computed here
         LOADING ──► DRAINING ──► ENDED                   aborted while reads still write
         WAITING ◄─► FETCHING ──► ENDED                   tiers give what they have to the prefix cache
+        RUNNING ──► HELD ──► ENDED                       this worker ends, and another reads its KV
     """
 
     WAITING = "waiting"
@@ -33,6 +34,7 @@ class StreamState(enum.Enum):
     LOADING = "loading"
     PREFILLING = "prefilling"
     RUNNING = "running"
+    HELD = "held"
     DRAINING = "draining"
     ENDED = "ended"
 
@@ -55,7 +57,8 @@ _ALLOWED = {
         StreamState.ENDED,
     },
     StreamState.PREFILLING: {StreamState.RUNNING, StreamState.WAITING, StreamState.ENDED},
-    StreamState.RUNNING: {StreamState.WAITING, StreamState.ENDED},
+    StreamState.RUNNING: {StreamState.WAITING, StreamState.HELD, StreamState.ENDED},
+    StreamState.HELD: {StreamState.ENDED},
     StreamState.DRAINING: {StreamState.ENDED},
     StreamState.ENDED: set(),
 }
@@ -104,6 +107,8 @@ class Stream:
         """Children that are over before their stream was split off."""
         self.sources: MultiConnector[str] = MultiConnector(0, 1, ())
         """Where its prompt's KV comes from, since it was last admitted."""
+        self.takes_over = False
+        """Whether its KV is asked of a worker that is about to end, on which it ran."""
         self.in_tiers: InTiers | None = None
         """What tiers had of it when it was queued, until that is fetched."""
         self.fetched_from: int | None = None

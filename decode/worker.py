@@ -21,9 +21,14 @@ from ..core.messages import (
     FailureReason,
     FinishReason,
     Generate,
+    Hello,
     HelloReply,
     Membership,
     Message,
+    Moved,
+    Prefill,
+    Release,
+    Renew,
     Report,
     SampledToken,
 )
@@ -39,14 +44,18 @@ from ..kv_transfer.hidden_states import HiddenStateWriter, record
 from ..kv_transfer.multi import MultiConnector
 from .cost import CostModel
 from .emitter import Emitter
+from .lender import Lender
 from .loader import LoadClosed, LoadDone, Loader, LoadEvent, LoadFailed, PromptDone, PromptStarted, ReadStarted
-from .peers import PrefillPeers, Send
+from .peers import Send, Sources
 from .scheduler import DecodeScheduler
 from .spans import spans_of
 from .step_loop import Landed, StepLoop
 from .stream import Stream, StreamState
 
 _log = RateLimited()
+
+_BEGUN = 1 << 60
+"""Outputs that began on another worker come before those that have not begun."""
 
 _PREFIX_CACHE = "prefix cache"
 _TIERS = "tiers"
@@ -90,7 +99,7 @@ class DecodeWorker:
     ) -> None:
         self._engine = engine
         self._connector = connector
-        self._peers = PrefillPeers(connector, metrics, send)
+        self._peers = Sources(connector, metrics, send)
         self._fingerprint = fingerprint
         self._recompute = config.kv.on_load_failure == "recompute"
         self._max_model_len = max_model_len
@@ -104,6 +113,16 @@ class DecodeWorker:
         self._steps = StepLoop(engine, self._scheduler, clock, self._preempted, self._landed, self._step_failed)
         self._loader = Loader(connector, config.kv.handoff_timeout_s, clock, metrics, send, self._cost.handed_off)
         self._emitter = Emitter(clock, send)
+        self._lender = Lender(
+            connector,
+            engine.pool,
+            engine.block_tokens,
+            config.kv.lease_s,
+            clock,
+            metrics,
+            send,
+            self._scheduler.end,
+        )
         self._streams: dict[tuple[PeerId, int], list[Stream]] = {}
         self._order = 0
         self._output_tokens = 0
@@ -121,9 +140,13 @@ class DecodeWorker:
             case Abort():
                 for ticket in message.tickets:
                     self._abort(sender, ticket, message.child)
+                    self._lender.abort(sender, ticket, message.child)
+            case Hello() | Prefill() | Renew() | Release():
+                self._lender.handle(sender, message)
             case HelloReply():
                 self._peers.greeted(sender, message)
             case Membership():
+                self._lender.follow(message)
                 for peer in self._peers.follow(message, {key[0] for key in self._streams}):
                     self.peer_lost(peer)
             case _:
@@ -134,6 +157,7 @@ class DecodeWorker:
         self._peers.forget(peer)
         self._apply(self._loader.peer_lost(peer))
         self._emitter.forget(peer)
+        self._lender.peer_lost(peer)
         for gateway, ticket in [key for key in self._streams if key[0] == peer]:
             self._abort(gateway, ticket, -1)
 
@@ -141,11 +165,12 @@ class DecodeWorker:
 
     def next_deadline_s(self) -> float | None:
         """When `tick` is due, on the monotonic clock."""
-        times = [self._loader.next_deadline_s(), self._offloader.next_event_s()]
+        times = [self._loader.next_deadline_s(), self._lender.next_deadline_s(), self._offloader.next_event_s()]
         return min((at_s for at_s in times if at_s is not None), default=None)
 
     def tick(self) -> None:
-        """Renew leases, and give up on prefills that stand still."""
+        """Renew leases, end those of others, and give up on prefills that stand still."""
+        self._lender.tick()
         self._apply(self._loader.tick())
 
     def step(self) -> bool:
@@ -156,6 +181,10 @@ class DecodeWorker:
         """
         self._apply(self._loader.poll())
         self._poll_tiers()
+        if self._lender.readers:
+            for stream in self._scheduler.waiting():
+                self._move(stream, [])
+                self._close(stream)
         for stream in self._scheduler.admit():
             self._start(stream)
         computed = self._steps.turn()
@@ -178,13 +207,14 @@ class DecodeWorker:
             prompt_tokens=self._prompt_tokens,
             received_bytes=self._received_bytes,
             cached_tokens=self._cached_tokens,
-            peers=self._connector.peers(),
+            leases=len(self._lender),
+            peers=self._peers.prefills(),
             refused=self._peers.refusals(),
         )
 
     def drained(self) -> bool:
-        """Whether no client waits for us any more."""
-        return not self._streams
+        """Whether neither a client nor a worker that takes over waits for us any more."""
+        return not self._streams and not len(self._lender)
 
     # ---- requests ---------------------------------------------------------------------------------------------------
 
@@ -220,7 +250,10 @@ class DecodeWorker:
 
     def _new_stream(self, gateway: PeerId, message: Generate, sequence: Sequence) -> Stream:
         self._order += 1
-        return Stream(gateway, message, sequence, self._order, self._clock.monotonic_s(), self._max_model_len)
+        order = self._order
+        if len(message.tokens) > message.num_prompt_tokens:  # a client waits in the middle of his answer
+            order -= _BEGUN
+        return Stream(gateway, message, sequence, order, self._clock.monotonic_s(), self._max_model_len)
 
     def _start(self, stream: Stream) -> None:
         """Decide where an admitted stream's prompt is computed."""
@@ -250,7 +283,8 @@ class DecodeWorker:
         scheduler = self._scheduler
         ahead = scheduler.num_prefilling_tokens, scheduler.num_loading_tokens
         remaining = stream.sequence.num_tokens - stream.sequence.num_computed
-        if peer and not self._cost.local_is_sooner(remaining, *ahead, scheduler.num_running):
+        held = self._peers.holds(peer)
+        if peer and (held or not self._cost.local_is_sooner(remaining, *ahead, scheduler.num_running)):
             yield peer
             # With the first tokens known, the client waits for this worker alone.
             other = self._peers.choose(stream, avoid=peer) if stream.first_tokens is None else ""
@@ -281,6 +315,7 @@ class DecodeWorker:
         if stream.recording is not None:  # whoever computes the whole prompt records it
             stream.recording.close()
             stream.recording = None
+        stream.takes_over = self._peers.holds(peer)
         self._scheduler.load(stream)
         self._stage(stream, "decode.handoff", detail)  # before the peer knows: its span hangs on this one
         self._loader.start(stream, peer)
@@ -304,16 +339,20 @@ class DecodeWorker:
             stream.trace = None
         if stream.recording is not None:
             stream.recording.close()
-        streams = self._streams.get(stream.key, [])
-        if stream in streams:
-            streams.remove(stream)
-            if not streams:
-                del self._streams[stream.key]
+        self._forget(stream)
         if stream.state is StreamState.LOADING and self._loader.loads(stream):
             self._scheduler.drain(stream)
             self._apply(self._loader.abort(stream))
         elif stream.state is not StreamState.DRAINING:
             self._scheduler.end(stream)
+
+    def _forget(self, stream: Stream) -> None:
+        """Its ticket means nothing here any more."""
+        streams = self._streams.get(stream.key, [])
+        if stream in streams:
+            streams.remove(stream)
+            if not streams:
+                del self._streams[stream.key]
 
     # ---- tiers ------------------------------------------------------------------------------------------------------
 
@@ -385,7 +424,7 @@ class DecodeWorker:
         if event.reason is FailureReason.PREFILL and event.status < 500:
             self._refuse(stream, event.status, event.message)
             return
-        if not self._recompute:
+        if not self._recompute and not stream.takes_over:  # an operator's drain fails no request
             self._refuse(stream, 503, f"the prompt's KV did not arrive: {event.reason.value}", retryable=True)
             return
         # Hidden states are wanted of every token: the one that computes the last has computed the first.
@@ -435,11 +474,29 @@ class DecodeWorker:
             return
         self._offer(stream, outcome.first + outcome.num_new)
         stream.sequence.tokens.append(sample.token)
-        self._engine.commit(stream.sequence)
         finish = stream.finish_of(sample.token)
+        if finish is None and self._lender.readers:
+            stream.sequence.tokens.pop()
+            self._hold(stream, sample)
+            return
+        self._engine.commit(stream.sequence)
         self._emit(stream, stream.children[0], sample, finish)
         if finish is not None:
             self._close(stream)
+
+    def _hold(self, stream: Stream, sample: SampledToken) -> None:
+        """Another worker goes on with a stream, from the token that has just been sampled."""
+        self._move(stream, self._lender.readers)
+        self._scheduler.hold(stream)
+        self._forget(stream)
+        self._lender.hold(stream, sample)
+
+    def _move(self, stream: Stream, readers: list[PeerId]) -> None:
+        """Tell that a stream's outputs do not go on here."""
+        self._stage(stream, "decode.moved", "" if readers else "not begun")
+        for child in stream.children:
+            if child.index not in stream.ended_children:
+                self._emitter.moved(stream.gateway, Moved(stream.request.ticket, child.index, readers))
 
     def _advance_prompt(self, stream: Stream, outcome: Outcome) -> None:
         sequence = stream.sequence

@@ -92,7 +92,7 @@ class Connector:
         self.layout = layout
         self.groups = tuple(groups)
         self.layer_groups = list(layer_groups)
-        self._peer = peer
+        self.peer = peer
         self._fingerprint = fingerprint
         self._ends = list(ends)
         self._choice = choice
@@ -128,7 +128,7 @@ class Connector:
         num_heads = max(end.heads.stop for end in self._ends)
         return Hello(
             protocol=PROTOCOL_VERSION,
-            peer=self._peer,
+            peer=self.peer,
             fingerprint=self._fingerprint,
             cache=CacheSpec(
                 num_heads,

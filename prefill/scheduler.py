@@ -74,8 +74,10 @@ class PrefillScheduler:
         return next((jobs[transfer] for jobs in places if transfer in jobs), None)
 
     def add(self, job: Job) -> None:
-        """Queue a job."""
+        """Queue a job; before all others, if it is for an output that has begun: its client waits in the middle."""
         self._queued[job.transfer] = job
+        if job.sequence.num_tokens > job.sequence.num_prompt_tokens:
+            self._queued.move_to_end(job.transfer, last=False)
 
     def fetched(self, job: Job) -> None:
         """Tiers have given what they had to the prefix cache, or took too long: a job is the first in the queue

@@ -37,7 +37,7 @@ app = typer.Typer(
 
       tandem up my.yaml  ·  tandem status  ·  tandem down
 
-      tandem drain decode-0  ·  tandem scale decode 3  ·  tandem watch
+      tandem drain decode-0  ·  tandem scale decode 3  ·  tandem restart  ·  tandem watch
 
       tandem deploy render my.yaml        files that start the cluster: on your machines, AWS, GCP, Kubernetes
     """,
@@ -148,15 +148,38 @@ def drain(
     grace_s: Annotated[
         float, typer.Option(min=0, max=86_400, help="What is not finished by then goes on elsewhere.")
     ] = 600.0,
+    finish: Annotated[
+        bool, typer.Option("--finish", help="Finish what runs on a decode worker there, however long that takes.")
+    ] = False,
     control: ControlOption = None,
 ) -> None:
-    """Take a worker out: it gets nothing new, finishes what it has, and ends; no request fails.
+    """Take a worker out: it gets nothing new, hands over or finishes what it has, and ends; no request fails.
+
+    What runs on a decode worker goes on on another, with its KV, from the very next token.
 
     Returns when it has ended. `tandem scale` brings it back. The last worker of a pool that is ready stays.
     """
     from .control import drain as run
 
-    run(worker, grace_s, control, restart=restart)
+    run(worker, grace_s, control, restart=restart, finish=finish)
+
+
+@app.command()
+def restart(
+    pool: Annotated[str, typer.Argument(metavar="[POOL]", help="prefill, decode or colocated; without it, all.")] = "",
+    grace_s: Annotated[
+        float, typer.Option(min=0, max=86_400, help="What a worker has not done by then goes on elsewhere.")
+    ] = 600.0,
+    control: ControlOption = None,
+) -> None:
+    """Begin another life of every worker, one after the other; no request fails.
+
+    Each is drained, starts again, and serves before the next is drained. A pool of one worker gets a second one
+    meanwhile where there is room for it; else its requests wait. Ctrl-C: no further one is begun.
+    """
+    from .control import restart as run
+
+    run(pool, grace_s, control)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""`tandem drain`, `scale` and `watch`: the operators' API from the command line."""
+"""`tandem drain`, `restart`, `scale` and `watch`: the operators' API from the command line."""
 
 from __future__ import annotations
 
@@ -11,11 +11,19 @@ from ..control.client import ControlClient
 from ..control.credentials import Credentials
 
 
-def drain(worker: str, grace_s: float, file: Path | None, *, restart: bool) -> None:
+def drain(worker: str, grace_s: float, file: Path | None, *, restart: bool, finish: bool) -> None:
     """Take a worker out, and return when it has ended, or is back."""
     with ControlClient(_credentials(file)) as client:
-        client.drain(worker, grace_s, restart=restart)
+        client.drain(worker, grace_s, restart=restart, finish=finish)
     Console(highlight=False).print(f"{worker} is {'ready again' if restart else 'drained'}", markup=False)
+
+
+def restart(pool: str, grace_s: float, file: Path | None) -> None:
+    """Begin another life of every worker of a pool, or of all, one after the other, and tell of each."""
+    console = Console(highlight=False)
+    with ControlClient(_credentials(file)) as client:
+        for worker in client.restart(pool, grace_s):
+            console.print(f"{worker} is ready again", markup=False)
 
 
 def scale(pool: str, replicas: int, file: Path | None) -> None:

@@ -44,16 +44,28 @@ class ControlClient:
         """Every worker."""
         return list(self._call("Status", pb.StatusRequest(), _ANSWER_TIMEOUT_S).workers)
 
-    def drain(self, worker: str, grace_s: float, *, restart: bool) -> None:
+    def drain(self, worker: str, grace_s: float, *, restart: bool, finish: bool = False) -> None:
         """Take a worker out; returns when it has ended or, to ``restart``, is back, which may take a model's loading.
 
         Args:
             worker: "decode-0".
             grace_s: what is not finished by then goes on elsewhere.
             restart: start it again.
+            finish: finish what runs on it there, instead of handing it over.
         """
         timeout_s = None if restart else grace_s + _MARGIN_S
-        self._call("Drain", pb.DrainRequest(worker=worker, grace_s=grace_s, restart=restart), timeout_s)
+        request = pb.DrainRequest(worker=worker, grace_s=grace_s, restart=restart, finish=finish)
+        self._call("Drain", request, timeout_s)
+
+    def restart(self, pool: str, grace_s: float) -> Iterator[str]:
+        """Begin another life of every worker of a pool, or, for "", of all, one after the other: the name of each when
+        it serves again. Whoever stops to listen stops it."""
+        try:
+            request = pb.RestartRequest(pool=pool, grace_s=grace_s)
+            for answer in self._method("Restart")(request, metadata=self._metadata):
+                yield answer.worker
+        except grpc.RpcError as error:
+            raise self._error(error) from None
 
     def scale(self, pool: str, replicas: int) -> tuple[list[str], list[str]]:
         """Have so many workers in a pool; those that start, and those that are drained."""

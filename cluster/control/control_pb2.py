@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17tandem/v1/control.proto\x12\ttandem.v1\"\x0f\n\rStatusRequest\"4\n\x0eStatusResponse\x12\"\n\x07workers\x18\x01 \x03(\x0b\x32\x11.tandem.v1.Worker\"\x80\x01\n\x06Worker\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04peer\x18\x02 \x01(\t\x12\x0c\n\x04role\x18\x03 \x01(\t\x12\r\n\x05phase\x18\x04 \x01(\t\x12\x0c\n\x04node\x18\x05 \x01(\t\x12\x10\n\x08restarts\x18\x06 \x01(\r\x12\x1d\n\x04load\x18\x07 \x01(\x0b\x32\x0f.tandem.v1.Load\"\xbf\x02\n\x04Load\x12\x0f\n\x07running\x18\x01 \x01(\x04\x12\x0f\n\x07waiting\x18\x02 \x01(\x04\x12\x15\n\rqueued_tokens\x18\x03 \x01(\x04\x12\x13\n\x0b\x66ree_blocks\x18\x04 \x01(\x04\x12\x12\n\nnum_blocks\x18\x05 \x01(\x04\x12\x0e\n\x06leases\x18\x06 \x01(\x04\x12\x11\n\ttransfers\x18\x07 \x01(\x04\x12\x15\n\routput_tokens\x18\x08 \x01(\x04\x12\x15\n\rprompt_tokens\x18\t \x01(\x04\x12\x16\n\x0ereceived_bytes\x18\n \x01(\x04\x12\r\n\x05peers\x18\x0b \x03(\t\x12-\n\x07refused\x18\x0c \x03(\x0b\x32\x1c.tandem.v1.Load.RefusedEntry\x1a.\n\x0cRefusedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"Q\n\x0c\x44rainRequest\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x14\n\x07grace_s\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x0f\n\x07restart\x18\x03 \x01(\x08\x42\n\n\x08_grace_s\"\x0f\n\rDrainResponse\".\n\x0cScaleRequest\x12\x0c\n\x04pool\x18\x01 \x01(\t\x12\x10\n\x08replicas\x18\x02 \x01(\r\"1\n\rScaleResponse\x12\x0f\n\x07started\x18\x01 \x03(\t\x12\x0f\n\x07\x64rained\x18\x02 \x03(\t\"\x12\n\x10RebalanceRequest\"\x13\n\x11RebalanceResponse\"\x1d\n\x0cWatchRequest\x12\r\n\x05\x61\x66ter\x18\x01 \x01(\x04\"3\n\x05\x45vent\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x0c\n\x04\x61t_s\x18\x02 \x01(\x01\x12\x0c\n\x04text\x18\x03 \x01(\t2\xbe\x02\n\x07\x43ontrol\x12=\n\x06Status\x12\x18.tandem.v1.StatusRequest\x1a\x19.tandem.v1.StatusResponse\x12:\n\x05\x44rain\x12\x17.tandem.v1.DrainRequest\x1a\x18.tandem.v1.DrainResponse\x12:\n\x05Scale\x12\x17.tandem.v1.ScaleRequest\x1a\x18.tandem.v1.ScaleResponse\x12\x46\n\tRebalance\x12\x1b.tandem.v1.RebalanceRequest\x1a\x1c.tandem.v1.RebalanceResponse\x12\x34\n\x05Watch\x12\x17.tandem.v1.WatchRequest\x1a\x10.tandem.v1.Event0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17tandem/v1/control.proto\x12\ttandem.v1\"\x0f\n\rStatusRequest\"4\n\x0eStatusResponse\x12\"\n\x07workers\x18\x01 \x03(\x0b\x32\x11.tandem.v1.Worker\"\x80\x01\n\x06Worker\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04peer\x18\x02 \x01(\t\x12\x0c\n\x04role\x18\x03 \x01(\t\x12\r\n\x05phase\x18\x04 \x01(\t\x12\x0c\n\x04node\x18\x05 \x01(\t\x12\x10\n\x08restarts\x18\x06 \x01(\r\x12\x1d\n\x04load\x18\x07 \x01(\x0b\x32\x0f.tandem.v1.Load\"\xbf\x02\n\x04Load\x12\x0f\n\x07running\x18\x01 \x01(\x04\x12\x0f\n\x07waiting\x18\x02 \x01(\x04\x12\x15\n\rqueued_tokens\x18\x03 \x01(\x04\x12\x13\n\x0b\x66ree_blocks\x18\x04 \x01(\x04\x12\x12\n\nnum_blocks\x18\x05 \x01(\x04\x12\x0e\n\x06leases\x18\x06 \x01(\x04\x12\x11\n\ttransfers\x18\x07 \x01(\x04\x12\x15\n\routput_tokens\x18\x08 \x01(\x04\x12\x15\n\rprompt_tokens\x18\t \x01(\x04\x12\x16\n\x0ereceived_bytes\x18\n \x01(\x04\x12\r\n\x05peers\x18\x0b \x03(\t\x12-\n\x07refused\x18\x0c \x03(\x0b\x32\x1c.tandem.v1.Load.RefusedEntry\x1a.\n\x0cRefusedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"a\n\x0c\x44rainRequest\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x14\n\x07grace_s\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x0f\n\x07restart\x18\x03 \x01(\x08\x12\x0e\n\x06\x66inish\x18\x04 \x01(\x08\x42\n\n\x08_grace_s\"\x0f\n\rDrainResponse\"@\n\x0eRestartRequest\x12\x0c\n\x04pool\x18\x01 \x01(\t\x12\x14\n\x07grace_s\x18\x02 \x01(\x01H\x00\x88\x01\x01\x42\n\n\x08_grace_s\"!\n\x0fRestartResponse\x12\x0e\n\x06worker\x18\x01 \x01(\t\".\n\x0cScaleRequest\x12\x0c\n\x04pool\x18\x01 \x01(\t\x12\x10\n\x08replicas\x18\x02 \x01(\r\"1\n\rScaleResponse\x12\x0f\n\x07started\x18\x01 \x03(\t\x12\x0f\n\x07\x64rained\x18\x02 \x03(\t\"\x12\n\x10RebalanceRequest\"\x13\n\x11RebalanceResponse\"\x1d\n\x0cWatchRequest\x12\r\n\x05\x61\x66ter\x18\x01 \x01(\x04\"3\n\x05\x45vent\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x0c\n\x04\x61t_s\x18\x02 \x01(\x01\x12\x0c\n\x04text\x18\x03 \x01(\t2\x82\x03\n\x07\x43ontrol\x12=\n\x06Status\x12\x18.tandem.v1.StatusRequest\x1a\x19.tandem.v1.StatusResponse\x12:\n\x05\x44rain\x12\x17.tandem.v1.DrainRequest\x1a\x18.tandem.v1.DrainResponse\x12\x42\n\x07Restart\x12\x19.tandem.v1.RestartRequest\x1a\x1a.tandem.v1.RestartResponse0\x01\x12:\n\x05Scale\x12\x17.tandem.v1.ScaleRequest\x1a\x18.tandem.v1.ScaleResponse\x12\x46\n\tRebalance\x12\x1b.tandem.v1.RebalanceRequest\x1a\x1c.tandem.v1.RebalanceResponse\x12\x34\n\x05Watch\x12\x17.tandem.v1.WatchRequest\x1a\x10.tandem.v1.Event0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -44,21 +44,25 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LOAD_REFUSEDENTRY']._serialized_start=514
   _globals['_LOAD_REFUSEDENTRY']._serialized_end=560
   _globals['_DRAINREQUEST']._serialized_start=562
-  _globals['_DRAINREQUEST']._serialized_end=643
-  _globals['_DRAINRESPONSE']._serialized_start=645
-  _globals['_DRAINRESPONSE']._serialized_end=660
-  _globals['_SCALEREQUEST']._serialized_start=662
-  _globals['_SCALEREQUEST']._serialized_end=708
-  _globals['_SCALERESPONSE']._serialized_start=710
-  _globals['_SCALERESPONSE']._serialized_end=759
-  _globals['_REBALANCEREQUEST']._serialized_start=761
-  _globals['_REBALANCEREQUEST']._serialized_end=779
-  _globals['_REBALANCERESPONSE']._serialized_start=781
-  _globals['_REBALANCERESPONSE']._serialized_end=800
-  _globals['_WATCHREQUEST']._serialized_start=802
-  _globals['_WATCHREQUEST']._serialized_end=831
-  _globals['_EVENT']._serialized_start=833
-  _globals['_EVENT']._serialized_end=884
-  _globals['_CONTROL']._serialized_start=887
-  _globals['_CONTROL']._serialized_end=1205
+  _globals['_DRAINREQUEST']._serialized_end=659
+  _globals['_DRAINRESPONSE']._serialized_start=661
+  _globals['_DRAINRESPONSE']._serialized_end=676
+  _globals['_RESTARTREQUEST']._serialized_start=678
+  _globals['_RESTARTREQUEST']._serialized_end=742
+  _globals['_RESTARTRESPONSE']._serialized_start=744
+  _globals['_RESTARTRESPONSE']._serialized_end=777
+  _globals['_SCALEREQUEST']._serialized_start=779
+  _globals['_SCALEREQUEST']._serialized_end=825
+  _globals['_SCALERESPONSE']._serialized_start=827
+  _globals['_SCALERESPONSE']._serialized_end=876
+  _globals['_REBALANCEREQUEST']._serialized_start=878
+  _globals['_REBALANCEREQUEST']._serialized_end=896
+  _globals['_REBALANCERESPONSE']._serialized_start=898
+  _globals['_REBALANCERESPONSE']._serialized_end=917
+  _globals['_WATCHREQUEST']._serialized_start=919
+  _globals['_WATCHREQUEST']._serialized_end=948
+  _globals['_EVENT']._serialized_start=950
+  _globals['_EVENT']._serialized_end=1001
+  _globals['_CONTROL']._serialized_start=1004
+  _globals['_CONTROL']._serialized_end=1390
 # @@protoc_insertion_point(module_scope)

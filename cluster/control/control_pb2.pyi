@@ -70,18 +70,34 @@ class Load(_message.Message):
     def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., free_blocks: _Optional[int] = ..., num_blocks: _Optional[int] = ..., leases: _Optional[int] = ..., transfers: _Optional[int] = ..., output_tokens: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., received_bytes: _Optional[int] = ..., peers: _Optional[_Iterable[str]] = ..., refused: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class DrainRequest(_message.Message):
-    __slots__ = ("worker", "grace_s", "restart")
+    __slots__ = ("worker", "grace_s", "restart", "finish")
     WORKER_FIELD_NUMBER: _ClassVar[int]
     GRACE_S_FIELD_NUMBER: _ClassVar[int]
     RESTART_FIELD_NUMBER: _ClassVar[int]
+    FINISH_FIELD_NUMBER: _ClassVar[int]
     worker: str
     grace_s: float
     restart: bool
-    def __init__(self, worker: _Optional[str] = ..., grace_s: _Optional[float] = ..., restart: _Optional[bool] = ...) -> None: ...
+    finish: bool
+    def __init__(self, worker: _Optional[str] = ..., grace_s: _Optional[float] = ..., restart: _Optional[bool] = ..., finish: _Optional[bool] = ...) -> None: ...
 
 class DrainResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class RestartRequest(_message.Message):
+    __slots__ = ("pool", "grace_s")
+    POOL_FIELD_NUMBER: _ClassVar[int]
+    GRACE_S_FIELD_NUMBER: _ClassVar[int]
+    pool: str
+    grace_s: float
+    def __init__(self, pool: _Optional[str] = ..., grace_s: _Optional[float] = ...) -> None: ...
+
+class RestartResponse(_message.Message):
+    __slots__ = ("worker",)
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    worker: str
+    def __init__(self, worker: _Optional[str] = ...) -> None: ...
 
 class ScaleRequest(_message.Message):
     __slots__ = ("pool", "replicas")

@@ -67,8 +67,15 @@ class ControlService:
     async def Drain(self, request: pb.DrainRequest, context: Context) -> pb.DrainResponse:
         """Answers when the worker has ended, or is back."""
         grace_s = request.grace_s if request.HasField("grace_s") else DRAIN_S
-        await self._scaling.drain(request.worker, grace_s, restart=request.restart)
+        await self._scaling.drain(request.worker, grace_s, restart=request.restart, finish=request.finish)
         return pb.DrainResponse()
+
+    async def Restart(self, request: pb.RestartRequest, context: Context) -> AsyncIterator[pb.RestartResponse]:
+        """One worker after the other."""
+        grace_s = request.grace_s if request.HasField("grace_s") else DRAIN_S
+        async with contextlib.aclosing(self._scaling.restart(request.pool, grace_s)) as restarted:
+            async for worker in restarted:
+                yield pb.RestartResponse(worker=worker)
 
     async def Scale(self, request: pb.ScaleRequest, context: Context) -> pb.ScaleResponse:
         """Answers at once."""
@@ -218,12 +225,19 @@ def _handler(method: Any, behaviour: Callable[..., Any]) -> Any:
         try:
             return await behaviour(request, context)
         except TandemError as error:
-            code = next(code for kind, code in _CODES if isinstance(error, kind))
-            await context.abort(code, str(error))
+            await refuse(error, context)
 
     async def stream(body: bytes, context: Context) -> AsyncIterator[Any]:
-        async for message in behaviour(await parse(body, context), context):
-            yield message
+        async with contextlib.aclosing(behaviour(await parse(body, context), context)) as messages:
+            try:
+                async for message in messages:
+                    yield message
+            except TandemError as error:
+                await refuse(error, context)
+
+    async def refuse(error: TandemError, context: Context) -> None:
+        code = next(code for kind, code in _CODES if isinstance(error, kind))
+        await context.abort(code, str(error))
 
     if method.server_streaming:
         return grpc.unary_stream_rpc_method_handler(stream, response_serializer=encode)

@@ -15,10 +15,10 @@ from ...core.config import GatewayConfig
 from ...core.errors import CapacityError, NotFoundError, RequestError, TandemError, TooLargeError, WorkerError
 from ...core.ids import PeerId
 from ...core.log import logger
-from ...core.messages import Abort, ChildUpdate, Generate, Membership, Message, Refused, Report, Update
+from ...core.messages import Abort, ChildUpdate, Generate, Membership, Message, Moved, Refused, Report, Update
 from ...core.metrics import GatewayMetrics
-from ..router import Router
-from .live import Attempt, Delta, LiveRequest
+from ..router import Placement, Router
+from .live import Attempt, Delta, Held, LiveRequest, Output
 
 
 class Dispatcher:
@@ -87,8 +87,10 @@ class Dispatcher:
         timer = self._homeless.pop(live, None)
         if timer is not None:
             timer.cancel()
+        for output in live.outputs.values():
+            self._drop(output)
         for attempt in list(live.attempts.values()):
-            self._send(attempt.placement.decode, Abort([attempt.ticket]))
+            self._abort(attempt)
             self._close(live, attempt)
 
     def finish_output(self, live: LiveRequest, index: int) -> None:
@@ -97,9 +99,10 @@ class Dispatcher:
         if output.finished:
             return
         output.finished = True
+        self._drop(output)
         for attempt in list(live.attempts.values()):
             if index in attempt.children:
-                self._send(attempt.placement.decode, Abort([attempt.ticket], index))
+                self._abort(attempt, index)
                 self._child_done(live, attempt, index)
 
     # ---- from the workers -------------------------------------------------------------------------------------------
@@ -159,6 +162,28 @@ class Dispatcher:
             if live is not None:
                 self._tokens(live, child, now_s)
 
+        for moved in message.moved:
+            live = self._of(sender, moved.ticket)
+            if live is not None:
+                self._moved(live, sender, moved)
+
+    def _moved(self, live: LiveRequest, sender: PeerId, moved: Moved) -> None:
+        """An output goes on elsewhere, with its KV where there is any: its worker is about to end."""
+        attempt = live.attempts[moved.ticket]
+        if moved.index not in attempt.children:
+            return
+        if moved.readers:
+            live.outputs[moved.index].held = Held(sender, moved.ticket, moved.readers)
+            self._metrics.moves.inc()
+        live.timeline.mark("gateway.moves", f"from {sender}")
+        # Those that have not begun stay together, as they need one prompt: all of a message's before any is sent.
+        self._child_done(live, attempt, moved.index)
+        asyncio.get_running_loop().call_soon(self._go_on, live)
+
+    def _go_on(self, live: LiveRequest) -> None:
+        if live in self._live:
+            self._dispatch(live)
+
     def _tokens(self, live: LiveRequest, child: ChildUpdate, now_s: float) -> None:
         output = live.outputs.get(child.index)
         attempt = live.attempts[child.ticket]
@@ -175,6 +200,7 @@ class Dispatcher:
             self._metrics.itl_s.observe(now_s - live.last_token_s)
         live.last_token_s = now_s
         output.tokens.extend(child.tokens)
+        attempt.held = None
         live.push(Delta(child.index, child.tokens, child.logprobs, child.finish))
         if child.finish is not None:
             output.finished = True
@@ -210,12 +236,16 @@ class Dispatcher:
         groups += [[output] for output in open_outputs if output.tokens]
         for group in groups:
             tokens = live.tokens + group[0].tokens
-            placement = self._router.place(tokens, live.salt)
+            held = group[0].held
+            placement = self._router.place(tokens, live.salt, held.readers if held else ())
             if placement is None:
                 self._wait(live)
                 return
+            group[0].held = None
+            if held is not None and placement.decode in held.readers:
+                placement = Placement(placement.decode, held.peer)
             ticket = next(self._tickets)
-            attempt = Attempt(ticket, placement, [output.child.index for output in group], placement.num_left)
+            attempt = Attempt(ticket, placement, [output.child.index for output in group], placement.num_left, held)
             live.attempts[ticket] = attempt
             self._by_ticket[ticket] = live
             self._router.sent(placement, len(group), placement.num_left)
@@ -241,6 +271,19 @@ class Dispatcher:
         timer = self._homeless.pop(live, None)
         if timer is not None:
             timer.cancel()
+
+    def _abort(self, attempt: Attempt, index: int = -1) -> None:
+        """Stop an attempt, or one of its outputs, also where its KV may still be held for it."""
+        self._send(attempt.placement.decode, Abort([attempt.ticket], index))
+        if attempt.held is not None:
+            [held_index] = attempt.children
+            self._send(attempt.held.peer, Abort([attempt.held.ticket], held_index))
+
+    def _drop(self, output: Output) -> None:
+        """Nobody will ask for an output's KV."""
+        if output.held is not None:
+            self._send(output.held.peer, Abort([output.held.ticket], output.child.index))
+            output.held = None
 
     def _wait(self, live: LiveRequest) -> None:
         if live in self._homeless:

@@ -14,15 +14,21 @@ def gateway_url(config: Config) -> str:
     return f"{scheme}://{f'[{host}]' if ':' in host else host}:{config.gateway.port}"
 
 
-def listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int, *, shared: bool = False) -> socket.socket:
     """A listening socket.
+
+    Args:
+        host: address.
+        port: to listen on.
+        shared: with others of this user that ask for the same (SO_REUSEPORT): the kernel gives each a part of the
+            connections.
 
     Raises:
         ConfigError: the port is taken, or the address is not this machine's.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=2048)
+        return socket.create_server((host, port), family=family, backlog=2048, reuse_port=shared)
     except OSError as error:
         other = port + 1 if port < 65535 else 8000
         raise ConfigError(

@@ -7,7 +7,7 @@ from collections import deque
 from typing import NamedTuple
 
 from ...core.errors import TandemError
-from ...core.ids import RequestId
+from ...core.ids import PeerId, RequestId
 from ...core.log import RequestLog
 from ...core.messages import Child, FinishReason, Sampling, Stopping, TokenLogprobs, Usage
 from ...core.spans import Trace
@@ -24,6 +24,16 @@ class Delta(NamedTuple):
     finish: FinishReason | None
 
 
+class Held(NamedTuple):
+    """Where an output's KV waits for the worker that goes on with it."""
+
+    peer: PeerId
+    ticket: int
+    """Under which it ran there."""
+    readers: list[PeerId]
+    """Who can read it."""
+
+
 class Output:
     """One of a request's outputs: its tokens so far."""
 
@@ -31,16 +41,21 @@ class Output:
         self.child = child
         self.tokens: list[int] = []
         self.finished = False
+        self.held: Held | None = None
 
 
 class Attempt:
-    """One sending of (a part of) a request to a decode worker. ``prompt_tokens`` is 0 once the prompt is computed."""
+    """One sending of (a part of) a request to a decode worker. ``prompt_tokens`` is 0 once the prompt is computed.
+    ``held`` is where its KV comes from, until it goes on."""
 
-    def __init__(self, ticket: int, placement: Placement, children: list[int], prompt_tokens: int) -> None:
+    def __init__(
+        self, ticket: int, placement: Placement, children: list[int], prompt_tokens: int, held: Held | None = None
+    ) -> None:
         self.ticket = ticket
         self.placement = placement
         self.children = set(children)
         self.prompt_tokens = prompt_tokens
+        self.held = held
 
 
 class LiveRequest:

@@ -110,7 +110,7 @@ class GatewayRuntime:
         gateway = self._config.gateway
         tls_context(gateway.tls_cert, gateway.tls_key, "gateway")  # or it tells what is wrong with them
         certificate, key = (path and Path(path).expanduser() for path in (gateway.tls_cert, gateway.tls_key))
-        self._socket = listen(gateway.host, gateway.port)
+        self._socket = listen(gateway.host, gateway.port, shared=gateway.replicas > 1)
         if not certificate and gateway.api_keys and not is_loopback(gateway.host):
             logger.warning("the gateway at %s has no TLS: whoever listens on the way learns the API keys", gateway.host)
         self._progress("reading the tokenizer")

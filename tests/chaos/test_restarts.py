@@ -66,6 +66,11 @@ class EndlessLoad:
         """Until so many requests have been sent after ``since_s``."""
         wait_for(lambda: sum(at_s > since_s for at_s, _ in self._sent) >= count, 60, f"{count} requests")
 
+    def more(self, count: int) -> None:
+        """Wait until so many more are sent."""
+        before = len(self._sent)
+        wait_for(lambda: len(self._sent) >= before + count, 100, f"{count} requests")
+
     def check(self, golden: Golden, since_s: float) -> None:
         """All are right; of those sent after ``since_s``, 99 in 100 took less than 30 s on an idle machine."""
         wanted = golden([body(i) for i in range(NUM_BODIES)])
@@ -109,4 +114,23 @@ def test_decode_restarts_ten_times(cluster: Processes, golden: Golden, seeds: It
         load.check(golden, last_s)
         assert cluster.all["prefill-0"] is prefill
         assert prefill.alive
+        footprint.check()
+
+
+def test_decode_ends_three_times_and_hands_over(cluster: Processes, golden: Golden, seeds: Iterator[int]) -> None:
+    """Whoever reads from a worker that ends keeps no socket, descriptor or mapping of it."""
+    for seed in seeds:
+        cluster.serve()
+        ask_all(cluster.url, [body(i) for i in range(8)])
+        stays = [cluster.all[name].system for name in ("prefill-0", "decode-0")]
+        footprint = Footprint(cluster, stays)
+        with EndlessLoad(cluster.url, seed, 10) as load:
+            for _ in range(3):
+                load.more(20)
+                cluster.end("decode-1")
+            last_s = time.monotonic()
+            load.more(70)
+        load.check(golden, last_s)
+        assert "takes it over" in cluster.logs()
+        assert [cluster.all[name].system for name in ("prefill-0", "decode-0")] == stays
         footprint.check()

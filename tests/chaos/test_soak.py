@@ -27,7 +27,7 @@ Golden = Callable[[list[Body]], list[Tokens]]
 
 
 class Nuisance:
-    """Kills or stops a worker now and then, until it is left.
+    """Kills, ends or stops a worker now and then, until it is left.
 
     Args:
         cluster: whose.
@@ -57,8 +57,11 @@ class Nuisance:
                 continue
             workers = [process.worker for process in self._cluster.workers() if process.worker != self._spared]
             victim = self._cluster.all[self._rng.choice(workers)]
-            if self._rng.random() < 0.5:
+            what = self._rng.random()
+            if what < 0.35:
                 self._cluster.replace(victim.worker)
+            elif what < 0.7:
+                self._cluster.end(victim.worker)
             else:
                 victim.system.suspend()
                 self._over.wait(self._rng.uniform(0.1, 4))

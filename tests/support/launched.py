@@ -59,14 +59,14 @@ class Launched:
         self.processes: dict[PeerId, Process] = {}
         self.order: list[PeerId] = []
         self.released: list[WorkerId] = []
-        self._fails = fails or {}
-        self._hold = hold
+        self.fails = fails or {}
+        self.hold = hold
 
     def launch(self, peer: PeerId, role: str, on_phase: Callable[[str], None]) -> Process:
-        process = self.processes[peer] = Process(peer, role, self._fails.get(peer))
+        process = self.processes[peer] = Process(peer, role, self.fails.get(peer))
         self.order.append(peer)
         on_phase("reading the model")
-        if not self._hold:
+        if not self.hold:
             process.is_ready.set()
         return process
 

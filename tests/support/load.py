@@ -28,6 +28,8 @@ class Answer(NamedTuple):
     """Every choice has a finish_reason."""
     request_id: str
     seconds: float
+    broken: bool = False
+    """The connection broke."""
 
     @property
     def good(self) -> bool:
@@ -44,8 +46,10 @@ def body(index: int, **changes: Any) -> Body:
     } | changes  # fmt: skip
 
 
-async def ask(client: httpx.AsyncClient, request: Body, leave_after_s: float | None = None) -> Answer:
-    """Send one request; the client may leave before it is answered."""
+async def ask(
+    client: httpx.AsyncClient, request: Body, leave_after_s: float | None = None, *, broken: bool = False
+) -> Answer:
+    """Send one request; the client may leave before it is answered, and the connection may be ``broken``."""
     started_s = time.monotonic()
     tokens: Tokens = {}
     finished: set[int] = set()
@@ -85,6 +89,11 @@ async def ask(client: httpx.AsyncClient, request: Body, leave_after_s: float | N
         await asyncio.wait_for(run(), leave_after_s)
     except TimeoutError:
         status[0] = 0
+    except httpx.TransportError:
+        if not broken:
+            raise
+        status[0] = 0
+        return Answer(0, tokens, told[0], False, request_id[0], time.monotonic() - started_s, True)
     prompts = request["prompt"] if isinstance(request["prompt"][0], list) else [request["prompt"]]
     wanted = set(range(len(prompts) * request.get("n", 1)))
     seconds = time.monotonic() - started_s
@@ -97,6 +106,7 @@ def ask_all(
     at_once: int = 16,
     leave: Callable[[int], float | None] = lambda index: None,
     timeout_s: float = 100,
+    broken: bool = False,
 ) -> list[Answer]:
     """Send requests, so many at a time; the answers in their order. Blocks until all are answered.
 
@@ -106,6 +116,7 @@ def ask_all(
         at_once: clients.
         leave: after how many seconds the client of the n-th request leaves; None: it stays.
         timeout_s: of a connection that says nothing.
+        broken: whether connections may break.
     """
     answers: dict[int, Answer] = {}
 
@@ -116,7 +127,7 @@ def ask_all(
 
             async def one_client() -> None:
                 for index, request in pending:
-                    answers[index] = await ask(client, request, leave(index))
+                    answers[index] = await ask(client, request, leave(index), broken=broken)
 
             await asyncio.gather(*(one_client() for _ in range(at_once)))
 

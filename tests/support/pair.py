@@ -21,6 +21,7 @@ from tandem.core.messages import (
     Member,
     Membership,
     Message,
+    Moved,
     PromptLogprobs,
     Refused,
     Sampling,
@@ -64,6 +65,7 @@ class Output:
         self.refused: Refused | None = None
         self.usage: Usage | None = None
         self.stages: list[str] = []
+        self.moved: dict[int, Moved] = {}
 
 
 class Node:
@@ -208,9 +210,12 @@ class Pair:
                 other.worker.peer_lost(peer)
         self.announce()
 
-    def announce(self) -> None:
-        """Tell everybody who is there."""
-        members = [Member(peer, peer.split("-")[0], "node", "", True) for peer in (*self.nodes, GATEWAY)]
+    def announce(self, ending: tuple[str, ...] = ()) -> None:
+        """Tell everybody who is there, and who is about to end."""
+        members = [
+            Member(peer, peer.split("-")[0], "node", "", peer not in ending, peer in ending)
+            for peer in (*self.nodes, GATEWAY)
+        ]
         for node in self.nodes.values():
             with node.here():
                 node.worker.handle("controller", Membership(1, members))
@@ -231,14 +236,16 @@ class Pair:
         salt: str = "",
         prefill: str | None = None,
         hidden_states: str = "",
+        children: list[Child] | None = None,
+        request_id: str = "",
     ) -> int:
         """Send a request; returns its ticket."""
         self._ticket += 1
         self.outputs[self._ticket] = Output()
-        children = [Child(index, seed) for index, seed in enumerate(seeds or [0])]
+        children = children or [Child(index, seed) for index, seed in enumerate(seeds or [0])]
         peer = next((p for p in self.nodes if p.startswith("prefill")), "") if prefill is None else prefill
         request = Generate(
-            self._ticket, f"r{self._ticket}", tokens, num_prompt_tokens or len(tokens), children, sampling,
+            self._ticket, request_id or f"r{self._ticket}", tokens, num_prompt_tokens or len(tokens), children, sampling,
             Stopping(max_tokens, stop_ids or []), prompt_logprobs, salt, peer,
             hidden_states,
         )  # fmt: skip
@@ -300,10 +307,14 @@ class Pair:
                 for child in message.children:
                     output = self.outputs[child.ticket]
                     assert child.index not in output.finish, "a token after the end"
+                    assert child.index not in output.moved, "a token after it was moved"
                     output.tokens.setdefault(child.index, []).extend(child.tokens)
                     output.logprobs.setdefault(child.index, []).extend(child.logprobs or [])
                     if child.finish is not None:
                         output.finish[child.index] = child.finish
+                for moved in message.moved:
+                    assert moved.index not in self.outputs[moved.ticket].moved
+                    self.outputs[moved.ticket].moved[moved.index] = moved
                 for part in message.prompt_logprobs:
                     self._logprobs(self.outputs[part.ticket], part)
                 for usage in message.usages:

@@ -89,6 +89,12 @@ class Process:
         with contextlib.suppress(OSError):
             self._pipe.send(membership)
 
+    def end(self, grace_s: float) -> None:
+        """Have it finish or hand over what it has, for at most so long, and end. Idempotent."""
+        with contextlib.suppress(OSError):
+            self._pipe.send(grace_s)
+        self._process.join()
+
     @property
     def alive(self) -> bool:
         return self._process.is_alive()
@@ -158,13 +164,16 @@ class Processes(Gateway):
             worker, life, config, self._keys, self.folder, address, network, self._host_tier, self._environment
         )
 
-    def announce(self, *workers: str, leaving: tuple[str, ...] = ()) -> None:
-        """Tell all processes that these workers, or all, and the gateway are the members; some may be about to leave."""
+    def announce(self, *workers: str, leaving: tuple[str, ...] = (), ending: tuple[str, ...] = ()) -> None:
+        """Tell all processes that these workers, or all, and the gateway are the members; some may be about to leave, or
+        to end and hand over what they have."""
         self._told = list(workers or self.all)
         self._version += 1
         told = [self.all[name] for name in dict.fromkeys((*self._told, "gateway-0")) if name in self.all]
         members = [
-            msgspec.structs.replace(process.member, ready=process.worker not in leaving)
+            msgspec.structs.replace(
+                process.member, ready=process.worker not in leaving + ending, hands_over=process.worker in ending
+            )
             for process in told
             if process.member is not None
         ]
@@ -184,9 +193,22 @@ class Processes(Gateway):
 
     def replace(self, worker: str) -> None:
         """SIGKILL, and start its next life, of which everybody is told when it is ready."""
-        old = self.all[worker]
         told = list(self._told)
+        old = self.all[worker]
         self.kill(worker)
+        self._begin(old, told)
+
+    def end(self, worker: str, grace_s: float = 5.0) -> None:
+        """What SIGTERM does: it hands over what it has, and then its next life starts."""
+        told = list(self._told)
+        old = self.all[worker]
+        self.announce(*told, ending=(worker,))
+        old.end(grace_s)
+        self.kill(worker)
+        self._begin(old, told)
+
+    def _begin(self, old: Process, told: list[str]) -> None:
+        worker = old.worker
         fresh = self.spawn(worker, old.life + 1)
         fresh.wait_ready()
         self.all[worker] = fresh

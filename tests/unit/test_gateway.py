@@ -31,6 +31,7 @@ from tandem.core.messages import (
     Member,
     Membership,
     Message,
+    Moved,
     PromptLogprobs,
     Refused,
     Report,
@@ -284,6 +285,70 @@ def test_a_lost_worker_is_replaced_from_where_it_stood() -> None:
         assert await drain(live) == [(0, 7), (0, 8), (1, 9), (0, 10), (2, 11)]
         assert gateway.metrics.replays._value.get() == 1
         gateway.dispatcher.finish(live)
+        gateway.check_idle()
+
+    asyncio.run(run())
+
+
+def test_what_a_worker_moves_goes_on_where_its_kv_can_be_read() -> None:
+    async def run() -> None:
+        gateway = Gateway()
+        live = gateway.submit(outputs=3)
+        [(_, first)] = gateway.generates()
+        gateway.follow("decode-0#1", "decode-1#1", "decode-2#1", "prefill-0#1")
+        gateway.tokens(first.ticket, 2, 6, finish=FinishReason.STOP)
+        moves = [Moved(first.ticket, index, ["decode-2#1"]) for index in (0, 1, 1, 2, 9)]
+        gateway.dispatcher.receive("decode-9#1", Update(moved=moves))  # a stranger
+        gateway.dispatcher.receive(
+            "decode-0#1",
+            Update(children=[ChildUpdate(first.ticket, 0, [7, 8]), ChildUpdate(first.ticket, 1, [9])], moved=moves),
+        )
+        await asyncio.sleep(0)
+        later = gateway.generates()[1:]
+        assert [(peer, sent.prefill, sent.tokens) for peer, sent in later] == [
+            ("decode-2#1", "decode-0#1", [1, 2, 3, 7, 8]), ("decode-2#1", "decode-0#1", [1, 2, 3, 9]),
+        ]  # fmt: skip
+        assert gateway.metrics.moves._value.get() == 2
+        gateway.tokens(later[0][1].ticket, 0, 10, peer="decode-2#1")
+        assert await drain(live) == [(2, 6), (0, 7), (0, 8), (1, 9), (0, 10)]
+        gateway.dispatcher.finish(live)
+        aborts = [(peer, message) for peer, message in gateway.sent if isinstance(message, Abort)]
+        assert aborts == [
+            ("decode-2#1", Abort([later[0][1].ticket])), ("decode-2#1", Abort([later[1][1].ticket])),
+            ("decode-0#1", Abort([first.ticket], 1)),
+        ], "what has not gone on yet is still held"  # fmt: skip
+        gateway.check_idle()
+
+    asyncio.run(run())
+
+
+def test_what_was_moved_without_kv_begins_anew_together() -> None:
+    async def run() -> None:
+        gateway = Gateway()
+        live = gateway.submit(outputs=2)
+        [(_, first)] = gateway.generates()
+        gateway.follow("decode-1#1", "decode-0#1", "prefill-0#1")
+        gateway.dispatcher.receive("decode-0#1", Update(moved=[Moved(first.ticket, 0), Moved(first.ticket, 1)]))
+        await asyncio.sleep(0)
+        [(_, again)] = gateway.generates()[1:]
+        assert (again.prefill, [child.index for child in again.children]) == ("prefill-0#1", [0, 1])
+        assert gateway.metrics.moves._value.get() == 0
+        gateway.dispatcher.finish(live)
+        gateway.check_idle()
+
+    asyncio.run(run())
+
+
+def test_whoever_leaves_before_his_output_goes_on_is_forgotten_by_its_holder() -> None:
+    async def run() -> None:
+        gateway = Gateway()
+        live = gateway.submit()
+        [(_, first)] = gateway.generates()
+        gateway.tokens(first.ticket, 0, 7)
+        gateway.dispatcher.receive("decode-0#1", Update(moved=[Moved(first.ticket, 0, ["decode-1#1"])]))
+        gateway.dispatcher.finish(live)
+        await asyncio.sleep(0)
+        assert gateway.sent[-1] == ("decode-0#1", Abort([first.ticket], 0))
         gateway.check_idle()
 
     asyncio.run(run())

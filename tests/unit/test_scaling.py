@@ -12,7 +12,7 @@ from tandem.cluster.controller import Controller
 from tandem.cluster.scaling import Scaling
 from tandem.core.clock import ManualClock
 from tandem.core.config import Config
-from tandem.core.errors import CapacityError, NotFoundError, RequestError, TandemError
+from tandem.core.errors import CapacityError, NotFoundError, RequestError, TandemError, WorkerError
 from tandem.core.messages import Member
 
 Body = Callable[[Controller, Scaling, Launched], Awaitable[None]]
@@ -146,6 +146,8 @@ def test_who_is_not_ready_leaves_first() -> None:
         (lambda s: s.drain("gateway-0"), RequestError, "a gateway cannot be drained"),
         (lambda s: s.drain("decode-0", float("nan")), RequestError, "grace_s is nan, expected 0 to 86400"),
         (lambda s: s.drain("prefill-0"), CapacityError, "first `tandem scale prefill N`"),
+        (lambda s: anext(s.restart("gateway")), NotFoundError, "no pool 'gateway'"),
+        (lambda s: anext(s.restart("decode", -1)), RequestError, "grace_s is -1"),
         (lambda s: s.scale("colocated", 2), NotFoundError, "no pool 'colocated'; there are decode, prefill"),
         (lambda s: s.scale("gateway", 2), NotFoundError, "no pool 'gateway'"),
         (lambda s: s.scale("decode", 0), RequestError, "replicas is 0, expected 1 to 1024"),
@@ -169,6 +171,99 @@ def test_what_cannot_be_is_refused_and_changes_nothing(
     play(body, TWO, **({"offload": tiers} if "tier's" in says else {}))
 
 
+def test_a_finishing_drain_keeps_what_runs() -> None:
+    async def body(controller: Controller, scaling: Scaling, launched: Launched) -> None:
+        launched.processes["decode-0#1"].lingers = launched.processes["decode-1#1"].lingers = True
+        for number, finish in ((0, False), (1, True)):
+            scaling_on = asyncio.create_task(scaling.drain(f"decode-{number}", 30, finish=finish))
+            await settle()
+            members = launched.processes["gateway-0#1"].memberships[-1].members
+            assert [m.hands_over for m in members if m.peer == f"decode-{number}#1"] == [not finish]
+            launched.processes[f"decode-{number}#1"].die("stopped")
+            await scaling_on
+            await scaling.scale("decode", 2)
+            await settle()
+
+    play(body)
+
+
+def test_a_rolling_restart_takes_one_after_the_other() -> None:
+    async def body(controller: Controller, scaling: Scaling, launched: Launched) -> None:
+        seen = []
+        async for worker in scaling.restart():
+            seen.append(worker)
+            assert {role for role, ready in count_ready(controller).items() if not ready} == set()
+            with pytest.raises(CapacityError, match="another restart"):
+                await anext(scaling.restart())
+        await settle()
+        assert seen == ["prefill-0", "decode-0", "decode-1"]
+        assert launched.order[4:] == ["prefill-1#1", "prefill-0#2", "decode-0#2", "decode-1#2"]
+        assert controller.phases()["prefill-1"] == "drained", "it lived for the restart alone"
+        assert [worker async for worker in scaling.restart("prefill")] == ["prefill-0"]
+        assert launched.order[8:] == ["prefill-1#2", "prefill-0#3"]
+
+    play(body)
+
+
+def count_ready(controller: Controller) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for worker in controller.desired:
+        counts[worker.role] = counts.get(worker.role, 0) + (worker.phase == "ready")
+    return counts
+
+
+def test_the_second_worker_stays_until_the_first_is_back() -> None:
+    async def body(controller: Controller, scaling: Scaling, launched: Launched) -> None:
+        launched.hold = True
+        restart = asyncio.ensure_future(anext(scaling.restart("prefill")))
+        await settle()
+        launched.processes["prefill-1#1"].is_ready.set()
+        await settle()
+        assert controller.phases() | {"prefill-0": "reading the model", "prefill-1": "ready"} == controller.phases()
+        restart.cancel()
+        await settle()
+        assert controller.phases()["prefill-1"] == "ready"
+        launched.processes["prefill-0#2"].is_ready.set()
+        await settle()
+        assert (controller.phases()["prefill-0"], controller.phases()["prefill-1"]) == ("ready", "drained")
+
+    play(body)
+
+
+def test_without_room_the_only_worker_is_restarted_all_the_same() -> None:
+    async def body(controller: Controller, scaling: Scaling, launched: Launched) -> None:
+        launched.room = 0
+        assert [worker async for worker in scaling.restart("prefill", 600)] == ["prefill-0"]
+        assert launched.order[4:] == ["prefill-0#2"]
+        assert launched.processes["prefill-0#1"].grace_s == 5, "who comes meanwhile waits, and not for long"
+
+    play(body)
+
+
+def test_a_rolling_restart_ends_with_the_first_that_does_not_come_back() -> None:
+    async def body(controller: Controller, scaling: Scaling, launched: Launched) -> None:
+        launched.fails["decode-0#2"] = WorkerError("no memory")
+        with pytest.raises(WorkerError, match="decode-0 does not come back"):
+            async for _ in scaling.restart("decode"):
+                pass
+        assert controller.phases()["decode-1"] == "ready"
+        assert launched.processes["decode-1#1"].grace_s is None, "it was not touched"
+
+    play(body)
+
+
+def test_whoever_stops_listening_stops_a_rolling_restart() -> None:
+    async def body(controller: Controller, scaling: Scaling, launched: Launched) -> None:
+        restart = scaling.restart("decode")
+        assert await anext(restart) == "decode-0"
+        await restart.aclose()
+        await settle()
+        assert launched.order[4:] == ["decode-0#2"]
+        assert [worker async for worker in scaling.restart("decode")] == ["decode-0", "decode-1"]
+
+    play(body)
+
+
 def test_nothing_is_scaled_before_the_first_start_is_over() -> None:
     async def run() -> None:
         launched, config = Launched(hold=True), Config()
@@ -190,7 +285,7 @@ def test_nothing_is_scaled_before_the_first_start_is_over() -> None:
 
 def test_workers_that_share_experts_come_and_go_together() -> None:
     async def body(controller: Controller, scaling: Scaling, launched: Launched) -> None:
-        for attempt in (scaling.drain("decode-0"), scaling.scale("decode", 3)):
+        for attempt in (scaling.drain("decode-0"), scaling.scale("decode", 3), anext(scaling.restart("decode"))):
             with pytest.raises(RequestError, match="share experts in groups of 2"):
                 await attempt
 
