@@ -22,6 +22,7 @@ from ...core.messages import Member, Membership, Message, Report, Scrape, Scrape
 from ...core.metrics import GatewayMetrics, merge, render
 from ...core.wire import ClusterKeys, SecureContext
 from ...engine.models.spec import context_length, read_spec
+from ...kernels import block_hashes
 from ..kv_view import KVView
 from ..mesh import Mesh
 from ..router import Router
@@ -103,6 +104,8 @@ class GatewayRuntime:
         self._socket = listen(self._config.gateway.host, self._config.gateway.port)
         self._progress("reading the tokenizer")
         self._model = load_model(self._config)
+        if self._config.routing.policy == "kv_aware":
+            block_hashes.prepare()
         context = self._context = SecureContext(self._keys)
         self._mesh = Mesh(
             self.peer,
