@@ -2,7 +2,8 @@
 
 Every policy is compared with an *oracle*: it knows at once what every worker has, and will have when it comes to a
 request, and gives each request to whoever has most of its prompt, among the workers that have not been given more than
-their share of all work so far, and a bit. It does not look at who is busy now, so that it has more hits than may be good.
+their share of all work so far, and a bit. It does not look at who is busy now: it has more hits than are good for those
+who wait.
 """
 
 from __future__ import annotations
