@@ -104,7 +104,7 @@ class KVView:
         for kind in self._all_kinds:
             size = kind.block_tokens
             # A worker computes at least one token, and so uses one block less of a prompt that is whole blocks.
-            num_blocks = (len(tokens) - 1) // size
+            num_blocks = max(0, len(tokens) - 1) // size
             lengths = self._index.match(PromptHashes(tokens, size, root_hash(kind.fingerprint, salt), num_blocks))
             for name in lengths:
                 peer = name.removesuffix(_WITH_TIERS)
