@@ -23,7 +23,7 @@ from .serve import Load, ServedArm, Step, compare, verdict, warm_up_jobs
 from .summary import Slo, spread
 from .workload import Job
 
-_READY_TIMEOUT_S = 600.0
+_READY_TIMEOUT_S = 300.0
 _VOCABULARY = 4000
 _SERVE = "from tandem.cluster.cli import main; main()"
 _SLO = Slo(1.0, 0.05)
