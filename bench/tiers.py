@@ -23,7 +23,7 @@ from .serve import Load, ServedArm, Step, compare, verdict, warm_up_jobs
 from .summary import Slo, spread
 from .workload import Job
 
-_READY_TIMEOUT_S = 120.0
+_READY_TIMEOUT_S = 300.0
 _VOCABULARY = 4000
 _SERVE = "from tandem.cluster.cli import main; main()"
 _SLO = Slo(1.0, 0.05)
@@ -100,7 +100,7 @@ class Served:
             self._process.wait()
 
 
-class _Counted(ServedArm):
+class CountedArm(ServedArm):
     """An arm whose processor time is counted: other load on the machine changes that less than throughput."""
 
     def __init__(self, name: str, served: Served) -> None:
@@ -206,7 +206,7 @@ def measure_misses(
     with tempfile.TemporaryDirectory(prefix="tandem-bench-") as folder:
         served = _start(Path(folder), settings, tiers.replace("FOLDER", folder))
         try:
-            arms = [_Counted(name, arm) for name, arm in served.items()]
+            arms = [CountedArm(name, arm) for name, arm in served.items()]
             compare(arms, [Load(warm_up_jobs(_VOCABULARY, 8, 0), 4, _SLO)], lambda *_: None)
             rng = random.Random(0)
             loads = [

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import islice
 from typing import NamedTuple
 
-from ..core.hashing import each_block_hash, root_hash, split_hashes
+from ..core.hashing import root_hash, split_hashes
 from ..core.ids import PeerId
 from ..core.kv_messages import KVEvents, KVSnapshot, KVWatch
 from ..core.messages import Membership, Message
 from .prefix_index import PrefixIndex
+from .prompt_hashes import PromptHashes
 
 
 class Held(NamedTuple):
@@ -99,14 +99,13 @@ class KVView:
         self._reach(peer, holder)
 
     def match(self, tokens: Sequence[int], salt: str) -> dict[PeerId, Held]:
-        """The workers that have a prompt's beginning. Hashes the prompt as far as anybody has it."""
+        """The workers that have a prompt's beginning. Hashes the prompt about as far as anybody has it."""
         held: dict[PeerId, Held] = {}
         for kind in self._all_kinds:
             size = kind.block_tokens
-            root = root_hash(kind.fingerprint, salt)
             # A worker computes at least one token, and so uses one block less of a prompt that is whole blocks.
-            hashes = islice(each_block_hash(tokens, size, root), (len(tokens) - 1) // size)
-            lengths = self._index.match(hashes)
+            num_blocks = max(0, len(tokens) - 1) // size
+            lengths = self._index.match(PromptHashes(tokens, size, root_hash(kind.fingerprint, salt), num_blocks))
             for name in lengths:
                 peer = name.removesuffix(_WITH_TIERS)
                 if self._kinds.get(peer) == kind:

@@ -16,6 +16,9 @@ _MOVE_SHARE = 1 / 16
 """What a token's KV costs that is moved from elsewhere, against a token that is computed."""
 _OUTPUT_TOKENS = 64
 """What an output in flight costs whoever comes to the same worker, in prompt tokens to compute."""
+_CROWDING = 6
+"""How much dearer computing a token becomes when all workers have prompts to compute, and not only the one that is
+asked: what it computes without need, everybody behind waits for."""
 _BEGINNING_TOKENS = 256
 """Prompts that are equal so far belong together."""
 _BALANCE = 1.25
@@ -79,6 +82,8 @@ class Router:
         self._others: dict[PeerId, _Others] = {}
         self._costs: dict[str, dict[PeerId, _Load]] = {"decode": {}, "prefill": {}}
         """By pool. Kept up to date, so that a decision weighs few of many workers."""
+        self._num_computing = self._num_busy = 0
+        """Workers that compute prompts, and those of them that have some to compute."""
         self._decoders: list[PeerId] | None = None
         """Sorted; None: to be looked for again."""
         self._readable: dict[PeerId, list[PeerId]] = {}
@@ -94,6 +99,8 @@ class Router:
                 del table[peer]
         for costs in self._costs.values():
             costs.clear()
+        self._num_computing = sum(member.role in ("prefill", "colocated") for member in self._members.values())
+        self._num_busy = 0
         for peer in self._members:
             self._weigh(peer)
         self._look_again()
@@ -199,23 +206,28 @@ class Router:
             least = min(turned, key=costs.__getitem__)
             if not prompt.held:
                 return least
+            weight = 1 + _CROWDING * self._num_busy / max(self._num_computing, 1)
             weighed = [peer for peer in turned if peer in prompt.held or peer == least]
-            return min(weighed, key=lambda peer: (self._cost(pool, peer, prompt), costs[peer].waiting))
+            return min(weighed, key=lambda peer: (self._cost(pool, peer, prompt, weight), costs[peer].waiting))
         return min(turned, key=lambda peer: (load.get(peer, 0), self._waiting(peer)))
 
-    def _cost(self, pool: str, peer: PeerId, prompt: _Prompt) -> float:
-        """What it takes until a worker has a prompt's KV, those before it included, in prompt tokens to compute."""
+    def _cost(self, pool: str, peer: PeerId, prompt: _Prompt, weight: float) -> float:
+        """What it takes until a worker has a prompt's KV, those before it included, in prompt tokens to compute; what
+        it computes counts ``weight`` times."""
         in_cache, with_tiers = prompt.held.get(peer, NOTHING)
         cost = self._costs[pool][peer].cost
         if pool == "decode" and self._members[peer].role == "decode":
             return _MOVE_SHARE * (prompt.num_tokens - in_cache) + cost
-        return prompt.num_tokens - with_tiers + _MOVE_SHARE * (with_tiers - in_cache) + cost
+        return weight * (prompt.num_tokens - with_tiers) + _MOVE_SHARE * (with_tiers - in_cache) + cost
 
     def _weigh(self, peer: PeerId) -> None:
         """What a worker has to do has changed."""
         others, waiting = self._others.get(peer, _NO_OTHERS), self._waiting(peer)
         outputs = _OUTPUT_TOKENS * (self._decode_load.get(peer, 0) + others.outputs)
         queued = self._prefill_load.get(peer, 0) + others.tokens
+        if self._members[peer].role in ("prefill", "colocated"):
+            before = self._costs["prefill"].get(peer)
+            self._num_busy += (queued > 0) - (before is not None and before.cost > 0)
         self._costs["prefill"][peer] = _Load(queued, waiting)
         self._costs["decode"][peer] = _Load(
             outputs if self._members[peer].role == "decode" else outputs + queued, waiting

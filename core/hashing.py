@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 BlockHash = bytes
 """16 bytes."""
 
 HASH_BYTES = 16
-_PACKED_BLOCKS = 32
 
 
 def root_hash(fingerprint: str, salt: str = "") -> BlockHash:
@@ -27,27 +26,8 @@ def root_hash(fingerprint: str, salt: str = "") -> BlockHash:
     return digest.digest()
 
 
-def each_block_hash(
-    tokens: Sequence[int], block_tokens: int, parent: BlockHash, start_block: int = 0
-) -> Iterator[BlockHash]:
-    """`block_hashes`, each made when it is asked for."""
-    blake2b = hashlib.blake2b
-    stop = len(tokens) // block_tokens
-    # Packing many blocks at once takes a third of the time, but whoever wants one block's key should not wait for more.
-    count = 1
-    while start_block < stop:
-        count = min(count, stop - start_block)
-        first = start_block * block_tokens
-        packed = struct.pack(f"<{count * block_tokens}I", *tokens[first : first + count * block_tokens])
-        for at in range(0, len(packed), 4 * block_tokens):
-            parent = blake2b(parent + packed[at : at + 4 * block_tokens], digest_size=HASH_BYTES).digest()
-            yield parent
-        start_block += count
-        count = _PACKED_BLOCKS
-
-
 def block_hashes(tokens: Sequence[int], block_tokens: int, parent: BlockHash, start_block: int = 0) -> list[BlockHash]:
-    """Keys of the full blocks of ``tokens`` from ``start_block`` on.
+    """Keys of the full blocks of ``tokens`` from ``start_block`` on. `kernels.block_hashes` is sooner for many.
 
     Args:
         tokens: token ids, each in 0 … 2³²−1.
@@ -57,7 +37,13 @@ def block_hashes(tokens: Sequence[int], block_tokens: int, parent: BlockHash, st
     Returns:
         one 16-byte key a full block.
     """
-    return list(each_block_hash(tokens, block_tokens, parent, start_block))
+    tokens = tokens[start_block * block_tokens : len(tokens) // block_tokens * block_tokens]
+    packed = struct.pack(f"<{len(tokens)}I", *tokens)
+    keys = []
+    for at in range(0, len(packed), 4 * block_tokens):
+        parent = hashlib.blake2b(parent + packed[at : at + 4 * block_tokens], digest_size=HASH_BYTES).digest()
+        keys.append(parent)
+    return keys
 
 
 def split_hashes(data: bytes) -> list[BlockHash]:

@@ -7,8 +7,9 @@ from itertools import zip_longest
 
 import numpy as np
 
-from ..core.hashing import BlockHash, block_hashes
+from ..core.hashing import BlockHash, split_hashes
 from ..core.messages import Child, Sampling
+from ..kernels.block_hashes import chain
 
 NO_BLOCK = -1
 """In a table, where no token to come sees what would be there."""
@@ -146,6 +147,6 @@ class Sequence:
         """Keys of the first ``num_blocks`` blocks; all their tokens must be known."""
         if len(self._keys) < num_blocks:
             parent = self._keys[-1] if self._keys else self.root
-            fresh = block_hashes(self.tokens[: num_blocks * block_tokens], block_tokens, parent, len(self._keys))
-            self._keys.extend(fresh)
+            fresh = self.tokens[len(self._keys) * block_tokens : num_blocks * block_tokens]
+            self._keys.extend(split_hashes(chain(fresh, block_tokens, parent)))
         return self._keys[:num_blocks]

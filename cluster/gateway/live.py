@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from typing import NamedTuple
 
 from ...core.errors import TandemError
@@ -105,7 +104,8 @@ class LiveRequest:
         self.first_token_s = 0.0
         self.last_token_s = 0.0
         self.done = False
-        self._deltas: deque[Delta] = deque()
+        self._deltas: dict[int, Delta] = {}
+        """By output."""
         self._error: TandemError | None = None
         self._news = asyncio.Event()
 
@@ -115,9 +115,17 @@ class LiveRequest:
         return all(value is not None for value in self.prompt_logprobs[1:])
 
     def push(self, delta: Delta) -> None:
-        """Tokens have come."""
-        self._deltas.append(delta)
-        self._news.set()
+        """Tokens have come. Those of an output that nobody has taken yet become one delta: a gateway that is busy makes
+        fewer and larger events."""
+        before = self._deltas.get(delta.child)
+        if before is None:
+            self._deltas[delta.child] = delta
+            self._news.set()
+            return
+        logprobs = None
+        if before.logprobs is not None or delta.logprobs is not None:
+            logprobs = [*(before.logprobs or ()), *(delta.logprobs or ())]
+        self._deltas[delta.child] = Delta(delta.child, before.tokens + delta.tokens, logprobs, delta.finish)
 
     def fail(self, error: TandemError) -> None:
         """The request ends with an error, after the tokens that came before it."""
@@ -132,7 +140,7 @@ class LiveRequest:
         self._news.set()
 
     async def next_deltas(self) -> list[Delta]:
-        """New tokens, at least one delta; empty when the client is gone.
+        """New tokens, at most one delta for each output; empty when the client is gone.
 
         Raises:
             TandemError: the request failed.
@@ -144,6 +152,5 @@ class LiveRequest:
                 raise self._error
             self._news.clear()
             await self._news.wait()
-        deltas = list(self._deltas)
-        self._deltas.clear()
-        return deltas
+        deltas, self._deltas = self._deltas, {}
+        return list(deltas.values())

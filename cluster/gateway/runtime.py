@@ -25,6 +25,7 @@ from ...core.metrics import GatewayMetrics, merge, render
 from ...core.tracer import open_tracer
 from ...core.wire import ClusterKeys, SecureContext
 from ...engine.models.spec import context_length, read_spec
+from ...kernels import block_hashes
 from ..kv_view import KVView
 from ..mesh import Mesh
 from ..router import Router
@@ -115,6 +116,8 @@ class GatewayRuntime:
             logger.warning("the gateway at %s has no TLS: whoever listens on the way learns the API keys", gateway.host)
         self._progress("reading the tokenizer")
         self._model = load_model(self._config)
+        if self._config.routing.policy == "kv_aware":
+            block_hashes.prepare()
         context = self._context = SecureContext(self._keys)
         self._mesh = Mesh(
             self.peer,

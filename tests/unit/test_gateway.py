@@ -245,6 +245,21 @@ def test_tokens_reach_their_request() -> None:
     asyncio.run(run())
 
 
+def test_tokens_that_nobody_has_taken_come_together() -> None:
+    async def run() -> None:
+        gateway = Gateway()
+        live = gateway.submit(outputs=2)
+        said = [TokenLogprobs(-float(number)) for number in range(3)]
+        live.push(Delta(1, [1], [said[0]], None))
+        live.push(Delta(0, [5], None, None))
+        live.push(Delta(1, [2, 3], said[1:], FinishReason.STOP))
+        assert await live.next_deltas() == [Delta(1, [1, 2, 3], said, FinishReason.STOP), Delta(0, [5], None, None)]
+        live.push(Delta(0, [6], None, None))
+        assert await live.next_deltas() == [Delta(0, [6], None, None)]
+
+    asyncio.run(run())
+
+
 def test_strangers_cannot_speak_for_a_worker() -> None:
     async def run() -> None:
         gateway = Gateway()
@@ -282,7 +297,7 @@ def test_a_lost_worker_is_replaced_from_where_it_stood() -> None:
         gateway.tokens(first.ticket, 0, 666)
         gateway.tokens(later[1][1].ticket, 0, 10, finish=FinishReason.LENGTH, peer="decode-1#1")
         gateway.tokens(later[0][1].ticket, 2, 11, finish=FinishReason.LENGTH, peer="decode-1#1")
-        assert await drain(live) == [(0, 7), (0, 8), (1, 9), (0, 10), (2, 11)]
+        assert await drain(live) == [(0, 7), (0, 8), (0, 10), (1, 9), (2, 11)]
         assert gateway.metrics.replays._value.get() == 1
         gateway.dispatcher.finish(live)
         gateway.check_idle()

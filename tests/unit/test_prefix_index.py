@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
 from tandem.cluster.prefix_index import PrefixIndex
+from tandem.cluster.prompt_hashes import PromptHashes
+from tandem.core.hashing import block_hashes, root_hash
 
+ROOT = root_hash("f")
 HOLDERS = ["cache-a", "cache-b", "tier-b", "node"]
 REACH = {"a": ["cache-a", "node"], "b": ["cache-b", "tier-b", "node"], "c": ["cache-c"]}
 BLOCKS = [bytes([number]) * 16 for number in range(12)]
@@ -29,6 +33,18 @@ def slow_match(held: Mapping[str, set[bytes]], prompt: list[bytes]) -> dict[str,
     return lengths
 
 
+def check(found: Mapping[str, int], held: Mapping[str, set[bytes]], prompt: list[bytes]) -> None:
+    """What is found is what a slow model finds. Of a peer that has lost a block in the middle it may be more, but not
+    more than ends with a block that it has."""
+    exact = slow_match(held, prompt)
+    assert found.keys() == exact.keys()
+    for peer, length in found.items():
+        has = set().union(*(held.get(holder, set()) for holder in REACH[peer]))
+        assert length >= exact[peer]
+        assert prompt[length - 1] in has
+        assert length == exact[peer] or not has.isdisjoint(prompt[exact[peer] + 1 :])
+
+
 @given(st.lists(step, max_size=30), st.permutations(BLOCKS), st.integers(1, 12))
 def test_a_match_is_what_a_slow_model_finds(
     steps: list[tuple[str, str, list[bytes], list[bytes]]], prompt: list[bytes], max_blocks: int
@@ -47,28 +63,54 @@ def test_a_match_is_what_a_slow_model_finds(
             held[holder] = (held.get(holder, set()) - set(removed)) | set(stored)
             index.apply(holder, stored, removed)
             small.apply(holder, stored, removed)
-        assert index.match(prompt) == slow_match(held, prompt)
-        assert index.match(prompt[:3]) == slow_match(held, prompt[:3])
+        check(index.match(prompt), held, prompt)
+        check(index.match(prompt[:3]), held, prompt[:3])
         assert len(index) == len(set().union(*held.values()))
-        # One with too little room knows less, and nothing that is not so.
+        # One with too little room knows nothing that is not so.
         assert len(small) <= max_blocks
-        whole = index.match(prompt)
-        assert all(length <= whole[peer] for peer, length in small.match(prompt).items())
+        for peer, length in small.match(prompt).items():
+            assert prompt[length - 1] in set().union(*(held.get(holder, set()) for holder in REACH[peer]))
 
 
-def test_no_more_is_asked_for_than_somebody_has() -> None:
+@given(st.lists(st.integers(0, 400), min_size=1, max_size=8), st.integers(1, 400))
+def test_every_length_is_found(lengths: list[int], num_blocks: int) -> None:
+    """Of peers that have a prompt's beginning, however long, and of prompts as long as nobody's."""
+    prompt = [bytes([n % 256, n // 256]) * 8 for n in range(400)]
+    index = PrefixIndex()
+    for number, length in enumerate(lengths):
+        index.reach(f"{number}", [f"{number}"])
+        index.apply(f"{number}", prompt[:length], [])
+    wanted = {f"{number}": min(length, num_blocks) for number, length in enumerate(lengths) if length}
+    assert index.match(prompt[:num_blocks]) == wanted
+
+
+def test_little_is_hashed_that_nobody_has() -> None:
+    prompt = list(range(16 * 1000))
+    blocks = block_hashes(prompt, 16, ROOT)
     index = PrefixIndex()
     index.reach("a", ["a"])
-    index.apply("a", BLOCKS[:2], [])
-    asked = []
+    for known, most in ((0, 1), (1, 48), (40, 48), (100, 240), (500, 1000)):
+        index.apply("a", blocks[:known], [])
+        hashes = Asked(prompt, 16, ROOT, len(blocks))
+        assert index.match(hashes) == ({"a": known} if known else {})
+        assert hashes.furthest < most
+        assert len(hashes.asked) < 30
 
-    def hashes():  # type: ignore[no-untyped-def]
-        for block in BLOCKS:
-            asked.append(block)
-            yield block
 
-    assert index.match(hashes()) == {"a": 2}
-    assert asked == BLOCKS[:3]
+class Asked(PromptHashes):
+    """Notes which are asked for."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.asked: list[int] = []
+
+    @property
+    def furthest(self) -> int:
+        return max(self.asked)
+
+    def __getitem__(self, block: int) -> bytes:
+        self.asked.append(block)
+        return super().__getitem__(block)
 
 
 def test_a_peer_without_holders_is_not_matched() -> None:

@@ -148,7 +148,7 @@ def test_what_waits_there_may_be_too_much() -> None:
     peers = [f"colocated-{n}#1" for n in range(4)]
     r = cluster("kv_aware", *peers, held={peers[2]: 60})
     counts: Counter[str] = Counter()
-    for _ in range(40):
+    for _ in range(100):
         placement = r.place(PROMPT)
         assert placement is not None
         r.sent(placement, 1, placement.num_left)
@@ -166,6 +166,22 @@ def test_both_ends_of_a_handoff_are_chosen_by_what_they_have() -> None:
     assert {r.place(PROMPT) for _ in range(4)} == {Placement(DECODES[1], PREFILLS[0], 1000 - 960)}
 
 
+def test_where_all_are_busy_less_is_computed_twice() -> None:
+    """On an idle cluster a prompt leaves its KV for a shorter queue; where all have something to do, not as soon."""
+    peers = [f"colocated-{n}#1" for n in range(4)]
+    r = cluster("kv_aware", *peers, held={peers[2]: 60})
+    r.report(peers[2], Report(0, 0, 3000, 10, 10))
+    assert r.place(PROMPT).decode != peers[2]  # type: ignore[union-attr]
+    for peer in peers:
+        r.report(peer, Report(0, 0, 3000 if peer == peers[2] else 10, 10, 10))
+    assert r.place(PROMPT).decode == peers[2]  # type: ignore[union-attr]
+    # Those that end are not counted any more.
+    r.follow(membership(*peers[1:]))
+    for peer in (peers[1], peers[3]):
+        r.report(peer, Report(0, 0, 0, 10, 10))
+    assert r.place(PROMPT).decode != peers[2]  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_the_cheapest_of_all_is_taken_though_few_are_weighed(seed: int) -> None:
     rng = random.Random(seed)
@@ -177,7 +193,8 @@ def test_the_cheapest_of_all_is_taken_though_few_are_weighed(seed: int) -> None:
     for _ in range(60):
         placement = r.place(PROMPT)
         assert placement is not None
-        costs = {p: 1000 - 16 * held.get(p, 0) + queued[p] + others[p] + 64 * outputs[p] for p in peers}
+        weight = 1 + 6 * sum(queued[p] + others[p] > 0 for p in peers) / len(peers)
+        costs = {p: weight * (1000 - 16 * held.get(p, 0)) + queued[p] + others[p] + 64 * outputs[p] for p in peers}
         assert costs[placement.decode] == min(costs.values())
         num_tokens = rng.choice((10, 100, 1000))
         r.sent(placement, 1, num_tokens)
@@ -194,6 +211,59 @@ def test_the_cheapest_of_all_is_taken_though_few_are_weighed(seed: int) -> None:
             peer = rng.choice(peers)
             others[peer] = rng.choice((0, 300))
             r.report(peer, Report(outputs[peer], 0, queued[peer] + others[peer], 10, 10))
+
+
+def test_gateways_of_one_cluster_agree() -> None:
+    """Two gateways that have heard the same send a prompt to the same worker, in whatever order they heard it; one that
+    has heard less sends it there as soon as it has caught up."""
+    rng = random.Random(0)
+    peers = [f"colocated-{n}#1" for n in range(8)]
+    prompts = [[rng.randrange(1000) for _ in range(16 * blocks + 1)] for blocks in (1, 5, 20, 60, 300)]
+    told: list[tuple[str, Report | KVSnapshot]] = []
+    for number, peer in enumerate(peers):
+        told.append((peer, Report(number % 3, 0, 50 * (number % 4), 10, 10)))
+        # Beginnings of some prompts: of each, exactly one worker has the most.
+        blocks = [
+            key
+            for at, prompt in enumerate(prompts)
+            if number >= at
+            for key in block_hashes(prompt, 16, root_hash("f"))[: len(prompt) // 16 // (1 + number - at)]
+        ]
+        told.append((peer, KVSnapshot(True, 0, "f", 16, "", False, b"".join(blocks))))
+    gateways = []
+    for _ in range(3):
+        view = KVView(lambda peer, message: None)
+        gateway = Router("kv_aware", view)
+        for each in (view, gateway):
+            each.follow(membership(*peers))
+        gateways.append((gateway, view))
+        rng.shuffle(told)
+        for peer, message in told if len(gateways) < 3 else ():
+            gateway.report(peer, message) if isinstance(message, Report) else view.receive(peer, message)
+    (one, _), (other, _), (late, its_view) = gateways
+    chosen = [placed_with(one, prompt).decode for prompt in prompts]
+    assert [placed_with(other, prompt).decode for prompt in prompts] == chosen
+    assert all(placed_with(late, prompt).decode in peers for prompt in prompts)
+    for peer, message in told:
+        late.report(peer, message) if isinstance(message, Report) else its_view.receive(peer, message)
+    assert [placed_with(late, prompt).decode for prompt in prompts] == chosen
+    assert chosen[-1] == peers[4]
+
+
+def test_what_a_gateway_sends_others_learn_from_reports() -> None:
+    """A gateway does not see what another has sent, until the worker reports it: then both spread as one would."""
+    peers = ["colocated-0#1", "colocated-1#1"]
+    one, other = (cluster("kv_aware", *peers, held={peers[0]: 30}) for _ in range(2))
+    sent: Counter[str] = Counter()
+    for turn in range(60):
+        gateway = (one, other)[turn % 2]
+        placement = placed_with(gateway, PROMPT)
+        gateway.sent(placement, 1, placement.num_left)
+        sent[placement.decode] += placement.num_left
+        for peer in peers:
+            for each in (one, other):
+                each.report(peer, Report(0, 0, sent[peer], 10, 10))
+    assert min(sent.values()) > 0.4 * max(sent.values())
 
 
 def test_prompts_that_begin_alike_meet() -> None:
