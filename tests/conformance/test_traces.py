@@ -124,7 +124,7 @@ def test_several_outputs_have_a_span_each(traced: Traced) -> None:
 def test_a_request_that_outlives_its_worker_shows_both(traced: Traced) -> None:
     processes = traced.processes
     answers = []
-    thread = threading.Thread(target=lambda: answers.append(processes.complete(**body(max_tokens=400))))
+    thread = threading.Thread(target=lambda: answers.append(processes.complete(**body(max_tokens=3000))))
     thread.start()
     steps = wait_for(lambda: [w for w in ("decode-0", "decode-1") if _running(processes, w)], 30, "the request to run")
     processes.kill(steps[0])
