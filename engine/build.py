@@ -96,7 +96,7 @@ def build_engine(
     experts = experts_spec(spec, TORCH_DTYPES[dtype], group.size, place.size if place else 1)
     expert_group: ExpertGroup | None = None
     if place is not None:
-        expert_group = make_group(place, spec, experts, config.experts.redundant, device, max_running)
+        expert_group = make_group(place, spec, experts, config.experts, device, max_running)
     scheme = spec.quantization.scheme if spec.quantization else None
     types = TORCH_DTYPES[dtype], KV_DTYPES[kv_dtype]
     ops = select(device, *types, config.model.kernels, experts, scheme, sinks=spec.sinks)
