@@ -23,12 +23,14 @@ from ..core.clock import SystemClock
 from ..core.config import Config
 from ..core.environment import cache_folder, show_gpus, worker_environment
 from ..core.errors import ConfigError, TandemError, WorkerError
+from ..core.expert_messages import LoadEntries
 from ..core.ids import PeerId
 from ..core.log import configure_logging, logger
 from ..core.messages import Member, Membership, Report
 from ..core.wire import ClusterKeys, make_cluster_keys
 from .controller import Controller, Event, Handle, WorkerStatus
 from .ray_cluster import ANSWER_TIMEOUT_S, NAMESPACE, check_resources, check_room
+from .rebalancing import Rebalancing
 from .scaling import Scaling
 
 if TYPE_CHECKING:
@@ -87,6 +89,7 @@ class _Process:
                 progress,
                 self._host_tier,
                 self._meet,
+                lambda text: self._controller.note.remote(self._peer, text),
             )
         member: Member = self._runtime.start()
         return msgspec.msgpack.encode(member)
@@ -141,6 +144,14 @@ class _Process:
         """The encoded `Report`."""
         return msgspec.msgpack.encode(self._runtime.report())
 
+    def rebalance(self, timeout_s: float) -> str:
+        """Place the experts of this worker's group anew; see `WorkerRuntime.rebalance`."""
+        return str(self._runtime.rebalance(timeout_s))
+
+    def expert_load(self, after: int) -> bytes:
+        """The encoded `LoadEntries`."""
+        return msgspec.msgpack.encode(self._runtime.expert_load(after))
+
     def stop(self, grace_s: float) -> None:
         """End the threads."""
         if self._runtime is not None:
@@ -186,6 +197,8 @@ class _ActorHandle:
     async def _ask(self, answer: Any) -> Any:
         try:
             return await answer
+        except ray.exceptions.RayTaskError as error:
+            raise _cause(error) from None
         except ray.exceptions.RayError as error:
             raise WorkerError(f"{self._peer} does not answer: {type(error).__name__}") from None
 
@@ -206,6 +219,12 @@ class _ActorHandle:
         except (ray.exceptions.RayError, TimeoutError):
             return None
         return msgspec.msgpack.decode(encoded, type=Report)
+
+    async def rebalance(self, timeout_s: float) -> str:
+        return str(await self._ask(self._actor.rebalance.remote(timeout_s)))
+
+    async def expert_load(self, after: int) -> LoadEntries:
+        return msgspec.msgpack.decode(await self._ask(self._actor.expert_load.remote(after)), type=LoadEntries)
 
     async def stop(self, grace_s: float) -> None:
         with contextlib.suppress(ray.exceptions.RayError, TimeoutError):
@@ -348,7 +367,9 @@ class _ControllerActor:
         self._launcher = _RayLauncher(name, parsed, make_cluster_keys(), log_folder, self._follow_host_tiers)
         self._controller = Controller(parsed, self._launcher, SystemClock())
         scaling = Scaling(parsed, self._launcher, self._controller)
-        self._control = ControlServer(self._controller, scaling, parsed.control, Path(log_folder))
+        self._control = ControlServer(
+            self._controller, scaling, Rebalancing(parsed, self._controller), parsed.control, Path(log_folder)
+        )
 
     async def start(self) -> None:
         try:
@@ -381,6 +402,9 @@ class _ControllerActor:
 
     async def leaving(self, peer: PeerId) -> None:
         await self._controller.leaving(peer)
+
+    async def note(self, peer: PeerId, text: str) -> None:
+        await self._controller.note(peer, text)
 
     async def status(self) -> list[WorkerStatus]:
         return await self._controller.status()

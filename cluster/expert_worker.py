@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from ..core.clock import Clock
@@ -28,7 +30,13 @@ def prepare(group: ExpertGroup, config: Config) -> None:
 
 
 def open_balancer(
-    group: ExpertGroup, config: Config, context: SecureContext, address: str, metrics: WorkerMetrics, clock: Clock
+    group: ExpertGroup,
+    config: Config,
+    context: SecureContext,
+    address: str,
+    metrics: WorkerMetrics,
+    clock: Clock,
+    note: Callable[[str], object],
 ) -> Balancer | None:
     """A rank's balancer, which from now on is called between its steps; None where experts stay where they are.
 
@@ -41,6 +49,7 @@ def open_balancer(
         address: of this node, where peers reach it.
         metrics: where its own are listed.
         clock: for time-outs.
+        note: told, on any thread, what operators want to know.
 
     Raises:
         ConfigError: experts are to move, and ranks do not fit each other or cannot read from each other.
@@ -70,6 +79,7 @@ def open_balancer(
             model_name(config),
             ExpertMetrics(metrics.registry),
             clock,
+            note,
         )
     except ConfigError as error:
         if config.experts.balance.enabled is not None:

@@ -84,6 +84,7 @@ class WorkerRuntime:
         host_tier: called with the bytes of a block, where a host tier is configured: where the node's is found.
         meet: called with a rendezvous of which this worker may be the first rank, where workers share experts: blocks
             until all of them have called, and returns the first's.
+        note: told, on any thread, what operators want to know.
     """
 
     def __init__(
@@ -97,6 +98,7 @@ class WorkerRuntime:
         progress: Progress,
         host_tier: Callable[[int], Path] = lambda block_bytes: cache_folder(),
         meet: Callable[[str], str] = lambda rendezvous: rendezvous,
+        note: Callable[[str], object] = lambda text: None,
     ) -> None:
         self.peer = peer
         self._role = role
@@ -107,6 +109,7 @@ class WorkerRuntime:
         self._progress = progress
         self._host_tier = host_tier
         self._meet = meet
+        self._note = note
         self._metrics = WorkerMetrics(CollectorRegistry())
         self._clock = SystemClock()
         self._inbox: queue.Queue[_Item] = queue.Queue(_INBOX_SIZE)
@@ -295,7 +298,7 @@ class WorkerRuntime:
             prepare(experts, self._config)
             experts.serve()
             self._balancer = open_balancer(
-                experts, self._config, self._context, self._address, self._metrics, self._clock
+                experts, self._config, self._context, self._address, self._metrics, self._clock, self._note
             )
         self._mesh.start()
         self._progress("ready")

@@ -58,6 +58,7 @@ class Balancer:
         model: what recorded loads say that they are of.
         metrics: what to count.
         clock: for time-outs and ages.
+        note: told, by the rank that leads and on any thread, how attempts end, for people.
 
     Raises:
         ConfigError: ranks do not fit each other, or cannot read from each other.
@@ -76,6 +77,7 @@ class Balancer:
         model: str,
         metrics: ExpertMetrics,
         clock: Clock,
+        note: Callable[[str], object] = lambda text: None,
     ) -> None:
         words, self._exchange = exchanges
         placement = maps.placement
@@ -120,6 +122,7 @@ class Balancer:
                 model,
                 metrics,
                 clock,
+                note,
             )
 
     def boundary(self, has_work: bool) -> None:

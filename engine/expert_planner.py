@@ -65,6 +65,7 @@ class Planner:
         model: what recorded loads say that they are of.
         metrics: what to count.
         clock: of intervals and ages.
+        note: told how attempts end that were not declined.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class Planner:
         model: str,
         metrics: ExpertMetrics,
         clock: Clock,
+        note: Callable[[str], object],
     ) -> None:
         self._propose = propose
         self._current = current
@@ -88,6 +90,7 @@ class Planner:
         self._model = model
         self._metrics = metrics
         self._clock = clock
+        self._note = note
         settings = TriggerSettings(
             expert_bytes,
             _BYTES_PER_S[device_type],
@@ -304,6 +307,8 @@ class Planner:
             attempts=dict(self._attempts),
         )
         self._publish()
+        if outcome != "declined":
+            self._note(f"experts: {outcome}: {detail}")
         if demanded is not None:
             with contextlib.suppress(Exception):  # whoever asked may have gone
                 demanded.set_result(f"{outcome}: {detail}" if detail else outcome)

@@ -14,6 +14,7 @@ from ...core.config import load_config, model_folder, model_name
 from ...core.environment import join_local_ray, prepare_ray, ray_address
 from ...engine.models.spec import context_length, read_spec
 from ..controller import WorkerStatus
+from .expert_table import print_experts
 from .kv_table import print_kv
 from .progress import Progress, show_launch
 
@@ -63,8 +64,8 @@ def down(address: str | None) -> None:
     Console().print("stopped")
 
 
-def status(address: str | None, *, kv: bool, as_json: bool) -> None:
-    """Print the workers, or their KV: of the cluster named, or of this machine's `tandem serve`."""
+def status(address: str | None, *, kv: bool, experts: bool, as_json: bool) -> None:
+    """Print the workers, their KV or their experts: of the cluster named, or of this machine's `tandem serve`."""
     prepare_ray()
     where = address or ray_address() or join_local_ray()
     from ..actors import Cluster
@@ -85,6 +86,8 @@ def status(address: str | None, *, kv: bool, as_json: bool) -> None:
             Console(soft_wrap=True, highlight=False).print(json.dumps(fields), markup=False)
     elif kv:
         print_kv(Console(highlight=False), after, time.time())
+    elif experts:
+        print_experts(Console(highlight=False), after, time.time())
     else:
         _print_table(Console(highlight=False), after, rates)
 

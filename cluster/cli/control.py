@@ -13,14 +13,14 @@ from ..control.credentials import Credentials
 
 def drain(worker: str, grace_s: float, file: Path | None, *, restart: bool) -> None:
     """Take a worker out, and return when it has ended, or is back."""
-    with ControlClient(_credentials(file)) as client:
+    with ControlClient(credentials_of(file)) as client:
         client.drain(worker, grace_s, restart=restart)
     Console(highlight=False).print(f"{worker} is {'ready again' if restart else 'drained'}", markup=False)
 
 
 def scale(pool: str, replicas: int, file: Path | None) -> None:
     """Have so many workers in a pool, and tell which start and which leave."""
-    with ControlClient(_credentials(file)) as client:
+    with ControlClient(credentials_of(file)) as client:
         started, drained = client.scale(pool, replicas)
     console = Console(highlight=False)
     for verb, workers in (("starting", started), ("draining", drained)):
@@ -33,7 +33,7 @@ def scale(pool: str, replicas: int, file: Path | None) -> None:
 def watch(file: Path | None) -> None:
     """Print what has happened and what happens, until Ctrl-C or the cluster's end."""
     console = Console(highlight=False, soft_wrap=True)
-    with ControlClient(_credentials(file)) as client:
+    with ControlClient(credentials_of(file)) as client:
         try:
             for event in client.watch():
                 at = time.strftime("%H:%M:%S", time.localtime(event.at_s))
@@ -42,5 +42,6 @@ def watch(file: Path | None) -> None:
             return
 
 
-def _credentials(file: Path | None) -> Credentials:
+def credentials_of(file: Path | None) -> Credentials:
+    """Of the cluster that a control.json tells of, or of this user's newest."""
     return Credentials.find() if file is None else Credentials.read(file)
