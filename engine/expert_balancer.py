@@ -148,6 +148,10 @@ class Balancer:
         """Whether this is the rank that plans, and knows how all of them are."""
         return self._planner is not None
 
+    def propose(self, placement: Placement) -> None:
+        """Move to this placement, whoever made it; see `Migrator.propose`."""
+        self._migrator.propose(placement)
+
     def demand(self) -> Future[str]:
         """Place experts anew, whatever that gains, by the load of the window; of the rank that leads.
 

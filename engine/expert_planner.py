@@ -314,10 +314,12 @@ class Planner:
                 demanded.set_result(f"{outcome}: {detail}" if detail else outcome)
 
     def _publish(self) -> None:
+        # Just after a move nothing is counted yet: what was told stays.
+        counted = self._ranks.load() if self._ranks.num_entries else None
         report = msgspec.structs.replace(
             self._report,
             state=self._trigger.state.value,
-            balancedness=balancedness(self._ranks.load()),
+            balancedness=self._report.balancedness if counted is None else balancedness(counted),
             window_steps=sum(count for count, _ in self._steps),
         )
         self._report = report

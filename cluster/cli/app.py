@@ -480,14 +480,18 @@ def bench_eplb(
     loads: Annotated[int, typer.Option(min=1, help="Random loads whose placements are compared.")] = 1000,
     repeats: Annotated[int, typer.Option(min=1, help="Timed placements of each case.")] = 25,
     seed: Annotated[int, typer.Option(min=0, help="Of all loads.")] = 0,
+    device: Annotated[str, typer.Option(help="Where ranks serve while experts move: cpu or cuda.")] = "cpu",
+    ranks: Annotated[int, typer.Option(min=2, max=64, help="So many; of cuda, a GPU each.")] = 2,
     out: Annotated[Path, typer.Option(help="Folder for the JSON lines.")] = Path("bench/out"),
 ) -> None:
     """Measure placements of experts: milliseconds to find one, how even ranks are, and experts moved when loads drift;
-    each beside greedy packing, in turns.
+    each beside greedy packing, in turns. Then what balancing gains ranks that serve, and what a step takes meanwhile.
 
-    Exit 1 if one is slower, less even or moves more than it must.
+    Exit 1 if a placement is slower, less even or moves more than it must.
     """
     from .bench import bench_eplb as run
 
-    if not run(loads, repeats, seed, out):
+    if device not in ("cpu", "cuda"):
+        raise typer.BadParameter("choose cpu or cuda", param_hint="--device")
+    if not run(loads, repeats, seed, out, device, ranks):
         raise typer.Exit(1)
