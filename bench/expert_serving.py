@@ -83,7 +83,9 @@ def serving_records(shape: Shape, num_rounds: int, num_steps: int, seed: int) ->
         task = json.dumps([f"file://{Path(folder) / 'rendezvous'}", shape, num_rounds, num_steps, seed])
         command = [sys.executable, "-m", f"{__package__}.expert_serving", "--rank"]
         processes = [
-            subprocess.Popen([*command, str(rank), "--task", task], stdout=subprocess.PIPE, text=True)
+            subprocess.Popen(
+                [*command, str(rank), "--task", task], stdout=subprocess.DEVNULL if rank else subprocess.PIPE, text=True
+            )
             for rank in range(shape.num_ranks)
         ]
         try:
