@@ -32,6 +32,7 @@ from ..eplb.balance import balancedness, rank_loads
 from ..eplb.maps import ExpertMaps
 from ..eplb.placement import Placement, Topology, initial_placement, plan
 from ..kernels.device import describe
+from ..kernels.expert_exchange import Buffers
 from ..kernels.expert_weights import ExpertWeights
 from ..kernels.moe_oracle import KERNELS, ExpertsSpec, select
 from ..kv_transfer.transports import Transport
@@ -56,7 +57,7 @@ class Shape(NamedTuple):
     inner: int = 512
     top_k: int = 2
     num_tokens: int = 32
-    """Of a rank and step; on GPUs they are sent in the fixed form, as in decode steps."""
+    """Of a rank and step; on GPUs they are sent in the direct form, else in the fixed one, as in decode steps."""
     exponent: float = 0.8
     """Of the power law."""
     device: str = "cpu"
@@ -124,9 +125,13 @@ class _Rank:
         batched = KERNELS[select(spec._replace(format="batched"), here).backend]
         maps = ExpertMaps(self.first, self.topology, rank, self.device)
         rows = shape.num_tokens if shape.device == "cuda" else 0
-        self.group = ExpertGroup(rank, self.topology, maps, movable=True, fixed_rows=rows, batched=batched)
+        buffers = Buffers(shape.num_ranks, rows, shape.hidden, shape.top_k, maps.num_local, dtype) if rows else None
+        self.group = ExpertGroup(
+            rank, self.topology, maps, movable=True, fixed_rows=rows, batched=batched, buffers=buffers
+        )
         shapes = (maps.num_local, 2 * shape.inner, shape.hidden), (maps.num_local, shape.hidden, shape.inner)
-        empty = ExpertWeights(*(torch.empty(size, dtype=dtype, device=_META) for size in shapes))
+        gate_up, down = (torch.empty(size, dtype=dtype, device=_META) for size in shapes)
+        empty = ExpertWeights(gate_up, down)
         self.layers = self.group.house([empty] * shape.num_layers)
         for layer in self.layers:
             for tensor in layer.tensors().values():
@@ -165,12 +170,18 @@ class _Rank:
         """Seconds from one step's tokens to the next one's."""
         begin_s = time.perf_counter()
         group, top_k = self.group, self.shape.top_k
-        group.agree(StepSize.FEW if group.fixed_rows else StepSize.MANY)
+        group.agree(group.work_of(len(self.x)), len(self.x))
         x = self.x
         for number, layer in enumerate(self.layers):
             ids = self.routings[number][self.num_steps % 16]
             weights = torch.full(ids.shape, 1 / top_k, dtype=torch.float32, device=self.device)
-            if group.fixed:
+            if group.fixed and group.direct is not None:
+                arrived, slots = group.dispatch_direct(group.direct, number, x, weights, ids)
+                compute = self.kernel.each or self.kernel.compute
+                rows = (len(arrived.x) // group.size,) if self.kernel.each else ()
+                out = compute(arrived.x, arrived.weights, arrived.ids, layer, *rows)
+                out = group.combine_direct(group.direct, number, out, slots)
+            elif group.fixed:
                 placed = group.dispatch_fixed(number, x, weights, ids)
                 assert group.batched is not None
                 out = group.combine_fixed(group.batched.compute(placed.x, placed.counts, layer), placed)
@@ -180,6 +191,7 @@ class _Rank:
             x = out / (1 + out.abs().amax())
         if self.device.type == "cuda":
             torch.cuda.synchronize()
+            group.check()
         self.num_steps += 1
         return time.perf_counter() - begin_s
 
@@ -191,7 +203,8 @@ class _Rank:
         """Steps until experts are there, and at least so many."""
         if self.rank == 0:
             self._propose(target)
-        wanted, taken = target.physical_to_logical, []
+        wanted = target.physical_to_logical
+        taken: list[float] = []
         # All ranks see the last layer change before the same step.
         while len(taken) < at_least or not np.array_equal(self.maps.placement.physical_to_logical, wanted):
             taken.append(self.step())
@@ -235,7 +248,9 @@ def _serve(rank: int, rendezvous: str, shape: Shape, num_rounds: int, num_steps:
     steady = _percentiles(before + after)
     disturbed = _percentiles(moving)
     record = {
-        "kind": "serving", **shape._asdict(), "rounds": num_rounds, "steps": num_steps, "seed": seed,
+        "kind": "serving", **shape._asdict(),
+        "exchange": "peer memory" if served.group.direct else "collectives",
+        "rounds": num_rounds, "steps": num_steps, "seed": seed,
         "moving_steps": len(moving),
         "balancedness": [round(balancedness(load), 4) for load in loads],
         "tokens_per_s": [round(tokens * float(np.median([rate[side] for rate in rates])), 1) for side in (0, 1)],
