@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..core.hashing import HASH_BYTES, BlockHash
-from ..kernels.block_hashes import chain
 
 
 class PromptHashes:
@@ -35,6 +34,8 @@ class PromptHashes:
         return self._made[at : at + HASH_BYTES]
 
     def _make(self, num_blocks: int) -> None:
+        from ..kernels.block_hashes import chain  # compiled code, which gateways with other policies do without
+
         size = self._block_tokens
         done = len(self._made) // HASH_BYTES
         made = chain(self._tokens[done * size : num_blocks * size], size, self._parent)

@@ -25,7 +25,6 @@ from ...core.metrics import GatewayMetrics, merge, render
 from ...core.tracer import open_tracer
 from ...core.wire import ClusterKeys, SecureContext
 from ...engine.models.spec import context_length, read_spec
-from ...kernels import block_hashes
 from ..kv_view import KVView
 from ..mesh import Mesh
 from ..router import Router
@@ -117,6 +116,8 @@ class GatewayRuntime:
         self._progress("reading the tokenizer")
         self._model = load_model(self._config)
         if self._config.routing.policy == "kv_aware":
+            from ...kernels import block_hashes  # compiled code, which other policies do without
+
             block_hashes.prepare()
         context = self._context = SecureContext(self._keys)
         self._mesh = Mesh(

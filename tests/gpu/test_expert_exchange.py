@@ -18,4 +18,4 @@ def test_many_rounds_in_shared_memory(seed: int) -> None:
     )
     memories = [torch.zeros(buffers.num_bytes, dtype=torch.uint8).share_memory_() for _ in range(3)]
     gone = torch.zeros(3, dtype=torch.int64).share_memory_()
-    assert len(set(run_ranks(3, exchanging.interpreted, memories, gone, seed))) == 1
+    assert len(set(run_ranks(3, exchanging.interpreted, memories, gone, seed, timeout_s=600))) == 1
