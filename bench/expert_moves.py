@@ -108,7 +108,7 @@ def _serve(rank: int, rendezvous: str, shape: Shape, num_rebalances: int, num_st
         for tensor in layer.values():
             tensor.normal_(std=0.05)
     first = Standing.first(_placement(0, shape))
-    maps = ExpertMaps(first.placement, cpu)
+    maps = ExpertMaps(first.placement, Topology(shape.num_ranks * shape.num_slots, shape.num_ranks), rank, cpu)
     outcomes: list[Outcome] = []
     migrator = Migrator(
         TorchExchange(group, _TIMEOUT_S),

@@ -24,6 +24,7 @@ from ..core.clock import SystemClock
 from ..core.config import Config
 from ..core.environment import show_gpus, worker_environment
 from ..core.errors import TandemError, WorkerError
+from ..core.expert_messages import LoadEntries
 from ..core.health import Vitals
 from ..core.ids import PeerId, WorkerId, worker_of
 from ..core.log import configure_logging, logger
@@ -35,6 +36,7 @@ from .node_actors import HostTiers, Supervisors
 from .placement_groups import PlacementGroups, check_room
 from .ray_cluster import ANSWER_TIMEOUT_S, NAMESPACE
 from .ray_errors import cause, reason
+from .rebalancing import Rebalancing
 from .scaling import Scaling
 
 if TYPE_CHECKING:
@@ -98,6 +100,7 @@ class _Process:
                 progress,
                 self._host_tier,
                 self._meet,
+                lambda text: self._controller.note.remote(self._peer, text),
             )
         member: Member = self._runtime.start()
         return msgspec.msgpack.encode(member)
@@ -160,6 +163,14 @@ class _Process:
         """The encoded `Vitals`, for the node's supervisor."""
         return msgspec.msgpack.encode(self._runtime.vitals(with_metrics) if self._runtime else Vitals(0.0))
 
+    def rebalance(self, timeout_s: float) -> str:
+        """Place the experts of this worker's group anew; see `WorkerRuntime.rebalance`."""
+        return str(self._runtime.rebalance(timeout_s))
+
+    def expert_load(self, after: int) -> bytes:
+        """The encoded `LoadEntries`."""
+        return msgspec.msgpack.encode(self._runtime.expert_load(after))
+
     def stop(self, grace_s: float) -> None:
         """End the threads."""
         if self._runtime is not None:
@@ -210,6 +221,8 @@ class _ActorHandle:
     async def _ask(self, answer: Any) -> Any:
         try:
             return await answer
+        except ray.exceptions.RayTaskError as error:
+            raise cause(error) from None
         except ray.exceptions.RayError as error:
             raise WorkerError(f"{self._peer} does not answer: {type(error).__name__}") from None
 
@@ -233,6 +246,13 @@ class _ActorHandle:
         except (ray.exceptions.RayError, TimeoutError):
             return None
         return msgspec.msgpack.decode(encoded, type=Report)
+
+    async def rebalance(self, timeout_s: float) -> str:
+        return str(await self._ask((await self._actor()).rebalance.remote(timeout_s)))
+
+    async def expert_load(self, after: int) -> LoadEntries:
+        encoded = await self._ask((await self._actor()).expert_load.remote(after))
+        return msgspec.msgpack.decode(encoded, type=LoadEntries)
 
     async def stop(self, grace_s: float) -> None:
         try:
@@ -332,7 +352,9 @@ class ControllerActor:
         self._host_tiers = HostTiers(parsed, msgspec.msgpack.encode(keys), log_folder, tiers_changed)
         self._supervisors = Supervisors(parsed, log_folder, self._controller)
         scaling = Scaling(parsed, self._launcher, self._controller)
-        self._control = ControlServer(self._controller, scaling, parsed.control, Path(log_folder))
+        self._control = ControlServer(
+            self._controller, scaling, Rebalancing(parsed, self._controller), parsed.control, Path(log_folder)
+        )
 
     async def start(self) -> None:
         """Returns when everything serves. Ends this process if whoever called is gone before that."""
@@ -386,6 +408,9 @@ class ControllerActor:
 
     async def leaving(self, peer: PeerId) -> None:
         await self._controller.leaving(peer)
+
+    async def note(self, peer: PeerId, text: str) -> None:
+        await self._controller.note(peer, text)
 
     async def status(self) -> list[WorkerStatus]:
         return await self._controller.status()

@@ -15,6 +15,7 @@ import msgspec
 from ..core.clock import Clock
 from ..core.config import Config
 from ..core.errors import ConfigError, TandemError, WorkerError
+from ..core.expert_messages import LoadEntries
 from ..core.ids import PeerId, WorkerId, peer_id
 from ..core.log import logger
 from ..core.messages import Member, Membership, Report
@@ -55,6 +56,14 @@ class Handle(Protocol):
 
     async def report(self) -> Report | None:
         """Its load, or None if it does not answer in time."""
+        ...
+
+    async def rebalance(self, timeout_s: float) -> str:
+        """Place the experts of its group anew, and tell what became of it. Raises TandemError."""
+        ...
+
+    async def expert_load(self, after: int) -> LoadEntries:
+        """What the experts of its group computed since entry ``after``. Raises WorkerError."""
         ...
 
     async def stop(self, grace_s: float) -> None:
@@ -195,6 +204,10 @@ class Controller:
                 worker.member = msgspec.structs.replace(worker.member, ready=False, hands_over=hands_over)
                 await self._tell(f"{peer} was asked to end")
                 await self._announce()
+
+    async def note(self, peer: PeerId, text: str) -> None:
+        """A process tells something that operators want to know."""
+        await self._tell(f"{peer}: {text}")
 
     async def follow_host_tiers(self, host_tiers: list[Member]) -> None:
         """These are the nodes' host tiers that other nodes may read."""

@@ -12,6 +12,7 @@ import os
 import queue
 import threading
 from collections.abc import Callable
+from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +22,8 @@ from prometheus_client import CollectorRegistry
 from ..core.clock import SystemClock
 from ..core.config import ColocatedPool, Config, DecodePool, PrefillPool
 from ..core.environment import cache_folder
-from ..core.errors import ConfigError, RequestError, TandemError, WorkerError
+from ..core.errors import CapacityError, ConfigError, RequestError, TandemError, WorkerError
+from ..core.expert_messages import LoadEntries
 from ..core.health import Vitals
 from ..core.ids import PeerId, index_of, worker_of
 from ..core.kv_messages import KVClear, KVControlled, KVPin, KVReport, KVUnpin, KVWatch
@@ -33,6 +35,7 @@ from ..core.wire import ClusterKeys, SecureContext
 from ..decode.worker import DecodeWorker
 from ..engine.build import use_threads, warm_up
 from ..engine.engine import Engine
+from ..engine.expert_balancer import Balancer
 from ..engine.expert_parallel import ExpertPlace, open_rendezvous
 from ..engine.kv_control import KVControl
 from ..engine.models.shard import kv_heads_of
@@ -46,6 +49,7 @@ from ..kv_transfer.hidden_states import open_writer
 from ..kv_transfer.offload.build import Place
 from ..kv_transfer.offload.network import Network, Servers
 from ..prefill.worker import PrefillWorker
+from .expert_worker import open_balancer, prepare
 from .heartbeat import Heartbeat
 from .kv_publisher import KVPublisher
 from .mesh import Mesh
@@ -83,6 +87,7 @@ class WorkerRuntime:
         host_tier: called with the bytes of a block, where a host tier is configured: where the node's is found.
         meet: called with a rendezvous of which this worker may be the first rank, where workers share experts: blocks
             until all of them have called, and returns the first's.
+        note: told, on any thread, what operators want to know.
     """
 
     def __init__(
@@ -96,6 +101,7 @@ class WorkerRuntime:
         progress: Progress,
         host_tier: Callable[[int], Path] = lambda block_bytes: cache_folder(),
         meet: Callable[[str], str] = lambda rendezvous: rendezvous,
+        note: Callable[[str], object] = lambda text: None,
     ) -> None:
         self.peer = peer
         self._role = role
@@ -106,6 +112,7 @@ class WorkerRuntime:
         self._progress = progress
         self._host_tier = host_tier
         self._meet = meet
+        self._note = note
         self._metrics = WorkerMetrics(CollectorRegistry())
         self._clock = SystemClock()
         self._heartbeat = Heartbeat(self._clock)
@@ -122,6 +129,7 @@ class WorkerRuntime:
         self._retry_s: float | None = None
         self._busy = False
         self._ranks: Ranks | None = None
+        self._balancer: Balancer | None = None
         self._thread = threading.Thread(target=self._guarded, name="engine")
 
     # ---- any thread -------------------------------------------------------------------------------------------------
@@ -150,6 +158,29 @@ class WorkerRuntime:
     def vitals(self, with_metrics: bool) -> Vitals:
         """How we are, told without the engine thread, which may be the one that stands still."""
         return Vitals(self._heartbeat.stalled_s(), render(self._metrics.registry) if with_metrics else "")
+
+    def rebalance(self, timeout_s: float) -> str:
+        """Place the experts of this worker's group anew. Blocks for ``timeout_s`` at most.
+
+        Returns:
+            what became of it, for people.
+
+        Raises:
+            CapacityError: they cannot be moved, or this is not the worker that plans.
+            WorkerError: it has not ended by then, or the worker ends.
+        """
+        if self._balancer is None:
+            raise CapacityError(f"{self.peer} has no experts that could be moved", fix="see experts.balance")
+        try:
+            return self._balancer.demand().result(timeout_s)
+        except TimeoutError:
+            raise WorkerError(f"{self.peer}: experts are still being moved after {timeout_s:g} s") from None
+        except CancelledError:
+            raise WorkerError(f"{self.peer} ends") from None
+
+    def expert_load(self, after: int) -> LoadEntries:
+        """What experts computed since entry ``after``."""
+        return LoadEntries() if self._balancer is None else self._balancer.entries(after)
 
     def stop(self, grace_s: float) -> None:
         """Finish what peers still need, at most ``grace_s`` seconds long, and end the threads. Blocks. Idempotent."""
@@ -273,7 +304,14 @@ class WorkerRuntime:
                 self._tracer,
             )
         self._update_report()
+        experts = built.engine.model.experts
+        if experts is not None:
+            prepare(experts, self._config)
         built.engine.runner.serve()
+        if experts is not None:
+            self._balancer = open_balancer(
+                experts, self._config, self._context, self._address, self._metrics, self._clock, self._note
+            )
         self._mesh.start()
         self._progress("ready")
         logger.info("ready at %s", self._mesh.endpoint)
@@ -360,6 +398,8 @@ class WorkerRuntime:
             self._publisher.poll(now_s)
             self._publish_report(now_s)
         self._connector.close()
+        if self._balancer is not None:
+            self._balancer.close()
         if isinstance(self._worker, PrefillWorker):
             self._worker.close()
         if self._hidden_states is not None:
@@ -484,7 +524,8 @@ class WorkerRuntime:
         used = pool.num_blocks - pool.num_free + pool.num_cached
         hits = report.cached_tokens // self._engine.block_tokens
         cache = KVReport("", pool.num_blocks, used, 0, hits, 0, 0, 0.0, 0.0, pool.num_evicted, 0.0, 0, "")
-        return msgspec.structs.replace(report, kv=[cache, *self._offloader.reports()])
+        experts = None if self._balancer is None else self._balancer.report()
+        return msgspec.structs.replace(report, kv=[cache, *self._offloader.reports()], experts=experts)
 
     def _update_report(self) -> bool:
         report = self._current_report()

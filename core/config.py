@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     ValidationError,
     ValidationInfo,
@@ -18,6 +16,8 @@ from pydantic import (
     model_validator,
 )
 
+from .config_experts import ExpertsConfig
+from .config_section import Section
 from .errors import ConfigError
 from .units import parse_bytes
 from .yaml_file import apply_override, read_yaml
@@ -30,11 +30,7 @@ DEMO_MODEL = "demo"
 """The value of ``model.path`` that means the model that ships with Tandem."""
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-
-class ModelConfig(_Section):
+class ModelConfig(Section):
     path: str = DEMO_MODEL
     """A checkpoint folder in Hugging Face format, or "demo" for the model that ships with Tandem."""
     name: str | None = None
@@ -47,11 +43,11 @@ class ModelConfig(_Section):
     """Longest prompt + output, in tokens. Default: what the model was made for."""
     seed: int = Field(default=0, ge=0, lt=1 << 63)
     """Seed of dummy weights."""
-    kernels: dict[str, str] = {}
+    kernels: dict[str, str] = Field(default={})
     """Operation → the backend that must serve it, for example {moe: torch}. `tandem explain` lists both."""
 
 
-class PoolKVConfig(_Section):
+class PoolKVConfig(Section):
     block_tokens: int | None = Field(default=None, ge=1, le=1024)
     """In place of kv.block_tokens."""
     capacity: ByteSize | Literal["auto"] | None = None
@@ -60,7 +56,7 @@ class PoolKVConfig(_Section):
     """In place of kv.dtype."""
 
 
-class _Pool(_Section):
+class _Pool(Section):
     replicas: int = Field(default=1, ge=1, le=1024)
     """Workers of this kind."""
     cpus_per_replica: float = Field(default=1, ge=0)
@@ -107,7 +103,7 @@ class ColocatedPool(DecodePool):
     """Tokens of one step, prompts' and outputs' together."""
 
 
-class PoolsConfig(_Section):
+class PoolsConfig(Section):
     prefill: PrefillPool | None = None
     """Workers that compute prompts."""
     decode: DecodePool | None = None
@@ -131,7 +127,7 @@ class PoolsConfig(_Section):
         return self
 
 
-class FaultsConfig(_Section):
+class FaultsConfig(Section):
     share: float = Field(gt=0, le=1)
     """Share of the reads that a decode worker starts: 0.01 is one in a hundred."""
     kind: Literal["error", "delay", "corrupt"] = "error"
@@ -143,7 +139,7 @@ class FaultsConfig(_Section):
     """Which reads are hit depends on it."""
 
 
-class KVConfig(_Section):
+class KVConfig(Section):
     block_tokens: int = Field(default=16, ge=1, le=1024)
     """Tokens of one KV block."""
     capacity: ByteSize | Literal["auto"] = "auto"
@@ -176,7 +172,7 @@ class KVConfig(_Section):
     """For debugging alone: fill blocks with NaN when they are reused, so that a use of what they held would show."""
 
 
-class RoutingConfig(_Section):
+class RoutingConfig(Section):
     policy: Literal["kv_aware", "prefix_hash", "least_loaded", "round_robin"] = "least_loaded"
     """How a gateway picks the workers of a request. kv_aware: where most of the prompt's KV is, weighed against what
     waits there. prefix_hash: prompts that begin alike go to the same, unless it has much to do."""
@@ -184,7 +180,7 @@ class RoutingConfig(_Section):
     """Whether a decode worker computes a short rest of a prompt itself: auto when that is sooner."""
 
 
-class _Tls(_Section):
+class _Tls(Section):
     tls_cert: str | None = None
     """A file with the certificate for `host` in PEM, those of its issuers behind it. Not given: no TLS."""
     tls_key: str | None = None
@@ -236,7 +232,7 @@ class SupervisorConfig(_Tls):
     """A worker that has had work for so long and taken no step is not ready."""
 
 
-class TracesConfig(_Section):
+class TracesConfig(Section):
     endpoint: str | None = Field(default=None, pattern=r"^https?://\S+$")
     """Where spans are sent by OTLP over HTTP, for example http://127.0.0.1:4318/v1/traces; needs tandem[otel]. Not
     given: nothing is traced."""
@@ -244,12 +240,12 @@ class TracesConfig(_Section):
     """Share of the requests that are traced, of those whose clients do not say themselves by a `traceparent`."""
 
 
-class ObservabilityConfig(_Section):
+class ObservabilityConfig(Section):
     traces: TracesConfig = TracesConfig()
     """Spans of requests, by OpenTelemetry."""
 
 
-class HiddenStatesConfig(_Section):
+class HiddenStatesConfig(Section):
     folder: str | None = None
     """Where the hidden states of prompts are written for requests that ask for them with return_hidden_states, one
     safetensors file a prompt. Not given: such requests are refused."""
@@ -267,7 +263,7 @@ class HiddenStatesConfig(_Section):
         return self
 
 
-class OffloadTierConfig(_Section):
+class OffloadTierConfig(Section):
     kind: Literal["host", "disk", "s3", "remote"]
     """host: a node's memory, shared by its workers. disk: folders. s3: a bucket of an S3-compatible store. remote: the
     host tiers of the other nodes, which can be read; it has no room of its own."""
@@ -312,7 +308,7 @@ class OffloadTierConfig(_Section):
         return self
 
 
-class OffloadConfig(_Section):
+class OffloadConfig(Section):
     tiers: tuple[OffloadTierConfig, ...] = ()
     """Where KV blocks go beyond the workers' own memory, nearest first. Empty: nowhere."""
     moving: ByteSize = 64 << 20
@@ -338,16 +334,7 @@ class OffloadConfig(_Section):
         return self
 
 
-class ExpertsConfig(_Section):
-    parallel: int = Field(default=1, ge=1, le=1024)
-    """Workers of a pool that share the experts of one model: each has some of them, and requests of its own. Divides
-    every pool's replicas. Where a worker has several processes (tensor_parallel), experts are spread over all of them.
-    One that dies takes the others of its group along; all start anew."""
-    redundant: int = Field(default=0, ge=0, le=4096)
-    """Experts of a layer that such a group holds a second time. The model's and these divide among its processes."""
-
-
-class LogConfig(_Section):
+class LogConfig(Section):
     level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     """Least severity that is written."""
     format: Literal["text", "json"] = "text"
@@ -356,7 +343,7 @@ class LogConfig(_Section):
     """Records a second that one cause, a line of the code, may write; of others only the number is told. 0: any."""
 
 
-class Config(_Section):
+class Config(Section):
     """Tandem's configuration: everything has a default, and the empty file serves the demo model."""
 
     model: ModelConfig = ModelConfig()
@@ -411,6 +398,11 @@ class Config(_Section):
                 raise ValueError(
                     f"experts.parallel: pools.{role}.replicas: {pool.replicas} is no multiple of {size} workers that "
                     f"share experts: give {size} replicas, or pools.{role}.expert_parallel: 1"
+                )
+            if pool.tensor_parallel > 1 and self.experts.balance.enabled:
+                raise ValueError(
+                    f"experts.balance.enabled: experts of workers with several processes cannot be moved yet, and "
+                    f"pools.{role}.tensor_parallel is {pool.tensor_parallel}: leave out enabled, or give 1"
                 )
         return self
 
@@ -524,7 +516,7 @@ def _suggest(location: tuple[str, ...]) -> str:
             continue
         annotation = section.model_fields[part].annotation
         options = [annotation, *get_args(annotation)]
-        section = next(a for a in options if isinstance(a, type) and issubclass(a, BaseModel))
+        section = next(a for a in options if isinstance(a, type) and issubclass(a, Section))
     known = list(section.model_fields)
     near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
     if near:

@@ -36,6 +36,7 @@ from .bounds import (
     TokenIds,
     TraceParent,
 )
+from .expert_messages import ExpertsReport
 from .kv_messages import KVClear, KVControlled, KVEvents, KVPin, KVReport, KVSnapshot, KVUnpin, KVWatch
 
 PROTOCOL_VERSION: Final = 2
@@ -403,6 +404,8 @@ class Report(Struct, tag=True, frozen=True):
     """Prompt tokens found in the prefix cache since the worker started."""
     kv: Annotated[list[KVReport], Meta(max_length=64)] = []
     """Of the prefix cache, and of each tier."""
+    experts: ExpertsReport | None = None
+    """Of the group that shares experts, from the worker that plans for it."""
 
 
 class Subscribe(Struct, tag=True, frozen=True):

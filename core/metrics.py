@@ -159,6 +159,16 @@ class ExpertMetrics:
         r = registry
         self.registry = registry
         self.attempts = Counter("tandem_expert_rebalances", "Rebalances by outcome", ["outcome"], registry=r)
+        self.balancedness = Gauge(
+            "tandem_expert_balancedness",
+            "Mean over the fullest rank: as counted over the window (now), and of the newest plan (predicted)",
+            ["when"],
+            registry=r,
+        )
+        self.placed_at_s = Gauge(
+            "tandem_expert_placement_timestamp_seconds", "Since when experts are where they are", registry=r
+        )
+        self.replicas = Gauge("tandem_expert_replicas", "The most slots that one expert has", registry=r)
         self.moved = Counter("tandem_experts_moved", "Experts that came into a slot of this rank", registry=r)
         self.moved_bytes = Counter("tandem_expert_bytes", "Bytes of experts read from peers", registry=r)
         self.stage_s = Histogram(

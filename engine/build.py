@@ -97,8 +97,7 @@ def build_engine(
     experts = experts_spec(spec, TORCH_DTYPES[dtype], *shares)
     expert_group: ExpertGroup | None = None
     if place is not None:
-        redundant = config.experts.redundant
-        expert_group = make_group(place, spec, experts, redundant, device, max_running, group.size)
+        expert_group = make_group(place, spec, experts, config.experts, device, max_running, group.size)
     scheme = spec.quantization.scheme if spec.quantization else None
     types = TORCH_DTYPES[dtype], KV_DTYPES[kv_dtype]
     ops = select(device, *types, config.model.kernels, experts, scheme, sinks=spec.sinks)

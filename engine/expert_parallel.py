@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from enum import IntEnum
 from typing import NamedTuple
@@ -23,15 +23,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..core.config_experts import ExpertsConfig
 from ..core.errors import ConfigError, WorkerError
 from ..core.log import logger
+from ..eplb.exchange import TorchExchange
+from ..eplb.maps import ExpertMaps
+from ..eplb.placement import Topology
+from ..eplb.store import ExpertLayout, ExpertStore
 from ..kernels import exchange_oracle
 from ..kernels.device import describe
 from ..kernels.expert_exchange import POLLS, Arrived, Buffers, Exchange
+from ..kernels.expert_weights import ExpertWeights
 from ..kernels.moe_oracle import KERNELS, ExpertsSpec, Kernel, select
 from ..kernels.peer_memory import PeerMemory
 from .batch import ladder
-from .expert_maps import ExpertMaps
+from .expert_balancer import Boundary, compare_placements, first_placement
 from .models.spec import ModelSpec
 from .tensor_parallel import TorchGroup
 
@@ -101,8 +107,9 @@ class ExpertGroup:
 
     Args:
         rank: of this process, in 0 … ``size`` − 1.
-        size: how many share the experts.
+        topology: of the slots; says how many share the experts.
         maps: who has what.
+        movable: whether experts may come to lie elsewhere; then they are kept in memory that peers can read.
         fixed_rows: tokens of a rank that a fixed buffer holds; 0: there is no fixed form.
         batched: computes what comes in the fixed form.
         buffers: for the direct form, where it is wanted.
@@ -115,20 +122,28 @@ class ExpertGroup:
         rows: of every rank, in such a step.
         direct: a rank's end of the direct form, where it serves.
         why_not_direct: why it does not, where it was wanted.
+        store: the experts, where they are movable and have been made.
+        boundary: called between two steps, empty ones too, with whether the next has work for any rank.
     """
 
     def __init__(
         self,
         rank: int,
-        size: int,
+        topology: Topology,
         maps: ExpertMaps,
+        *,
+        movable: bool = False,
         fixed_rows: int = 0,
         batched: Kernel | None = None,
         buffers: Buffers | None = None,
         tensor_parallel: int = 1,
     ) -> None:
-        self.rank, self.size = rank, size
+        self.rank, self.size = rank, topology.num_ranks
+        self.topology = topology
         self.maps = maps
+        self.movable = movable
+        self.store: ExpertStore | None = None
+        self.boundary: Boundary = lambda has_work: None
         self.fixed_rows = fixed_rows
         self.batched = batched
         self.buffers = buffers
@@ -138,7 +153,9 @@ class ExpertGroup:
         self.direct: Exchange | None = None
         self.why_not_direct = ""
         self._memory: PeerMemory | None = None
-        self.loads = torch.zeros(len(maps.physical), maps.num_local, dtype=torch.int64, device=maps.physical.device)
+        self.loads = torch.zeros(
+            maps.placement.num_layers, maps.num_local, dtype=torch.int64, device=maps.choices.device
+        )
         self._ranks: TorchGroup | None = None
         self._hosts: dist.ProcessGroup | None = None
         self._group: dist.ProcessGroup | None = None
@@ -171,6 +188,7 @@ class ExpertGroup:
         """From now on a rank that does not come within `STALL_S` has failed.
 
         Raises:
+            ConfigError: a rank places the experts otherwise.
             WorkerError: a rank did not come.
         """
         assert self._ranks is not None, "nobody has been met"
@@ -180,6 +198,32 @@ class ExpertGroup:
         self._hosts = dist.new_group(timeout=timedelta(seconds=STALL_S), backend="gloo")
         if self.loads.device.type == "cpu":  # NCCL has connected the GPUs, and watches over them itself
             self._group = self._hosts
+        compare_placements(self.exchange(), self.maps.placement)
+
+    def exchange(self) -> TorchExchange:
+        """Another way to tell each other something; all ranks make theirs together, once they `serve`."""
+        group = dist.new_group(timeout=timedelta(seconds=STALL_S), backend="gloo")
+        assert group is not None
+        return TorchExchange(group, STALL_S)
+
+    def house(self, layers: Sequence[ExpertWeights]) -> list[ExpertWeights]:
+        """Memory for the experts of all layers, where peers can read it.
+
+        Args:
+            layers: as they are to be, on no device ("meta").
+
+        Raises:
+            ConfigError: layers have experts of different kinds.
+        """
+        layouts = {ExpertLayout.of(weights.tensors(), len(layers)) for weights in layers}
+        if len(layouts) > 1:
+            raise ConfigError(
+                "experts.balance: the experts of some layers are quantised otherwise than those of others, and cannot "
+                "be moved",
+                fix="experts.balance.enabled: false leaves them where they are",
+            )
+        self.store = ExpertStore(layouts.pop(), self.loads.device)
+        return [weights.over(live) for weights, live in zip(layers, self.store.live, strict=True)]
 
     def part(self, num_tokens: int) -> slice:
         """Which of its tokens a rank routes and sends off; others that share its layers have the rest."""
@@ -206,6 +250,7 @@ class ExpertGroup:
             if self.direct is not None:
                 own = self.part(num_tokens)
                 self.direct.live.fill_(own.stop - own.start)
+        self.boundary(agreed is not StepSize.NOTHING)
         return agreed
 
     def record(self, rows: int, slots: Tensor) -> None:
@@ -246,7 +291,7 @@ class ExpertGroup:
         Raises:
             WorkerError: a rank did not take part.
         """
-        slots = self.maps.slots(layer, ids, self.rank)
+        slots = self.maps.slots(layer, ids)
         owners, num_local = slots // self.maps.num_local, self.maps.num_local
         every = torch.arange(self.size, device=x.device)
         goes = (owners.unsqueeze(0) == every.view(-1, 1, 1)).any(-1)
@@ -283,7 +328,7 @@ class ExpertGroup:
             WorkerError: a rank did not take part.
         """
         num_tokens, top_k = ids.shape
-        rows = _pack(x, weights, self.maps.slots(layer, ids, self.rank))
+        rows = _pack(x, weights, self.maps.slots(layer, ids))
         # Nobody's slot is negative.
         mine = torch.full((self.fixed_rows, rows.shape[1]), 0xFF, dtype=torch.uint8, device=x.device)
         mine[:num_tokens] = rows
@@ -320,7 +365,7 @@ class ExpertGroup:
     ) -> tuple[Arrived, Tensor]:
         """`dispatch` in the direct form: what came, and what `combine_direct` needs to know of this rank's tokens. A
         rank that does not take part is told by `check`."""
-        slots = self.maps.slots(layer, ids, self.rank)
+        slots = self.maps.slots(layer, ids)
         return direct.dispatch(x, weights, slots, self._rank_rows), slots
 
     def combine_direct(self, direct: Exchange, layer: int, out: Tensor, slots: Tensor) -> Tensor:
@@ -389,7 +434,7 @@ def make_group(
     place: ExpertPlace,
     spec: ModelSpec,
     experts: ExpertsSpec | None,
-    num_redundant: int,
+    config: ExpertsConfig,
     device: torch.device,
     rows: int,
     tensor_parallel: int = 1,
@@ -400,7 +445,7 @@ def make_group(
         place: of this rank.
         spec: of the model.
         experts: what it asks of its kernel.
-        num_redundant: slots beyond one for each expert.
+        config: slots beyond one for each expert, and whether they change hands.
         device: of this rank.
         rows: tokens of a rank that a fixed buffer is to hold, where the device computes in that form.
         tensor_parallel: neighbouring ranks that share layers.
@@ -413,15 +458,27 @@ def make_group(
             f"experts.parallel: {place.size} workers are to share experts, and {spec.architecture} has none",
             fix="leave out experts.parallel",
         )
-    maps = ExpertMaps(len(spec.moe_layers), spec.moe.num_experts, num_redundant, place.size, device)
+    numbers = len(spec.moe_layers), spec.moe.num_experts, place.size
+    placement, topology = first_placement(*numbers, config, spec.moe.num_groups)
+    maps = ExpertMaps(placement, topology, place.rank, device)
+    # All processes of a worker would have to take part between steps, and only the first does.
+    movable = config.balanced and tensor_parallel == 1
     if device.type == "cpu":  # bytes cost more than waiting
-        return ExpertGroup(place.rank, place.size, maps, tensor_parallel=tensor_parallel)
-    batched = select(experts._replace(format="batched"), describe(device)).backend
+        return ExpertGroup(place.rank, topology, maps, movable=movable, tensor_parallel=tensor_parallel)
+    batched = KERNELS[select(experts._replace(format="batched"), describe(device)).backend]
     each = -(-rows // tensor_parallel)
     buffers = Buffers(place.size, each, spec.hidden, spec.moe.top_k, maps.num_local, experts.dtype)
     wanted = exchange_oracle.select(experts, describe(device)).backend == "peer_memory"
-    kernel, direct = KERNELS[batched], buffers if wanted else None
-    return ExpertGroup(place.rank, place.size, maps, rows, kernel, direct, tensor_parallel)
+    return ExpertGroup(
+        place.rank,
+        topology,
+        maps,
+        movable=movable,
+        fixed_rows=rows,
+        batched=batched,
+        buffers=buffers if wanted else None,
+        tensor_parallel=tensor_parallel,
+    )
 
 
 def _pack(x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:

@@ -85,6 +85,7 @@ class Migrator:
         checksums: whether experts are compared with a checksum that was taken of them here and now.
         metrics: what to count.
         tell: called, on the engine's thread, when an attempt has ended.
+        before_swap: called there with a layer whose slots are about to hold other experts.
         clock: for time-outs.
 
     Raises:
@@ -107,6 +108,7 @@ class Migrator:
         checksums: bool = False,
         metrics: ExpertMetrics | None = None,
         tell: Callable[[Outcome], None] = lambda outcome: None,
+        before_swap: Callable[[int], None] = lambda layer: None,
         clock: Clock = SystemClock(),
     ) -> None:
         layout, placement = store.layout, maps.placement
@@ -126,6 +128,7 @@ class Migrator:
         self._checksums = checksums
         self._metrics = metrics
         self._tell = tell
+        self._before_swap = before_swap
         self._clock = clock
         self._ledger = Ledger(layout.num_layers, layout.num_slots, topology.num_physical)
         self._ledger.generations[:] = standing.generations
@@ -311,11 +314,12 @@ class Migrator:
             self._metrics.moved_bytes.inc(self._staged.num_bytes)
 
     def _swap_in(self, layer: int) -> None:
-        # First of all: a peer that reads the layer from now on finds that it is another.
+        self._before_swap(layer)
+        # Before the weights: a peer that reads the layer from now on finds that it is another.
         self._ledger.generations[layer] += 1
         self._store.swap_in(layer, self._staged.slots)
         self._ledger.sums[layer, list(self._staged.slots)] = self._staged.sums
-        self._maps.swap_in(layer, self._plan[layer])
+        self._maps.swap_in(layer)
 
     def _conclude(self, end: End) -> None:
         layer = self._layers[end.position - 1] if end.reason and 0 < end.position <= len(self._layers) else None

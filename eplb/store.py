@@ -7,7 +7,7 @@ scales, zero points and biases.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 import numpy as np
@@ -55,6 +55,15 @@ class ExpertLayout(msgspec.Struct, frozen=True):
     num_layers: int
     num_slots: int
     """That a rank owns in each layer."""
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], num_layers: int) -> ExpertLayout:
+        """For a layer's tensors, [slots, …] each; on any device, also on none ("meta")."""
+        parts = tuple(
+            ExpertTensor(name, tuple(tensor.shape[1:]), str(tensor.dtype).removeprefix("torch."))
+            for name, tensor in tensors.items()
+        )
+        return cls(parts, num_layers, len(next(iter(tensors.values()))))
 
     def offset(self, tensor: int, slot: int) -> int:
         """Where an expert's tensor begins within a layer, in bytes."""

@@ -3,7 +3,7 @@
 ::
 
     WATCHING ──step: interval over──▶ PLANNING ──decide: go──▶ MOVING ──ended──▶ WATCHING
-                                          └──────decide: not──────────────────────▶
+                                          └──────decide: not, or give_up──────────▶
 
 One rank asks it, and tells all what it answered: seconds differ between ranks, and none may go its own way.
 """
@@ -44,19 +44,28 @@ class TriggerSettings:
     """All tensors of one expert of one layer."""
     bytes_per_s: float
     """How fast a rank receives experts."""
-    mode: Literal["interval", "gain"] = "gain"
-    """"interval" moves whenever the interval is over and anything would move; "gain" if it saves more than it costs."""
+    mode: Literal["interval", "gain", "manual"] = "gain"
+    """"interval" moves whenever the interval is over and anything would move; "gain" if it saves more than it costs;
+    "manual" only when somebody demands it."""
     interval_steps: int = 3000
     """Steps between two looks at the load, and those that a placement is expected to last."""
+    interval_s: float | None = None
+    """Seconds, in place of ``interval_steps`` and, a quarter of it, ``first_steps``."""
     first_steps: int = 750
     """Steps before the first look."""
     min_ratio: float = 1.0
     """For "gain": how many times its cost a move must save."""
+    min_gain: float = 0.0
+    """For "gain": by what part the fullest ranks must become less full."""
 
     def __post_init__(self) -> None:
         for name in ("expert_bytes", "bytes_per_s", "interval_steps", "first_steps", "min_ratio"):
             if not getattr(self, name) > 0:
                 raise PlacementError(f"trigger: {name} is {getattr(self, name)}, expected more than 0")
+        if self.interval_s is not None and not self.interval_s > 0:
+            raise PlacementError(f"trigger: interval_s is {self.interval_s}, expected more than 0")
+        if not 0 <= self.min_gain < 1:
+            raise PlacementError(f"trigger: min_gain is {self.min_gain}, expected at least 0 and less than 1")
 
 
 class Decision(NamedTuple):
@@ -91,6 +100,7 @@ class Trigger:
         self._state = TriggerState.WATCHING
         self._left = settings.first_steps
         self._placed_s = clock.monotonic_s()
+        self._due_s = self._placed_s + (settings.interval_s or 0) / 4
         self._history: deque[str] = deque(maxlen=_HISTORY)
         self.outcomes: dict[str, int] = {"moved": 0, "declined": 0, "failed": 0}
         """How attempts ended."""
@@ -110,7 +120,9 @@ class Trigger:
     def step(self, num_steps: int = 1) -> bool:
         """Count steps, dummy ones too. Says whether it is time to plan; then `decide` comes next."""
         self._left -= num_steps
-        if self._state is not TriggerState.WATCHING or self._left > 0:
+        if self._state is not TriggerState.WATCHING or self._settings.mode == "manual":
+            return False
+        if self._left > 0 if self._settings.interval_s is None else self._clock.monotonic_s() < self._due_s:
             return False
         self._become(TriggerState.PLANNING, "interval over")
         return True
@@ -151,6 +163,15 @@ class Trigger:
             self._begin_interval("declined", decision.reason)
         return decision
 
+    def give_up(self, error: str) -> None:
+        """No plan was made, because of ``error``: the attempt counts as failed, and the next interval has begun.
+
+        Raises:
+            IllegalTransition: nobody was to plan.
+        """
+        self._expect(TriggerState.PLANNING, "give_up")
+        self._begin_interval("failed", f"give_up: {error}")
+
     def ended(self, *, error: str = "") -> None:
         """The move is over: all layers are where they should be, or some are not because of ``error``.
 
@@ -171,7 +192,8 @@ class Trigger:
         count, most = num_moved(current, new, self._topology)
         fullest = float(before.max(-1).sum())
         saved = 1 - float(after.max(-1).sum()) / fullest if fullest else 0.0
-        saved_s = saved * experts_s_per_step * settings.interval_steps
+        lasting_s = settings.interval_s or experts_s_per_step * settings.interval_steps
+        saved_s = saved * lasting_s
         cost_s = most * settings.expert_bytes / settings.bytes_per_s
         if not count:
             go, reason = False, "nothing would move"
@@ -183,6 +205,8 @@ class Trigger:
             go = saved_s > settings.min_ratio * cost_s
             sign = ">" if go else "≤"
             reason = f"saves {saved_s:.3g} s {sign} {settings.min_ratio:g} × {cost_s:.3g} s that moving costs"
+            if saved < settings.min_gain:
+                go, reason = False, f"the fullest ranks become {saved:.2%} less full, less than {settings.min_gain:.2%}"
         return Decision(
             go, reason, balancedness(before), balancedness(after), count, count * settings.expert_bytes, saved_s, cost_s
         )
@@ -190,6 +214,7 @@ class Trigger:
     def _begin_interval(self, outcome: str, why: str) -> None:
         self.outcomes[outcome] += 1
         self._left = self._settings.interval_steps
+        self._due_s = self._clock.monotonic_s() + (self._settings.interval_s or 0)
         self._become(TriggerState.WATCHING, why)
 
     def _expect(self, state: TriggerState, event: str) -> None:

@@ -58,9 +58,16 @@ class LoadWindow:
         Raises:
             PlacementError: the shapes do not fit.
         """
-        tokens = to_logical(load, placement)
+        self.add_tokens(to_logical(load, placement))
+
+    def add_tokens(self, tokens: NDArray[np.integer]) -> None:
+        """`add` of [layers, logical] tokens of experts.
+
+        Raises:
+            PlacementError: the shape does not fit.
+        """
         if tokens.shape != self._sum.shape:
-            raise PlacementError(f"the placement is of [layers, experts] = {tokens.shape}, expected {self._sum.shape}")
+            raise PlacementError(f"the load is of [layers, experts] = {tokens.shape}, expected {self._sum.shape}")
         entry = self._entries[self._added % len(self._entries)]
         self._sum += tokens - entry
         entry[:] = tokens

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -56,6 +57,23 @@ class ExpertWeights:
                 named[name] = weight
         biases = {"gate_up_bias": self.gate_up_bias, "down_bias": self.down_bias}
         return named | {name: bias for name, bias in biases.items() if bias is not None}
+
+    def over(self, tensors: Mapping[str, Tensor]) -> ExpertWeights:
+        """The same, in other memory: ``tensors`` has the names of `tensors`."""
+
+        def part(name: str, weight: Weight) -> Weight:
+            if not isinstance(weight, Packed):
+                return tensors[name]
+            own: dict[str, Any] = {key: tensors[f"{name}.{key}"] for key in weight.tensors()}
+            return replace(weight, **own)
+
+        return ExpertWeights(
+            part("gate_up", self.gate_up),
+            part("down", self.down),
+            tensors.get("gate_up_bias"),
+            tensors.get("down_bias"),
+            self.activation,
+        )
 
     @property
     def ordinary(self) -> bool:

@@ -9,6 +9,7 @@ import typer
 
 from ... import __version__
 from .deploy import deploy_app
+from .expert_commands import experts_app, rebalance, trace_experts
 from .kv import DEFAULT_URL, KeyOption, UrlOption, kv_app
 
 app = typer.Typer(
@@ -37,7 +38,7 @@ app = typer.Typer(
 
       tandem up my.yaml  ·  tandem status  ·  tandem down
 
-      tandem drain decode-0  ·  tandem scale decode 3  ·  tandem restart  ·  tandem watch
+      tandem drain decode-0  ·  tandem scale decode 3  ·  tandem restart  ·  tandem rebalance  ·  tandem watch
 
       tandem deploy render my.yaml        files that start the cluster: on your machines, AWS, GCP, Kubernetes
     """,
@@ -52,7 +53,6 @@ trace_app = typer.Typer(no_args_is_help=True, help="Traces: recorded load for `t
 app.add_typer(trace_app, name="trace")
 app.add_typer(deploy_app, name="deploy")
 app.add_typer(kv_app, name="kv")
-experts_app = typer.Typer(no_args_is_help=True, help="Experts: recorded loads, and where experts should be for them.")
 app.add_typer(experts_app, name="experts")
 
 # typer evaluates these at run time: Optional, not "| None", keeps the help's types readable.
@@ -129,16 +129,19 @@ def down(address: AddressOption = None) -> None:
 def status(
     address: AddressOption = None,
     kv: Annotated[bool, typer.Option("--kv", help="Each worker's prefix cache and tiers instead.")] = False,
+    experts: Annotated[bool, typer.Option("--experts", help="Each group that shares experts instead.")] = False,
     json_: Annotated[bool, typer.Option("--json", help="One JSON object a worker instead of a table.")] = False,
 ) -> None:
     """Show every worker: role, node, state, sequences, blocks, leases, and rates over one second.
 
     With --kv, what each prefix cache and tier holds and has done since its worker started: blocks, hits, bytes and the
-    speed of copies, evictions, the oldest block's age, failures, and whether it is away.
+    speed of copies, evictions, the oldest block's age, failures, and whether it is away. With --experts, how even the
+    ranks of each group are now, and would be by the newest plan, where its experts are and since when, and how the last
+    attempt to move them ended.
     """
     from .cluster import status as run
 
-    run(address, kv=kv, as_json=json_)
+    run(address, kv=kv, experts=experts, as_json=json_)
 
 
 @app.command()
@@ -195,6 +198,9 @@ def scale(
     from .control import scale as run
 
     run(pool, replicas, control)
+
+
+app.command()(rebalance)
 
 
 @app.command()
@@ -353,6 +359,9 @@ def trace_record(
     record(output, duration_s, max_requests, url, admin_key)
 
 
+trace_app.command("experts")(trace_experts)
+
+
 @config_app.command("schema")
 def config_schema() -> None:
     """Print the JSON Schema of the YAML file, for editors (`# yaml-language-server: $schema=…`)."""
@@ -496,48 +505,18 @@ def bench_eplb(
     loads: Annotated[int, typer.Option(min=1, help="Random loads whose placements are compared.")] = 1000,
     repeats: Annotated[int, typer.Option(min=1, help="Timed placements of each case.")] = 25,
     seed: Annotated[int, typer.Option(min=0, help="Of all loads.")] = 0,
+    device: Annotated[str, typer.Option(help="Where ranks serve while experts move: cpu or cuda.")] = "cpu",
+    ranks: Annotated[int, typer.Option(min=2, max=64, help="So many; of cuda, a GPU each.")] = 2,
     out: Annotated[Path, typer.Option(help="Folder for the JSON lines.")] = Path("bench/out"),
 ) -> None:
     """Measure placements of experts: milliseconds to find one, how even ranks are, and experts moved when loads drift;
-    each beside greedy packing, in turns.
+    each beside greedy packing, in turns. Then what balancing gains ranks that serve, and what a step takes meanwhile.
 
-    Exit 1 if one is slower, less even or moves more than it must.
+    Exit 1 if a placement is slower, less even or moves more than it must.
     """
     from .bench import bench_eplb as run
 
-    if not run(loads, repeats, seed, out):
+    if device not in ("cpu", "cuda"):
+        raise typer.BadParameter("choose cpu or cuda", param_hint="--device")
+    if not run(loads, repeats, seed, out, device, ranks):
         raise typer.Exit(1)
-
-
-@experts_app.command("plot")
-def experts_plot(
-    file: Annotated[Path, typer.Argument(metavar="LOADFILE", help="A recorded load of experts.")],
-    ranks: Annotated[int, typer.Option(min=1, help="Ranks that experts are spread over.")],
-    slots: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(min=1, help="Slots of all ranks. Default: the fewest that hold every expert."),
-    ] = None,
-    nodes: Annotated[int, typer.Option(min=1, help="Nodes of the ranks.")] = 1,
-    groups: Annotated[int, typer.Option(min=1, help="Groups of experts that stay in one node each.")] = 1,
-    output: Annotated[Path, typer.Option(help="The PNG.")] = Path("experts.png"),
-) -> None:
-    """Draw how full each rank is in each layer, before and after placing experts by a recorded load."""
-    from .experts import Layout
-    from .experts import plot as run
-
-    run(file, Layout(ranks, slots, nodes, groups), output)
-
-
-@experts_app.command("synth")
-def experts_synth(
-    file: Annotated[Path, typer.Argument(metavar="LOADFILE", help="The file to write.")],
-    layers: Annotated[int, typer.Option(min=1, max=1024, help="Layers.")] = 48,
-    experts: Annotated[int, typer.Option(min=1, max=1 << 14, help="Experts of a layer.")] = 128,
-    windows: Annotated[int, typer.Option(min=1, max=1 << 16, help="Windows of 1000 steps.")] = 4,
-    exponent: Annotated[float, typer.Option(min=0.01, max=4, help="Of the power law.")] = 0.8,
-    seed: Annotated[int, typer.Option(min=0, help="Of all chance.")] = 0,
-) -> None:
-    """Make up a recorded load, to try things with."""
-    from .experts import synthesize as run
-
-    run(file, layers, experts, windows, exponent, seed)

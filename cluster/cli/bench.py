@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import socket
 import sys
@@ -18,6 +19,7 @@ from rich.table import Table
 from ...bench.client import Server
 from ...bench.engine import records
 from ...bench.eplb import records as eplb_records
+from ...bench.expert_serving import serving_records, shape_of
 from ...bench.kv import CASES
 from ...bench.kv import records as kv_records
 from ...bench.machine import describe
@@ -33,6 +35,7 @@ from .progress import Progress as LaunchProgress
 from .progress import show_launch
 
 _READY_TIMEOUT_S = 60.0
+_ROUNDS, _STEPS = 5, 100
 
 
 class Options(NamedTuple):
@@ -91,12 +94,13 @@ def bench_kv(transports: list[str], block_kib: list[int], region_mib: int, repea
     return enough
 
 
-def bench_eplb(num_loads: int, repeats: int, seed: int, out: Path) -> bool:
+def bench_eplb(num_loads: int, repeats: int, seed: int, out: Path, device: str, ranks: int) -> bool:
     """Run the placements' benchmark; JSON lines on standard output and in a file. Says whether all was good enough."""
     enough = True
     out.mkdir(parents=True, exist_ok=True)
     with (out / time.strftime("eplb-%Y%m%d-%H%M%S.jsonl", time.gmtime())).open("w") as lines:
-        for record in eplb_records(num_loads, repeats, seed):
+        serving = serving_records(shape_of(device, ranks), _ROUNDS, _STEPS, seed)
+        for record in itertools.chain(eplb_records(num_loads, repeats, seed), serving):
             line = json.dumps(record, ensure_ascii=False)
             sys.stdout.write(line + "\n")
             sys.stdout.flush()

@@ -16,6 +16,7 @@ from ...core.environment import join_local_ray, prepare_ray, ray_address
 from ...engine.models.spec import context_length, read_spec
 from ..controller import WorkerStatus
 from ..gateway.listener import gateway_url
+from .expert_table import print_experts
 from .kv_table import print_kv
 from .progress import Interrupted, Progress, show_launch, watch_signals
 
@@ -72,8 +73,8 @@ def down(address: str | None) -> None:
     Console().print("stopped")
 
 
-def status(address: str | None, *, kv: bool, as_json: bool) -> None:
-    """Print the workers, or their KV: of the cluster named, or of this machine's `tandem serve`."""
+def status(address: str | None, *, kv: bool, experts: bool, as_json: bool) -> None:
+    """Print the workers, their KV or their experts: of the cluster named, or of this machine's `tandem serve`."""
     prepare_ray()
     where = address or ray_address() or join_local_ray()
     from ..ray_cluster import connect_ray, disconnect_ray
@@ -96,6 +97,8 @@ def status(address: str | None, *, kv: bool, as_json: bool) -> None:
             Console(soft_wrap=True, highlight=False).print(json.dumps(fields), markup=False)
     elif kv:
         print_kv(Console(highlight=False), after, time.time())
+    elif experts:
+        print_experts(Console(highlight=False), after, time.time())
     else:
         console = Console(highlight=False)
         _print_table(console, after, rates)

@@ -13,7 +13,7 @@ from ..control.credentials import Credentials
 
 def drain(worker: str, grace_s: float, file: Path | None, *, restart: bool, finish: bool) -> None:
     """Take a worker out, and return when it has ended, or is back."""
-    with ControlClient(_credentials(file)) as client:
+    with ControlClient(credentials_of(file)) as client:
         client.drain(worker, grace_s, restart=restart, finish=finish)
     Console(highlight=False).print(f"{worker} is {'ready again' if restart else 'drained'}", markup=False)
 
@@ -21,14 +21,14 @@ def drain(worker: str, grace_s: float, file: Path | None, *, restart: bool, fini
 def restart(pool: str, grace_s: float, file: Path | None) -> None:
     """Begin another life of every worker of a pool, or of all, one after the other, and tell of each."""
     console = Console(highlight=False)
-    with ControlClient(_credentials(file)) as client:
+    with ControlClient(credentials_of(file)) as client:
         for worker in client.restart(pool, grace_s):
             console.print(f"{worker} is ready again", markup=False)
 
 
 def scale(pool: str, replicas: int, file: Path | None) -> None:
     """Have so many workers in a pool, and tell which start and which leave."""
-    with ControlClient(_credentials(file)) as client:
+    with ControlClient(credentials_of(file)) as client:
         started, drained = client.scale(pool, replicas)
     console = Console(highlight=False)
     for verb, workers in (("starting", started), ("draining", drained)):
@@ -41,7 +41,7 @@ def scale(pool: str, replicas: int, file: Path | None) -> None:
 def watch(file: Path | None) -> None:
     """Print what has happened and what happens, until Ctrl-C or the cluster's end."""
     console = Console(highlight=False, soft_wrap=True)
-    with ControlClient(_credentials(file)) as client:
+    with ControlClient(credentials_of(file)) as client:
         try:
             for event in client.watch():
                 at = time.strftime("%H:%M:%S", time.localtime(event.at_s))
@@ -50,5 +50,6 @@ def watch(file: Path | None) -> None:
             return
 
 
-def _credentials(file: Path | None) -> Credentials:
+def credentials_of(file: Path | None) -> Credentials:
+    """Of the cluster that a control.json tells of, or of this user's newest."""
     return Credentials.find() if file is None else Credentials.read(file)

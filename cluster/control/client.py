@@ -72,9 +72,26 @@ class ControlClient:
         answer = self._call("Scale", pb.ScaleRequest(pool=pool, replicas=replicas), _ANSWER_TIMEOUT_S)
         return list(answer.started), list(answer.drained)
 
-    def rebalance(self) -> None:
-        """Place experts anew."""
-        self._call("Rebalance", pb.RebalanceRequest(), _ANSWER_TIMEOUT_S)
+    def rebalance(self, pool: str, timeout_s: float) -> list[pb.Rebalanced]:
+        """Place the experts of a pool's groups anew, or of all ("") if none is named; what became of each.
+
+        Args:
+            pool: prefill, decode or colocated, or "".
+            timeout_s: of each group.
+        """
+        request = pb.RebalanceRequest(pool=pool, timeout_s=timeout_s)
+        return list(self._call("Rebalance", request, timeout_s + _MARGIN_S).groups)
+
+    def expert_load(self, worker: str, after: int) -> pb.ExpertLoadResponse:
+        """What the experts of a group computed, behind entry ``after``; some at a time.
+
+        Args:
+            worker: the first of the group, or "": of the only one.
+            after: see `control.proto`.
+        """
+        request = pb.ExpertLoadRequest(worker=worker, after=after)
+        answer: pb.ExpertLoadResponse = self._call("ExpertLoad", request, _ANSWER_TIMEOUT_S)
+        return answer
 
     def watch(self, after: int = 0) -> Iterator[pb.Event]:
         """Events with a number above ``after``, as they happen, until the connection or the cluster ends."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import grpc
 import grpc.aio
+import msgspec
 from google.protobuf.message import DecodeError
 from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -21,6 +22,7 @@ from ...core.config import ControlConfig
 from ...core.errors import CapacityError, ConfigError, NotFoundError, RequestError, TandemError
 from ...core.log import logger
 from ..controller import Controller, WorkerStatus
+from ..rebalancing import REBALANCE_S, Rebalancing
 from ..scaling import DRAIN_S, Scaling
 from ..tls import is_loopback
 from . import control_pb2 as pb
@@ -54,11 +56,13 @@ class ControlService:
     Args:
         controller: of the cluster.
         scaling: drains and scales.
+        rebalancing: places experts.
     """
 
-    def __init__(self, controller: Controller, scaling: Scaling) -> None:
+    def __init__(self, controller: Controller, scaling: Scaling, rebalancing: Rebalancing) -> None:
         self._controller = controller
         self._scaling = scaling
+        self._rebalancing = rebalancing
 
     async def Status(self, request: pb.StatusRequest, context: Context) -> pb.StatusResponse:
         """Every worker."""
@@ -83,9 +87,23 @@ class ControlService:
         return pb.ScaleResponse(started=started, drained=drained)
 
     async def Rebalance(self, request: pb.RebalanceRequest, context: Context) -> pb.RebalanceResponse:
-        """Not before there is an expert group."""
-        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "there is no expert group, whose experts could be moved")
-        raise AssertionError("abort raises")
+        """Answers when all groups are done, or have failed."""
+        if not self._rebalancing.possible:
+            await context.abort(grpc.StatusCode.UNIMPLEMENTED, "there is no expert group, whose experts could be moved")
+        timeout_s = request.timeout_s if request.HasField("timeout_s") else REBALANCE_S
+        groups = await self._rebalancing.rebalance(request.pool, timeout_s)
+        return pb.RebalanceResponse(groups=[pb.Rebalanced(**group._asdict()) for group in groups])
+
+    async def ExpertLoad(self, request: pb.ExpertLoadRequest, context: Context) -> pb.ExpertLoadResponse:
+        """Answers at once."""
+        load = await self._rebalancing.load(request.worker, request.after)
+        return pb.ExpertLoadResponse(
+            entries=[pb.ExpertLoadEntry(number=e.number, steps=e.steps, tokens=e.tokens) for e in load.entries],
+            num_layers=load.num_layers,
+            num_experts=load.num_experts,
+            model=load.model,
+            last=load.last,
+        )
 
     async def Watch(self, request: pb.WatchRequest, context: Context) -> AsyncIterator[pb.Event]:
         """Until the caller leaves."""
@@ -102,13 +120,22 @@ class ControlServer:
     Args:
         controller: of the cluster.
         scaling: drains and scales.
+        rebalancing: places experts.
         config: address and TLS.
         folder: where `control.json` is written.
     """
 
-    def __init__(self, controller: Controller, scaling: Scaling, config: ControlConfig, folder: Path) -> None:
+    def __init__(
+        self,
+        controller: Controller,
+        scaling: Scaling,
+        rebalancing: Rebalancing,
+        config: ControlConfig,
+        folder: Path,
+    ) -> None:
         self._controller = controller
         self._scaling = scaling
+        self._rebalancing = rebalancing
         self._config = config
         self._note = folder / NAME
         self._health = health.aio.HealthServicer()
@@ -124,7 +151,7 @@ class ControlServer:
         token = secrets.token_urlsafe(32)
         certificate, key = self._read_tls()
         server = grpc.aio.server(interceptors=[_TokenCheck(token)], options=_OPTIONS, maximum_concurrent_rpcs=_MAX_RPCS)
-        service = ControlService(self._controller, self._scaling)
+        service = ControlService(self._controller, self._scaling, self._rebalancing)
         server.add_generic_rpc_handlers((_handlers(service),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection((SERVICE.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
@@ -247,7 +274,11 @@ def _handler(method: Any, behaviour: Callable[..., Any]) -> Any:
 def _worker(status: WorkerStatus) -> pb.Worker:
     fields = pb.Load.DESCRIPTOR.fields_by_name
     report = status.report
-    load = None if report is None else pb.Load(**{name: getattr(report, name) for name in fields})
+    load = None
+    if report is not None:
+        load = pb.Load(**{name: getattr(report, name) for name in fields if name != "experts"})
+        if report.experts is not None:
+            load.experts.CopyFrom(pb.Experts(**msgspec.structs.asdict(report.experts)))
     return pb.Worker(
         name=status.worker,
         peer=status.peer,

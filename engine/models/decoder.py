@@ -194,6 +194,10 @@ class Decoder:
         self.layers = [
             Layer(self.local, index, make, group, *places[index], experts) for index in range(spec.num_layers)
         ]
+        if experts is not None and experts.movable and device.type != "meta":
+            mixtures = [layer.mlp for layer in self.layers if isinstance(layer.mlp, Experts)]
+            for mlp, weights in zip(mixtures, experts.house([mlp.weights for mlp in mixtures]), strict=True):
+                mlp.weights = weights
         self.norm = make(spec.hidden)
         table = cos_sin_table(spec.rope, spec.rope_dim, max_model_len, spec.max_positions)
         self._cos_sin = table.to(device)

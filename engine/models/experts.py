@@ -75,11 +75,11 @@ class Experts:
         group: the ranks that have different experts, each with tokens of its own; None: all experts are here.
 
     Attributes:
-        held: the experts that are here, in the order of the weights.
+        held: the experts that are here at first, in the order of the weights.
         router: [experts, hidden].
         router_bias: [experts], or None.
         correction: [experts], added where experts are chosen and not to their weights, or None.
-        weights: of the experts.
+        weights: of the experts; on no device ("meta") until the group has housed them, if they are movable.
         shared: one dense part, for the experts that all tokens go to, or None.
     """
 
@@ -95,17 +95,18 @@ class Experts:
         moe = self.spec = spec.moe
         self._group = group
         self._layer = sorted(spec.moe_layers).index(layer)
-        self.held = list(range(moe.num_experts)) if group is None else group.maps.held_by(self._layer, group.rank)
+        self.held = list(range(moe.num_experts)) if group is None else group.maps.held(self._layer)
         count, prefix = len(self.held), expert_prefix(layer)
+        own = make.on(torch.device("meta")) if group is not None and group.movable else make
         self.router = make(moe.num_experts, spec.hidden)
         self.router_bias = make(moe.num_experts) if moe.router_bias else None
         # Published corrections differ by less than bfloat16 can tell apart.
         self.correction = make(moe.num_experts).float() if moe.method == "sigmoid_grouped" else None
         self.weights = ExpertWeights(
-            make.matrix(prefix, _GATE_UP, [moe.inner] * 2, spec.hidden, num_experts=count),
-            make.matrix(prefix, _DOWN, [spec.hidden], moe.inner, cut_columns=group is None, num_experts=count),
-            make(count, 2 * moe.inner) if moe.biases else None,
-            make(count, spec.hidden) if moe.biases and (rank == 0 or group is not None) else None,
+            own.matrix(prefix, _GATE_UP, [moe.inner] * 2, spec.hidden, num_experts=count),
+            own.matrix(prefix, _DOWN, [spec.hidden], moe.inner, cut_columns=group is None, num_experts=count),
+            own(count, 2 * moe.inner) if moe.biases else None,
+            own(count, spec.hidden) if moe.biases and (rank == 0 or group is not None) else None,
             moe.activation,
         )
         shared = f"model.layers.{layer}.mlp.shared_experts."

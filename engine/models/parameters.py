@@ -37,6 +37,10 @@ class Parameters:
         self._quantization = quantization
         self._num_ranks = num_ranks
 
+    def on(self, device: torch.device) -> Parameters:
+        """The same for another device."""
+        return Parameters(self._dtype, self._matrix_dtype, device, self._quantization, self._num_ranks)
+
     def __call__(self, *shape: int) -> Tensor:
         """A plain tensor: a vector, or matrices."""
         return torch.empty(shape, dtype=self._dtype if len(shape) == 1 else self._matrix_dtype, device=self._device)

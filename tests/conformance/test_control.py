@@ -24,6 +24,7 @@ from tandem.cluster.control.client import ControlClient
 from tandem.cluster.control.credentials import Credentials
 from tandem.cluster.control.server import ControlServer
 from tandem.cluster.controller import Controller
+from tandem.cluster.rebalancing import Rebalancing
 from tandem.cluster.scaling import Scaling
 from tandem.core.clock import SystemClock
 from tandem.core.config import Config, ControlConfig
@@ -35,10 +36,11 @@ TIMEOUT_S = 20
 class Served:
     """A control server and its controller, on a loop of their own."""
 
-    def __init__(self, folder: Path, **config: Any) -> None:
+    def __init__(self, folder: Path, parallel: int = 1, **config: Any) -> None:
         self.folder = folder
         self.launched = Launched()
-        self._config = Config.model_validate({"pools": {"prefill": {}, "decode": {"replicas": 2}}, "control": config})
+        pools = {"prefill": {"expert_parallel": 1}, "decode": {"replicas": 2}}
+        self._config = Config.model_validate({"pools": pools, "experts": {"parallel": parallel}, "control": config})
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever)
 
@@ -53,7 +55,9 @@ class Served:
     async def _start(self) -> Credentials:
         self.controller = Controller(self._config, self.launched, SystemClock())
         scaling = Scaling(self._config, self.launched, self.controller)
-        self.server = ControlServer(self.controller, scaling, self._config.control, self.folder)
+        self.server = ControlServer(
+            self.controller, scaling, Rebalancing(self._config, self.controller), self._config.control, self.folder
+        )
         return await self.server.start()
 
     def __enter__(self) -> Served:
@@ -97,7 +101,28 @@ def test_an_operators_day(served: Served) -> None:
         ):
             client.drain("prefill-0", 5, restart=False)
         with pytest.raises(WorkerError, match="there is no expert group"):
-            client.rebalance()
+            client.rebalance("", 5)
+
+
+def test_experts_are_placed_anew(tmp_path: Path) -> None:
+    with Served(tmp_path, parallel=2) as served:
+        served.do(served.controller.start())
+        with ControlClient(served.credentials) as client:
+            [group] = client.rebalance("", 5)
+            assert (group.worker, group.outcome) == ("decode-0", "done: within 5 s")
+            assert client.rebalance("decode", 7)[0].outcome == "done: within 7 s"
+            with pytest.raises(WorkerError, match="no workers of the pool 'prefill' share experts"):
+                client.rebalance("prefill", 5)
+            with pytest.raises(WorkerError, match="timeout_s is 0, expected more than 0"):
+                client.rebalance("", 0)
+            got = client.expert_load("", 3)
+            assert (got.entries[0].number, got.entries[0].tokens, got.num_experts) == (4, bytes(16), 2)
+            with pytest.raises(WorkerError, match="give the first worker of a group that shares experts: decode-0"):
+                client.expert_load("decode-1", 0)
+            served.launched.processes["decode-0#1"].refuses = True
+            assert client.rebalance("", 5)[0].outcome == "failed: experts.balance is off"
+            served.do(served.controller.note("decode-0#1", "experts: done: 3 moved"))
+            assert next(client.watch()).text == "decode-0#1: experts: done: 3 moved"
 
 
 def test_events_come_as_they_happen(served: Served) -> None:

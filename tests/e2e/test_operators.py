@@ -49,7 +49,7 @@ def test_workers_come_and_go_under_load_and_no_request_fails(tmp_path: Path) -> 
         with watch_out.open("w") as output:
             watcher = subprocess.Popen([TANDEM, "watch"], stdout=output, env=operator.environment)
         assert "decode-0 is the last decode worker that is ready" in operator.run("drain", "decode-0", status=1)
-        assert "more decode workers need" in operator.run("scale", "decode", "1000", status=1)
+        assert "needs 0.4 CPUs on one node" in operator.run("scale", "decode", "1000", status=1)
         assert operator.run("scale", "decode", "2") == "starting decode-1\n"
         wait_for(lambda: "decode-1#1 is ready" in watch_out.read_text(), 60, "decode-1")
         wait_for(lambda: served.metric("tandem_members", role="decode") == 2, 10, "the gateway to know")

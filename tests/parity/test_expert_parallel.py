@@ -8,7 +8,17 @@ import pytest
 from support.checkpoints import make_checkpoint
 from support.quantized import make_quantized
 from support.ranks import run_ranks
-from support.sharded_experts import FAMILIES, as_workers, check, share, share_and_leave, share_both, share_directly
+from support.sharded_experts import (
+    FAMILIES,
+    NUM_ROUNDS,
+    as_workers,
+    check,
+    share,
+    share_and_leave,
+    share_and_move,
+    share_both,
+    share_directly,
+)
 from tandem.kernels import on_gpu
 
 
@@ -52,3 +62,20 @@ def test_quantised_experts(tmp_path: Path) -> None:
         "qwen3_moe", "mxfp4", tmp_path / "qwen3_moe-mxfp4", hidden_size=64, moe_intermediate_size=32, **sizes
     )
     check(run_ranks(2, share, tmp_path, 2, "cpu", ("qwen3_moe-fp8", "qwen3_moe-mxfp4")))
+
+
+def test_experts_move_while_ranks_serve(tmp_path: Path) -> None:
+    """Plain and quantised, biases, scales and all; nobody notices."""
+    sizes = {"num_experts": 8, "decoder_sparse_step": 1}
+    for family in ("qwen3_moe", "gpt_oss"):
+        make_checkpoint(family, tmp_path / family, **FAMILIES[family])
+    make_quantized("qwen3_moe", "fp8_blocks", tmp_path / "fp8", **sizes)
+    make_quantized("qwen3_moe", "mxfp4", tmp_path / "mxfp4", hidden_size=64, moe_intermediate_size=32, **sizes)
+    families = "qwen3_moe", "gpt_oss", "fp8", "mxfp4"
+    found = run_ranks(2, share_and_move, tmp_path, families, True)
+    for family in families:
+        for told in found:
+            print(family, told[family])
+            assert told[family].difference < 1e-5
+            assert told[family].same_tokens
+            assert told[family].loads[0][0] >= NUM_ROUNDS // 2, "rounds after which experts were elsewhere"

@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from tandem.core.errors import CapacityError, WorkerError
 from tandem.core.wire import ClusterKeys, SecureContext, make_cluster_keys
+from tandem.eplb.dispatch_map import dispatch_map
 from tandem.eplb.exchange import TorchExchange
 from tandem.eplb.maps import ExpertMaps
 from tandem.eplb.migrate import Migrator, Outcome
@@ -111,7 +112,7 @@ class ServingRank:
             self.migrator.settle(agreed)
         agreed = agreed or Standing.first(random_placement(0, size))
         if self.maps is None:
-            self.maps = ExpertMaps(agreed.placement, CPU)
+            self.maps = ExpertMaps(agreed.placement, Topology(SLOTS * size, size), rank, CPU)
             for layer, tensors in enumerate(self.store.live):
                 for slot in range(SLOTS):
                     number = int(agreed.placement.physical_to_logical[layer, rank * SLOTS + slot])
@@ -191,9 +192,9 @@ class ServingRank:
         last = False
         for layer, tensors in enumerate(self.store.live):
             wanted = torch.randint(0, NUM_LOGICAL, (TOKENS,), generator=generator).clamp_max(NUM_LOGICAL - 1)
-            count = self.maps.replica_count[layer, wanted]
+            count = self.maps.num_choices[layer, wanted]
             replica = (torch.arange(TOKENS) + self.step) % count
-            slot = self.maps.logical_to_physical[layer, wanted, replica].long()
+            slot = self.maps.choices[layer, wanted, replica].long()
             order = torch.argsort(slot // SLOTS, stable=True)
             sizes = torch.bincount(slot // SLOTS, minlength=self.size)
             told = torch.stack([sizes, torch.full_like(sizes, int(stop))], dim=1)
@@ -222,10 +223,11 @@ class ServingRank:
         """Every slot of this rank holds what the maps say, and all maps say the same."""
         assert self.maps is not None
         placement = self.maps.placement
+        there = dispatch_map(placement, Topology(SLOTS * self.size, self.size), self.rank)
         for tensor, array in (
             (self.maps.physical_to_logical, placement.physical_to_logical),
-            (self.maps.logical_to_physical, placement.logical_to_physical),
-            (self.maps.replica_count, placement.replica_count),
+            (self.maps.choices, there.choices),
+            (self.maps.num_choices, there.num_choices),
         ):
             np.testing.assert_array_equal(tensor.numpy(), array)
         for layer, tensors in enumerate(self.store.live):

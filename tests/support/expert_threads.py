@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry
 from tandem.core.clock import Clock, SystemClock
 from tandem.core.errors import WorkerError
 from tandem.core.metrics import ExpertMetrics
+from tandem.eplb.dispatch_map import dispatch_map
 from tandem.eplb.maps import ExpertMaps
 from tandem.eplb.migrate import Migrator, Outcome
 from tandem.eplb.placement import Placement, Topology
@@ -108,7 +109,7 @@ class Ranks:
                 for slot in range(SLOTS):
                     fill(tensors, slot, layer, first.rows[layer][rank * SLOTS + slot])
             self.stores.append(store)
-        self.maps = [ExpertMaps(first.placement, device) for _ in range(size)]
+        self.maps = [ExpertMaps(first.placement, self.topology, rank, device) for rank in range(size)]
 
         def start(rank: int) -> Migrator:
             return Migrator(
@@ -167,8 +168,9 @@ class Ranks:
                 == rows.tolist()
                 == self.maps[0].placement.physical_to_logical.tolist()
             )
-            assert maps.logical_to_physical.tolist() == maps.placement.logical_to_physical.tolist()
-            assert maps.replica_count.tolist() == maps.placement.replica_count.tolist()
+            there = dispatch_map(maps.placement, self.topology, rank)
+            assert maps.choices.tolist() == there.choices.tolist()
+            assert maps.num_choices.tolist() == there.num_choices.tolist()
             for layer, tensors in enumerate(store.live):
                 for slot in range(SLOTS):
                     fill(right.live[layer], slot, layer, int(rows[layer, rank * SLOTS + slot]))

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable
 
 from tandem.core.errors import CapacityError
+from tandem.core.expert_messages import LoadEntries, LoadEntry
 from tandem.core.ids import PeerId, WorkerId
 from tandem.core.messages import Member, Membership, Report
 
@@ -18,6 +19,7 @@ class Process:
         """That the last stop gave it."""
         self.lingers = False
         """Whether it has something to finish, until the test lets it die."""
+        self.refuses = False
         self.peer = peer
         self.role = role
         self.memberships: list[Membership] = []
@@ -39,6 +41,14 @@ class Process:
 
     async def report(self) -> Report | None:
         return Report(1, 2, 3, 4, 5)
+
+    async def rebalance(self, timeout_s: float) -> str:
+        if self.refuses:
+            raise CapacityError("experts.balance is off")
+        return f"done: within {timeout_s:g} s"
+
+    async def expert_load(self, after: int) -> LoadEntries:
+        return LoadEntries([LoadEntry(after + 1, 5, bytes(16))], 1, 2, "tiny", after + 1)
 
     async def stop(self, grace_s: float) -> None:
         self.grace_s = grace_s

@@ -8,16 +8,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
+from prometheus_client import CollectorRegistry
+from tandem.core.clock import SystemClock
 from tandem.core.config import Config
+from tandem.core.config_experts import BalanceConfig, ExpertsConfig
 from tandem.core.errors import WorkerError
 from tandem.core.hashing import root_hash
 from tandem.core.messages import Child, Sampling
+from tandem.core.metrics import ExpertMetrics
 from tandem.engine.batch import Work
 from tandem.engine.build import warm_up
 from tandem.engine.engine import Engine
-from tandem.engine.expert_maps import ExpertMaps
+from tandem.engine.expert_balancer import Balancer, first_placement
 from tandem.engine.expert_parallel import STALL_S, ExpertGroup, ExpertPlace, StepSize, meet
 from tandem.engine.kv_cache import KVCache
 from tandem.engine.models.decoder import Decoder
@@ -29,12 +34,14 @@ from tandem.engine.runner import Runner
 from tandem.engine.sequence import Sequence
 from tandem.engine.tensor_parallel import Alone, Group
 from tandem.engine.weights import load_weights
+from tandem.eplb.maps import ExpertMaps
 from tandem.kernels.device import describe
 from tandem.kernels.expert_exchange import Buffers, Exchange
 from tandem.kernels.moe_oracle import KERNELS
 from tandem.kernels.moe_oracle import select as select_experts
 from tandem.kernels.oracle import select
 from tandem.kv_transfer.layout import KVLayout
+from tandem.kv_transfer.transports.shm import ShmTransport
 
 CPU = torch.device("cpu")
 ROOT = root_hash("experts")
@@ -48,6 +55,8 @@ FAMILIES: dict[str, dict[str, object]] = {
 PROMPTS = ((45, 9), (), (33,), (1, 2, 3))
 NUM_OUTPUT = 6
 NUM_TOKENS = 24
+NUM_ROUNDS = 4
+NUM_EMPTY = 50
 
 
 class Told(NamedTuple):
@@ -300,9 +309,65 @@ def _group_of(
     wanted = experts_spec(spec, torch.float32, 1, size)
     assert spec.moe is not None
     assert wanted is not None
-    maps = ExpertMaps(len(spec.moe_layers), spec.moe.num_experts, num_redundant, size, device)
+    config = ExpertsConfig(redundant=num_redundant)
+    placement, topology = first_placement(len(spec.moe_layers), spec.moe.num_experts, size, config, 1)
+    maps = ExpertMaps(placement, topology, rank, device)
     batched = KERNELS[select_experts(wanted._replace(format="batched"), describe(device)).backend]
     buffers = None
     if device.type == "cuda" and direct:
         buffers = Buffers(size, 4, spec.hidden, spec.moe.top_k, maps.num_local, torch.float32)
-    return ExpertGroup(rank, size, maps, 4 if fixed else 0, batched, buffers, tensor_parallel)
+    return ExpertGroup(
+        rank,
+        topology,
+        maps,
+        movable=config.balanced,
+        fixed_rows=4 if fixed else 0,
+        batched=batched,
+        buffers=buffers,
+        tensor_parallel=tensor_parallel,
+    )
+
+
+def share_and_move(rank: int, size: int, folder: Path, families: tuple[str, ...], checksums: bool) -> dict[str, Told]:
+    """`share` in the exact form, several times over, while experts move whenever anything would, and in idle steps."""
+    told = {}
+    for family in families:
+        plain = engine_of(folder / family, None)
+        want = [list(logits_of(plain, PROMPTS[rank])) for _ in range(NUM_ROUNDS)]
+        group = _group_of(rank, size, folder / family, 2, fixed=False)
+        engine = engine_of(folder / family, group)
+        group.join(f"file://{folder / 'rendezvous'}-{family}-moving", CPU)
+        group.serve()
+        assert group.store is not None
+        balancer = Balancer(
+            group.loads,
+            group.store,
+            group.maps,
+            group.topology,
+            (group.exchange(), group.exchange()),
+            lambda notify: {"shm": ShmTransport(notify)},
+            BalanceConfig(when="interval", interval_steps=4, window_steps=4, exchange_steps=1, checksums=checksums),
+            family,
+            ExpertMetrics(CollectorRegistry()),
+            SystemClock(),
+        )
+        group.boundary = balancer.boundary
+        first = group.maps.placement.physical_to_logical
+        difference, same, num_idle, num_moved = 0.0, True, 0, 0
+        for wanted in want:
+            got = list(logits_of(engine, PROMPTS[rank]))
+            pairs = [(a, b) for a, b in zip(got, wanted, strict=True) if len(a)]
+            difference = max(
+                [difference, *(float((a - b).abs().max()) / max(1.0, float(b.abs().max())) for a, b in pairs)]
+            )
+            same = same and all(bool((a.argmax(-1) == b.argmax(-1)).all()) for a, b in pairs)
+            while engine.accompany():
+                num_idle += 1
+            for _ in range(NUM_EMPTY):  # nobody has work; what is being moved goes on
+                assert not engine.accompany()
+                time.sleep(0.001)
+            num_moved += not np.array_equal(first, group.maps.placement.physical_to_logical)
+        told[family] = Told(difference, same, num_idle, [[num_moved]])
+        balancer.close()
+        group.close()
+    return told

@@ -231,7 +231,7 @@ def test_public_things_are_documented() -> None:
 def _is_section(node: ast.AST) -> bool:
     """A configuration section or a request body, whose fields say it all."""
     return isinstance(node, ast.ClassDef) and any(
-        getattr(base, "id", "") in ("_Section", "_Tls", "_Body", "_Pool", "DecodePool") for base in node.bases
+        getattr(base, "id", "") in ("Section", "_Tls", "_Body", "_Pool", "DecodePool") for base in node.bases
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tandem.bench.eplb import CASES, Case, records
+from tandem.bench.expert_serving import Shape, serving_records, shape_of
 from tandem.cluster.cli.app import app
 from tandem.eplb.placement import Topology
 from typer.testing import CliRunner
@@ -42,3 +43,14 @@ def test_a_recorded_load_is_drawn(tmp_path: Path) -> None:
     assert picture.read_bytes().startswith(b"\x89PNG")
     wrong = CliRunner().invoke(app, [*command, "--slots", "25"])
     assert "num_physical is 25, which num_ranks = 4 does not divide" in str(wrong.exception)
+
+
+def test_ranks_that_serve() -> None:
+    """Two processes; what they find depends on the machine, that they agree does not."""
+    shape = Shape(num_layers=2, num_experts=8, num_redundant=2, hidden=32, inner=32, num_tokens=8)
+    [record] = serving_records(shape, 1, 10, 0)
+    assert record["balancedness"][1] > record["balancedness"][0]
+    assert record["moving_steps"] >= 2
+    assert min(record["tokens_per_s"]) > 0
+    assert set(record["moving_itl_ms"]) == {"p50", "p99", "max"}
+    assert shape_of("cpu", 3).num_redundant == 5

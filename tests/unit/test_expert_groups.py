@@ -5,16 +5,20 @@ from __future__ import annotations
 import asyncio
 import os
 
+import numpy as np
 import pytest
 import torch
 from tandem.cluster.expert_groups import ExpertGroups
 from tandem.core.config import Config, load_config
+from tandem.core.config_experts import ExpertsConfig
 from tandem.core.environment import prepare_collectives_between_hosts
 from tandem.core.errors import ConfigError, WorkerError
-from tandem.engine.expert_maps import ExpertMaps
+from tandem.engine.expert_balancer import first_placement
 from tandem.engine.expert_parallel import ExpertPlace, make_group, open_rendezvous
 from tandem.engine.models.experts import experts_spec
 from tandem.engine.models.spec import parse_spec
+from tandem.eplb.maps import ExpertMaps
+from tandem.eplb.placement import Placement, Topology
 
 CPU = torch.device("cpu")
 
@@ -32,32 +36,41 @@ def config(**changes: object) -> Config:
 # ---- maps -----------------------------------------------------------------------------------------------------------
 
 
+def maps_of(rank: int, rows: list[list[int]], experts: int, ranks: int) -> ExpertMaps:
+    topology = Topology(len(rows[0]), ranks)
+    return ExpertMaps(Placement.from_physical(np.array(rows), experts), topology, rank, CPU)
+
+
 def test_every_expert_is_somewhere_and_none_twice_on_a_rank() -> None:
-    maps = ExpertMaps(2, 6, 2, 4, CPU)
-    held = [maps.held_by(1, rank) for rank in range(4)]
-    assert held == [[0, 1], [2, 3], [4, 5], [0, 1]]
-    assert maps.num_replicas[0].tolist() == [2, 2, 1, 1, 1, 1]
-    assert maps.replicas[0, 0].tolist() == [0, 6, -1]
+    placement, topology = first_placement(2, 6, 4, ExpertsConfig(redundant=2), 1)
+    maps = [ExpertMaps(placement, topology, rank, CPU) for rank in range(4)]
+    assert [one.held(1) for one in maps] == [[0, 1], [2, 3], [4, 5], [0, 1]]
+    assert placement.replica_count[0].tolist() == [2, 2, 1, 1, 1, 1]
 
 
 def test_replicas_share_the_tokens() -> None:
-    maps = ExpertMaps(1, 4, 2, 2, CPU)
+    """A rank's own go to its own replica, if it has one; those of others take turns."""
+    rows = [[0, 1, 2, 3, 0, 1]]
     ids = torch.tensor([[0, 3]]).expand(1000, 2)
-    slots = maps.slots(0, ids, rank=1)
+    for rank, wanted in ((0, {0}), (2, {4})):
+        assert set(maps_of(rank, rows, 4, 3).slots(0, ids)[:, 0].tolist()) == wanted
+    slots = maps_of(1, rows, 4, 3).slots(0, ids)
     assert set(slots[:, 1].tolist()) == {3}
     assert 400 < int((slots[:, 0] == 0).sum()) < 600
     assert set(slots[:, 0].tolist()) == {0, 4}
-    assert not slots.equal(maps.slots(0, ids, rank=0))
 
 
 def test_slots_change_hands() -> None:
-    maps = ExpertMaps(2, 3, 1, 2, CPU)
-    maps.assign(0, [2, 1, 0, 2])
-    assert maps.held_by(0, 0) == [2, 1]
-    assert maps.held_by(1, 0) == [0, 1]
-    assert set(maps.slots(0, torch.tensor([[0], [0]]), 0).flatten().tolist()) == {2}
-    assert set(maps.slots(0, torch.full((50, 1), 2), 0).flatten().tolist()) == {0, 3}
-    assert maps.slots(0, torch.empty(0, 2, dtype=torch.int64), 0).shape == (0, 2)
+    maps = maps_of(0, [[0, 1, 2, 0], [0, 1, 2, 0]], 3, 2)
+    memory = [tensor.data_ptr() for tensor in (maps.physical_to_logical, maps.choices, maps.num_choices)]
+    maps.stage(0, np.array([2, 1, 0, 2], np.int32))
+    assert maps.held(0) == [0, 1], "staged is not swapped in"
+    maps.swap_in(0)
+    assert (maps.held(0), maps.held(1)) == ([2, 1], [0, 1])
+    assert set(maps.slots(0, torch.zeros(2, 1, dtype=torch.int64)).flatten().tolist()) == {2}
+    assert set(maps.slots(0, torch.full((50, 1), 2)).flatten().tolist()) == {0}
+    assert maps.slots(0, torch.empty(0, 2, dtype=torch.int64)).shape == (0, 2)
+    assert memory == [tensor.data_ptr() for tensor in (maps.physical_to_logical, maps.choices, maps.num_choices)]
 
 
 @pytest.mark.parametrize(
@@ -70,7 +83,7 @@ def test_slots_change_hands() -> None:
 )
 def test_experts_that_do_not_divide(experts: int, redundant: int, ranks: int, said: str, fix: str) -> None:
     with pytest.raises(ConfigError, match=said) as caught:
-        ExpertMaps(1, experts, redundant, ranks, CPU)
+        first_placement(1, experts, ranks, ExpertsConfig(redundant=redundant), 1)
     assert fix in caught.value.fix
 
 
@@ -84,7 +97,22 @@ def test_a_model_without_experts() -> None:
     )  # fmt: skip
     assert experts_spec(dense, torch.float32) is None
     with pytest.raises(ConfigError, match="2 workers are to share experts, and LlamaForCausalLM has none"):
-        make_group(ExpertPlace(0, 2, str), dense, None, 0, CPU, 8)
+        make_group(ExpertPlace(0, 2, str), dense, None, ExpertsConfig(), CPU, 8)
+
+
+@pytest.mark.parametrize(("tensor_parallel", "movable"), [(1, True), (2, False)])
+def test_experts_of_workers_with_several_processes_stay(tensor_parallel: int, movable: bool) -> None:
+    mixture = parse_spec(
+        {
+            "architectures": ["MixtralForCausalLM"], "vocab_size": 9, "hidden_size": 8, "intermediate_size": 8,
+            "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "rms_norm_eps": 1e-6,
+            "max_position_embeddings": 64, "num_local_experts": 6, "num_experts_per_tok": 2,
+        },
+        {},
+    )  # fmt: skip
+    asked, place = experts_spec(mixture, torch.float32, 1, 4), ExpertPlace(3, 4, str)
+    group = make_group(place, mixture, asked, ExpertsConfig(redundant=2), CPU, 8, tensor_parallel)
+    assert group.movable is movable
 
 
 # ---- configuration --------------------------------------------------------------------------------------------------
@@ -100,6 +128,10 @@ def test_pools_may_differ() -> None:
     [
         (["experts.parallel=2"], "pools.prefill.replicas: 1 is no multiple of 2 workers that share experts"),
         (["experts.parallel=0"], "experts.parallel"),
+        (
+            ["pools.decode={replicas: 2, expert_parallel: 2, tensor_parallel: 2}", "experts.balance.enabled=true"],
+            "experts.balance.enabled: .* cannot be moved yet, and pools.decode.tensor_parallel is 2",
+        ),
     ],
 )
 def test_pools_that_cannot(overrides: list[str], said: str) -> None:

@@ -7,13 +7,15 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
-from tandem.engine.expert_maps import ExpertMaps
+from tandem.core.config_experts import ExpertsConfig
+from tandem.engine.expert_balancer import first_placement
 from tandem.engine.expert_parallel import ExpertGroup
 from tandem.engine.models.decoder import Decoder
 from tandem.engine.models.experts import Experts, experts_spec
 from tandem.engine.models.names import destinations, elsewhere
 from tandem.engine.models.parameters import Parameters
 from tandem.engine.models.spec import ModelSpec, MoeSpec, parse_spec
+from tandem.eplb.maps import ExpertMaps
 from tandem.kernels.oracle import REFERENCE, select
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
 
@@ -27,6 +29,12 @@ def spec_of(moe: MoeSpec) -> ModelSpec:
         "num_hidden_layers": 2, "num_attention_heads": 2, "rms_norm_eps": 1e-6, "max_position_embeddings": 64,
     }  # fmt: skip
     return replace(parse_spec(llama, {}), moe=moe, moe_layers=frozenset({0, 1}))
+
+
+def half() -> ExpertGroup:
+    """The second rank of two, with two experts more than there are."""
+    placement, topology = first_placement(2, EXPERTS, 2, ExpertsConfig(redundant=2), 1)
+    return ExpertGroup(1, topology, ExpertMaps(placement, topology, 1, CPU))
 
 
 @pytest.mark.parametrize("wanted", [None, "torch"])
@@ -63,7 +71,7 @@ def test_names_of_what_other_ranks_have() -> None:
     models = [
         Decoder(
             spec, 64, torch.float32, torch.device("meta"), REFERENCE,
-            experts=ExpertGroup(1, 2, ExpertMaps(2, EXPERTS, 2, 2, CPU)) if shared else None,
+            experts=half() if shared else None,
         )
         for shared in (False, True)
     ]  # fmt: skip

@@ -15,7 +15,7 @@ import yaml
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 from support.promql import read_promql
-from tandem.core.metrics import GatewayMetrics, SupervisorMetrics, WorkerMetrics, merge, render
+from tandem.core.metrics import ExpertMetrics, GatewayMetrics, SupervisorMetrics, WorkerMetrics, merge, render
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "deploy" / "observability"
@@ -28,7 +28,13 @@ SCRAPE_LABELS = {"job", "instance"}
 def exposed() -> dict[str, set[str]]:
     """Every series that a gateway or a supervisor serves at /metrics → its labels, read off what it writes."""
     texts = {}
-    for worker, kind in (("decode-0", WorkerMetrics), ("gateway-0", GatewayMetrics), ("", SupervisorMetrics)):
+    kinds = (
+        ("decode-0", WorkerMetrics),
+        ("decode-1", ExpertMetrics),
+        ("gateway-0", GatewayMetrics),
+        ("", SupervisorMetrics),
+    )
+    for worker, kind in kinds:
         registry = CollectorRegistry()
         for metric in vars(kind(registry)).values():
             if names := getattr(metric, "_labelnames", ()):  # it writes no line before it has a child

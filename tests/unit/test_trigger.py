@@ -96,3 +96,49 @@ def test_events_out_of_turn_are_bugs() -> None:
         subject.ended()
     with pytest.raises(PlacementError, match="bytes_per_s is 0"):
         trigger(bytes_per_s=0)
+
+
+def test_seconds_in_place_of_steps() -> None:
+    clock = ManualClock()
+    subject = trigger(clock, interval_s=40.0)
+    clock.advance(9)
+    assert not subject.step(1000)
+    clock.advance(1)
+    assert subject.step()
+    assert subject.decide(LOAD, NOW, BETTER, 1.0).saved_s == pytest.approx(40 * 7 / 16)
+    subject.ended()
+    clock.advance(39)
+    assert not subject.step()
+    clock.advance(1)
+    assert subject.step()
+
+
+def test_by_hand_alone() -> None:
+    subject = trigger(mode="manual")
+    assert not subject.step(10_000)
+    assert subject.demand()
+    assert subject.decide(LOAD, NOW, BETTER, 1.0, forced=True).go
+
+
+def test_too_little_to_gain() -> None:
+    subject = trigger(min_gain=0.5)
+    subject.step(10)
+    decision = subject.decide(LOAD, NOW, BETTER, 1e6)
+    assert (decision.go, decision.reason) == (False, "the fullest ranks become 43.75% less full, less than 50.00%")
+
+
+def test_without_a_plan_the_next_interval_begins() -> None:
+    subject = trigger()
+    assert subject.step(10)
+    subject.give_up("no plan")
+    assert subject.state is TriggerState.WATCHING
+    assert subject.outcomes["failed"] == 1
+    assert subject.step(100)
+    with pytest.raises(IllegalTransition):
+        trigger().give_up("nobody planned")
+
+
+@pytest.mark.parametrize("wrong", [{"interval_s": 0.0}, {"min_gain": 1.0}, {"min_gain": -0.1}])
+def test_numbers_out_of_range(wrong: dict[str, float]) -> None:
+    with pytest.raises(PlacementError, match=next(iter(wrong))):
+        trigger(**wrong)
