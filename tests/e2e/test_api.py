@@ -285,16 +285,21 @@ def test_a_client_that_leaves_cancels_on_both_workers_at_once(served: Served) ->
 
 
 def test_a_slow_reader_gets_everything(served: Served) -> None:
+    request = {"prompt": PROMPT, "max_tokens": 200, "temperature": 0, "ignore_eos": True}
+    text, usage = "", None
     with served.client.stream(
-        "POST", "/v1/completions", json={"prompt": PROMPT, "max_tokens": 200, "stream": True, "ignore_eos": True}
+        "POST", "/v1/completions", json=request | {"stream": True, "stream_options": {"include_usage": True}}
     ) as stream:
-        lines = 0
-        for line in stream.iter_lines():
-            if line.startswith("data: {"):
-                lines += 1
-                if lines in (2, 50):
-                    time.sleep(0.5)
-    assert lines == 200
+        events = (line for line in stream.iter_lines() if line.startswith("data: {"))
+        for number, line in enumerate(events):
+            event = json.loads(line.removeprefix("data: "))
+            text += "".join(choice["text"] for choice in event["choices"])
+            usage = event.get("usage") or usage
+            if number in (2, 50):
+                time.sleep(0.5)
+    # Tokens that wait for the reader come in one event.
+    assert usage["completion_tokens"] == 200
+    assert text == served.complete(**request)["choices"][0]["text"]
 
 
 def test_many_at_once(served: Served) -> None:

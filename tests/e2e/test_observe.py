@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import ssl
 import subprocess
 from pathlib import Path
@@ -77,7 +78,8 @@ def _check_one_dead_rank(served: Served, http: httpx.Client, before: dict[str, i
     for worker in before:
         place = f'pool="{worker[:-2]}",rank="0",worker="{worker}"'
         assert f"tandem_rank_ready{{{place}}} 1.0" in metrics
-        assert f"tandem_rank_stalled_seconds{{{place}}} 0.0" in metrics
+        (stalled_s,) = re.findall(rf"tandem_rank_stalled_seconds\{{{re.escape(place)}\}} (\S+)", metrics)
+        assert float(stalled_s) < 10  # it may be in the middle of a turn
         assert f"tandem_rank_restarts{{{place}}} {float(worker == 'decode-0')}" in metrics
     assert 'tandem_sequences_running{pool="prefill",rank="0",worker="prefill-0"}' in metrics
     assert 'tandem_requests_in_flight{pool="gateway",rank="0",worker="gateway-0"} 0.0' in metrics
