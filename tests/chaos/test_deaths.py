@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 from support.served import Served, wait_for
 
@@ -106,6 +107,12 @@ def reach(served: Served, request: Streamed, state: str) -> None:
             wait_for(lambda: len(request.tokens) > 10, 30, "ten tokens")
 
 
+def wait_back(served: Served, name: str, victim: psutil.Process) -> None:
+    """Until a worker that was killed is back. The request may have ended before anybody noticed the death."""
+    wait_for(lambda: served.worker(name).pid != victim.pid, 60, "the worker to be back")
+    served.wait_routable()
+
+
 @pytest.mark.parametrize("state", STATES)
 @pytest.mark.parametrize("worker", ["prefill-0", "decode-0"])
 def test_a_killed_worker_costs_time_not_tokens(served: Served, golden: list[int], worker: str, state: str) -> None:
@@ -120,8 +127,7 @@ def test_a_killed_worker_costs_time_not_tokens(served: Served, golden: list[int]
     if state == "queued" and worker == "decode-0":
         served.worker("prefill-0").resume()
     assert request.result() == golden
-    wait_for(lambda: served.worker(worker).pid != victim.pid, 30, "the worker to be back")
-    served.wait_routable()
+    wait_back(served, worker, victim)
     served.wait_idle()
     assert served.complete(**BODY)["choices"][0]["token_ids"] == golden
 
@@ -137,10 +143,11 @@ def test_several_outputs_survive(served: Served) -> None:
     before = served.metric("tandem_output_tokens_total", worker="decode-0")
     thread.start()
     wait_for(lambda: served.metric("tandem_output_tokens_total", worker="decode-0") > before + 20, 30, "tokens")
-    served.worker("decode-0").kill()
+    victim = served.worker("decode-0")
+    victim.kill()
     thread.join(timeout=120)
     assert done == [want]
-    served.wait_routable()
+    wait_back(served, "decode-0", victim)
     served.wait_idle()
 
 
@@ -154,24 +161,27 @@ def test_stop_strings_and_logprobs_survive(served: Served) -> None:
     before = served.metric("tandem_output_tokens_total", worker="decode-0")
     thread.start()
     wait_for(lambda: served.metric("tandem_output_tokens_total", worker="decode-0") > before + 5, 30, "tokens")
-    served.worker("decode-0").kill()
+    victim = served.worker("decode-0")
+    victim.kill()
     thread.join(timeout=120)
     assert done[0]["text"] == want["text"]
     assert done[0]["finish_reason"] == want["finish_reason"]
     assert done[0]["logprobs"]["tokens"] == want["logprobs"]["tokens"]
     for a, b in zip(done[0]["logprobs"]["token_logprobs"], want["logprobs"]["token_logprobs"], strict=True):
         assert abs(a - b) < 1e-4
-    served.wait_routable()
+    wait_back(served, "decode-0", victim)
 
 
 def test_both_die(served: Served, golden: list[int]) -> None:
     served.wait_routable()
     request = Streamed(served, **fresh(3))
     reach(served, request, "transferring")
-    for name in ("prefill-0", "decode-0"):
-        served.worker(name).kill()
+    victims = {name: served.worker(name) for name in ("prefill-0", "decode-0")}
+    for victim in victims.values():
+        victim.kill()
     assert request.result() == golden
-    served.wait_routable()
+    for name, victim in victims.items():
+        wait_back(served, name, victim)
     served.wait_idle()
 
 
