@@ -96,4 +96,6 @@ class ShmTransport:
             with self._lock:
                 self._active = 0
                 self._done.append(TransferResult(number, error))
+            # Memory of a peer that goes is not to stay mapped until the next read.
+            del read, sources
             self._notify()
