@@ -33,6 +33,10 @@ class Introduction(msgspec.Struct, frozen=True):
     """Of the transports, by name."""
 
 
+# Made once: when several threads make the first of a type, msgspec crashes.
+_introductions = msgspec.msgpack.Decoder(Introduction)
+
+
 class Peers:
     """Reads from other ranks' memory. One thread at a time uses it.
 
@@ -63,7 +67,7 @@ class Peers:
             problem = ""
             for rank, other in enumerate(exchange.gather(frame)):
                 if rank != exchange.rank:
-                    problem = problem or self._meet(rank, msgspec.msgpack.decode(other, type=Introduction), about)
+                    problem = problem or self._meet(rank, _introductions.decode(other), about)
             # All or none begin.
             for rank, found in enumerate(exchange.gather(problem.encode())):
                 if found:

@@ -14,6 +14,9 @@ from ...core.ids import PeerId
 from ..memory import SharedMemory, map_shared
 from .base import Notify, Read, Region, TransferResult, bytes_of, copy_checked, shared_of
 
+# Made once: when several threads make the first of a type, msgspec crashes.
+_descriptors = msgspec.msgpack.Decoder(dict[str, SharedMemory])
+
 
 class ShmTransport:
     """See `Transport`."""
@@ -42,7 +45,7 @@ class ShmTransport:
         return msgspec.msgpack.encode(shared_of(self._regions))
 
     def add_peer(self, peer: PeerId, descriptor: bytes) -> None:
-        found = msgspec.msgpack.decode(descriptor, type=dict[str, SharedMemory])
+        found = _descriptors.decode(descriptor)
         if not found:
             raise TransferError(f"shm: {peer} has no memory that can be shared (that needs Linux)")
         mapped = {name: map_shared(shared) for name, shared in found.items()}
