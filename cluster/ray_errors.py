@@ -16,6 +16,8 @@ def cause(error: ray.exceptions.RayTaskError) -> TandemError:
 def reason(error: ray.exceptions.RayActorError) -> str:
     """Why an actor died, in one line."""
     text = str(error)
+    if "connection error code 2" in text:  # Ray lists what may have been
+        return "its process ended without a word: killed, out of memory, or a crash that its log tells of"
     for known in ("SIGKILL", "SIGTERM", "SIGSEGV", "SIGABRT", "exit code", "OOM", "node"):
         if known in text:
             return next((line.strip() for line in text.splitlines() if known in line), text)[:300]

@@ -6,7 +6,7 @@ import contextlib
 import threading
 from collections import Counter, deque
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from typing import NamedTuple
 
 import msgspec
@@ -310,7 +310,7 @@ class Planner:
         if outcome != "declined":
             self._note(f"experts: {outcome}: {detail}")
         if demanded is not None:
-            with contextlib.suppress(Exception):  # whoever asked may have gone
+            with contextlib.suppress(InvalidStateError):  # whoever asked has gone: the future was cancelled
                 demanded.set_result(f"{outcome}: {detail}" if detail else outcome)
 
     def _publish(self) -> None:

@@ -9,7 +9,7 @@ import typer
 
 from ... import __version__
 from .deploy import deploy_app
-from .expert_commands import experts_app, rebalance, trace_experts
+from .expert_commands import ControlOption, experts_app, rebalance, trace_experts
 from .kv import DEFAULT_URL, KeyOption, UrlOption, kv_app
 
 app = typer.Typer(
@@ -69,14 +69,6 @@ SetOption = Annotated[
 AddressOption = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option(metavar="HOST:PORT", help="The Ray cluster. Default: RAY_ADDRESS, or the one on this host."),
-]
-ControlOption = Annotated[
-    Optional[Path],  # noqa: UP045
-    typer.Option(
-        "--control",
-        metavar="FILE",
-        help="The cluster's control.json, from its log folder. Default: that of this user's newest cluster.",
-    ),
 ]
 
 
