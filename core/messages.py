@@ -4,7 +4,7 @@
 
     gateway ── Generate, Abort ─────────────────────────────────────► decode
     gateway ◄─ Update, Refused ────────────────────────────────────── decode
-    decode  ── Hello, Prefill, Renew, Release ──────────────────────► prefill
+    decode  ── Hello, Prefill, Renew, Release, Farewell ────────────► prefill
     decode  ◄─ HelloReply, Accepted, BlocksReady, Prefilled, PrefillFailed ── prefill, or a decode worker that ends
     any     ── Report ──► gateways          gateway ── Scrape ──► worker ── Scraped ──► gateway
     gateway ── KVClear, KVPin, KVUnpin ──► worker ── KVControlled ──► gateway
@@ -73,6 +73,8 @@ class FailureReason(enum.StrEnum):
     """The prefill made no progress for too long."""
     PREFILL = "prefill"
     """The prefill worker failed the request."""
+    LEAVING = "leaving"
+    """The prefill worker is about to end, and had not begun: another one is asked."""
 
 
 class Sampling(Struct, array_like=True, frozen=True):
@@ -380,6 +382,10 @@ class Release(Struct, tag=True, frozen=True):
     numbers: Annotated[list[Count], Meta(max_length=1 << 16)]
 
 
+class Farewell(Struct, tag=True, frozen=True):
+    """Decode → prefill worker that is about to end: this reader asks it for nothing more."""
+
+
 class Report(Struct, tag=True, frozen=True):
     """Worker → gateways, about once a second while anything changes: its load."""
 
@@ -450,8 +456,8 @@ class Membership(Struct, tag=True, frozen=True):
 
 Message = (
     Generate | Abort | Update | Refused | Hello | HelloReply | Prefill | Accepted | BlocksReady | Prefilled
-    | PrefillFailed | Renew | Release | Report | Subscribe | Scrape | Scraped | KVWatch | KVSnapshot | KVEvents
-    | KVClear | KVPin | KVUnpin | KVControlled | Membership
+    | PrefillFailed | Renew | Release | Farewell | Report | Subscribe | Scrape | Scraped | KVWatch | KVSnapshot
+    | KVEvents | KVClear | KVPin | KVUnpin | KVControlled | Membership
 )  # fmt: skip
 
 _encoder = msgspec.msgpack.Encoder()

@@ -25,7 +25,7 @@ from ..core.messages import (
 from ..core.metrics import WorkerMetrics
 from ..kv_transfer import handoff as steps
 from ..kv_transfer.connector import Connector
-from ..kv_transfer.handoff import Handoff, Pull
+from ..kv_transfer.handoff import Handoff, HandoffState, Pull
 from ..kv_transfer.peers import Terms
 from .stream import Stream
 
@@ -248,6 +248,16 @@ class Loader:
                 return self._run(load, load.handoff.abort())
         return []
 
+    def leave(self, peer: PeerId) -> list[LoadEvent]:
+        """A prefill peer is about to end: what it has not begun goes elsewhere."""
+        loads = [load for load in self._loads.values() if load.handoff.peer == peer]
+        events = []
+        for load in loads:
+            if load.handoff.state is HandoffState.REQUESTED:
+                load.message = f"{peer} is about to end"
+                events += self._run(load, load.handoff.fail(FailureReason.LEAVING))
+        return events
+
     def peer_lost(self, peer: PeerId) -> list[LoadEvent]:
         """A prefill peer is gone: its loads fail."""
         self._connector.remove_peer(peer)
@@ -295,8 +305,10 @@ class Loader:
                 case steps.Loaded():
                     events.append(self._done(load))
                 case steps.Failed(reason, num_tokens):
-                    self._end(load, "failed")
-                    self._metrics.load_failures.labels(reason.value).inc()
+                    moves = reason is FailureReason.LEAVING
+                    self._end(load, "moved" if moves else "failed")
+                    if not moves:
+                        self._metrics.load_failures.labels(reason.value).inc()
                     logger.info("handoff failed: %s: %s", reason.value, "; ".join(load.handoff.history))
                     events.append(LoadFailed(load.stream, reason, num_tokens, load.message, load.status))
                 case steps.Closed():

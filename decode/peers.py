@@ -11,7 +11,7 @@ from ..core.bounds import MAX_TEXT
 from ..core.errors import TransferError
 from ..core.ids import PeerId
 from ..core.log import logger
-from ..core.messages import FailureReason, HelloReply, Membership, Message
+from ..core.messages import FailureReason, Farewell, HelloReply, Membership, Message
 from ..core.metrics import WorkerMetrics
 from ..kv_transfer.connector import Connector
 from .stream import Stream
@@ -36,6 +36,8 @@ class Sources:
         self._refused: set[PeerId] = set()
         self._ending: set[PeerId] = set()
         """Decode workers that are about to end."""
+        self._leaving: set[PeerId] = set()
+        """Prefill workers that are about to end."""
 
     def follow(self, membership: Membership, others: Iterable[PeerId]) -> list[PeerId]:
         """The members have changed: greet workers that are new among those that can be read from.
@@ -58,12 +60,27 @@ class Sources:
         self._ending = (self._ending | ending) & alive.keys()
         return [peer for peer in {*others, *self._connector.peers(), *self._refused} if peer not in alive]
 
+    def take_leave(self, membership: Membership) -> list[PeerId]:
+        """Ask prefill workers that are about to end for nothing more, and tell them so: they wait to hear it.
+
+        Returns:
+            those of them that had not been about to end before.
+        """
+        leaving = {m.peer for m in membership.members if m.role == "prefill" and not m.ready}
+        new = [peer for peer in leaving - self._leaving if self._connector.connected(peer)]
+        self._leaving = leaving
+        for peer in new:
+            self._send(peer, Farewell())
+        return new
+
     def greeted(self, sender: PeerId, reply: HelloReply) -> None:
         """A prefill worker's answer: read from it from now on, or remember that it cannot be."""
         if reply.hello.peer != sender or self._connector.connected(sender):
             return
         try:
             self._connector.connect(reply)
+            if sender in self._leaving:
+                self._send(sender, Farewell())
         except TransferError as error:
             self._refused.add(sender)
             self._metrics.load_failures.labels(FailureReason.REFUSED.value).inc()
@@ -74,8 +91,8 @@ class Sources:
         self._refused.discard(peer)
 
     def prefills(self) -> list[PeerId]:
-        """The prefill workers that can be read from."""
-        return [peer for peer in self._connector.peers() if peer not in self._ending]
+        """The prefill workers that can be asked for prompts."""
+        return [peer for peer in self._connector.peers() if peer not in self._ending | self._leaving]
 
     def holds(self, peer: PeerId) -> bool:
         """Whether a peer has KV of what ran on it, and nothing to compute."""
@@ -90,7 +107,7 @@ class Sources:
         wanted = stream.request.prefill
         if not wanted:
             return ""
-        if wanted != avoid and self._connector.connected(wanted):
+        if wanted not in (avoid, *self._leaving) and self._connector.connected(wanted):
             return wanted
         others = [peer for peer in self.prefills() if peer != avoid]
         return others[stream.order % len(others)] if others else ""

@@ -147,6 +147,9 @@ class DecodeWorker:
                 self._peers.greeted(sender, message)
             case Membership():
                 self._lender.follow(message)
+                for peer in self._peers.take_leave(message):
+                    if self._peers.prefills():  # else it computes what it was asked for as long as it may
+                        self._apply(self._loader.leave(peer))
                 for peer in self._peers.follow(message, {key[0] for key in self._streams}):
                     self.peer_lost(peer)
             case _:
@@ -424,7 +427,8 @@ class DecodeWorker:
         if event.reason is FailureReason.PREFILL and event.status < 500:
             self._refuse(stream, event.status, event.message)
             return
-        if not self._recompute and not stream.takes_over:  # an operator's drain fails no request
+        drains = stream.takes_over or event.reason is FailureReason.LEAVING
+        if not self._recompute and not drains:  # an operator's drain fails no request
             self._refuse(stream, 503, f"the prompt's KV did not arrive: {event.reason.value}", retryable=True)
             return
         # Hidden states are wanted of every token: the one that computes the last has computed the first.

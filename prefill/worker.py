@@ -18,6 +18,7 @@ from ..core.messages import (
     Accepted,
     BlocksReady,
     FailureReason,
+    Farewell,
     Hello,
     Membership,
     Message,
@@ -98,6 +99,9 @@ class PrefillWorker:
         self._hidden_states = hidden_states
         self._tracer = tracer
         self._leases = LeaseTable(lease_s, clock)
+        self._leaving = False
+        self._readers: set[PeerId] = set()
+        """Those who may ask us for more."""
         self._offloader = offloader or Offloader[Job](engine, None, clock, metrics)
         self._scheduler = PrefillScheduler(engine, pool.max_batched_tokens, pool.max_running, clock, self._fetch)
         self._watermarks = Watermarks(engine.model.device)
@@ -122,14 +126,21 @@ class PrefillWorker:
                 reply = self._connector.answer(message)
                 if reply.refused:
                     _log.warning(f"hello {sender}", "refused %s: %s", sender, reply.refused)
+                else:
+                    self._readers.add(sender)
                 self._send(sender, reply)
+            case Farewell():
+                self._readers.discard(sender)
             case Membership():
                 alive = {member.peer for member in message.members}
+                self._leaving = any(m.peer == self._connector.peer and not m.ready for m in message.members)
+                self._readers &= alive
                 for reader in {job.transfer.reader for job in self._scheduler} - alive:
                     self.peer_lost(reader)
 
     def peer_lost(self, peer: PeerId) -> None:
         """A reader is gone for good: nothing of its will be read any more."""
+        self._readers.discard(peer)
         for transfer in self._leases.of_reader(peer):
             self._release(transfer)
 
@@ -216,8 +227,8 @@ class PrefillWorker:
         self._watermarks.close()
 
     def drained(self) -> bool:
-        """Whether no reader needs us any more."""
-        return len(self._leases) == 0
+        """Whether no reader needs us any more; one that leaves waits until each has said so."""
+        return len(self._leases) == 0 and not (self._leaving and self._readers)
 
     # ---- inside -----------------------------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ import msgspec
 import psutil
 import pytest
 from support.gateway import wait_for
+from support.living import living
 from support.remote import OtherNode
 from support.tiers import BLOCK_BYTES, ready
 from tandem.cluster.host_tier import HostTierOwner
@@ -90,4 +91,4 @@ def test_an_owner_that_is_killed_leaves_nothing(tmp_path: Path) -> None:
     owner.wait()
     owner.stdout.close()
     wait_for(lambda: not folder.exists(), 15, "the janitor")
-    wait_for(lambda: not [c for c in children if c.is_running() and c.status() != "zombie"], 10, "the end of all")
+    wait_for(lambda: not living(children), 10, "the end of all")

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from support.living import living
 from support.patience import stretched
 from support.served import TANDEM, Served, free_port, wait_for
 from support.traces import Traces
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.e2e
 
 def check_ended(processes: list[psutil.Process], port: int, traces: Traces) -> None:
     """Nothing of a run is left."""
-    wait_for(lambda: not [p for p in processes if p.is_running() and p.status() != "zombie"], 5, "all processes to end")
+    wait_for(lambda: not living(processes), 5, "all processes to end")
     with socket.create_server(("127.0.0.1", port)):
         pass
     traces.check()
@@ -81,7 +82,7 @@ def test_a_killed_serve_takes_its_processes_with_it(tmp_path: Path) -> None:
         processes = served.tree()
         served.process.kill()
         served.process.wait(timeout=stretched(10))
-        wait_for(lambda: not [p for p in processes if p.is_running() and p.status() != "zombie"], 30, "orphans to end")
+        wait_for(lambda: not living(processes), 30, "orphans to end")
     finally:
         served.kill()
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from support.living import living
 from support.patience import stretched
 from support.served import Served, wait_for
 from support.traces import Traces
@@ -109,7 +110,7 @@ def test_conversations_outlive_the_pool_and_a_worker(
         talk_until(on, lambda: loaded() > 0, "loads of what the dead worker stored", expected)
         processes = on.tree()
         assert on.stop() == 0
-        wait_for(lambda: not [p for p in processes if p.is_running() and p.status() != "zombie"], 10, "the end of all")
+        wait_for(lambda: not living(processes), 10, "the end of all")
     finally:
         on.kill()
     traces.check()
@@ -127,7 +128,7 @@ def test_a_killed_serve_leaves_no_host_tier(tmp_path: Path) -> None:
         assert any("tandem.kv_transfer.offload.keeper" in _command(process) for process in processes)
         served.process.kill()
         traces.check(30)
-        wait_for(lambda: not [p for p in processes if p.is_running() and p.status() != "zombie"], 20, "the end of all")
+        wait_for(lambda: not living(processes), 20, "the end of all")
     finally:
         served.kill()
 

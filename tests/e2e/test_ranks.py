@@ -11,6 +11,7 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+from support.living import living
 from support.served import Served, wait_for
 
 
@@ -70,7 +71,7 @@ def test_the_other_ranks_end_with_the_first(tmp_path: Path) -> None:
         first = psutil.Process(rank.pid).parent()
         assert first is not None
         os.kill(first.pid, signal.SIGKILL)
-        wait_for(lambda: not rank.is_running() or rank.status() == psutil.STATUS_ZOMBIE, 10, "the other rank ends")
+        wait_for(lambda: not living([rank]), 10, "the other rank ends")
         assert served.stop() == 0, served.text()
     finally:
         served.kill()

@@ -30,6 +30,7 @@ from tandem.core.messages import (
     Stopping,
     Table,
 )
+from tandem.core.metrics import render
 from tandem.decode.cost import CostModel
 from tandem.decode.stream import StreamState
 from tandem.decode.worker import DecodeWorker
@@ -308,6 +309,50 @@ def test_another_prefill_takes_over(make: Make, golden: dict[tuple[int, ...], li
     pair.run()
     assert pair.outputs[ticket].tokens[0] == golden[tuple(prompt_of(20))]
     assert other.worker.report().prompt_tokens > 0
+
+
+@pytest.mark.parametrize("num_prefills", [1, 2])
+def test_a_prefill_that_leaves_finishes_what_it_has_begun(
+    make: Make, golden: dict[tuple[int, ...], list[int]], num_prefills: int
+) -> None:
+    """What it has not begun goes to another, if there is one; it stays until no reader will ask it for more."""
+    pair = make(pools={"prefill": {"max_batched_tokens": 16, "max_running": 1}, "decode": {}})
+    if num_prefills == 2:
+        pair.add("prefill-1#1", "prefill")
+        pair.announce()
+        pair.pump()
+        pair.pump()
+    leaver = pair.nodes["prefill-0#1"].worker
+    tickets = [pair.submit(prompt_of(i), max_tokens=20, prefill="prefill-0#1") for i in (20, 21, 22)]
+    for _ in range(3):
+        pair.turn()
+    pair.announce(ending=("prefill-0#1",))
+    late = pair.submit(prompt_of(23), max_tokens=20, prefill="prefill-0#1")
+    assert not leaver.drained()
+    pair.run()
+    for i, ticket in zip((20, 21, 22, 23), (*tickets, late), strict=True):
+        assert pair.outputs[ticket].tokens[0] == golden[tuple(prompt_of(i))]
+    assert leaver.drained()
+    wanted = {1: [20, 21, 22], 2: [20]}[num_prefills]
+    assert leaver.report().prompt_tokens == sum(len(prompt_of(i)) for i in wanted)
+    assert "tandem_kv_load_failures_total{" not in render(pair.decode.metrics.registry)
+
+
+def test_a_prefill_that_leaves_waits_for_those_who_have_not_heard_of_it(make: Make) -> None:
+    pair = make()
+    leaver = pair.nodes["prefill-0#1"]
+    with leaver.here():
+        members = [
+            Member("prefill-0#1", "prefill", "node", "", ready=False),
+            Member("decode-0#1", "decode", "node", ""),
+        ]
+        leaver.worker.handle("controller", Membership(2, members))
+    assert not leaver.worker.drained(), "the decode worker may have asked for something"
+    pair.announce(ending=("prefill-0#1",))
+    assert not leaver.worker.drained()
+    pair.pump()  # it is greeted only now
+    pair.pump()
+    assert leaver.worker.drained()
 
 
 def test_a_prefill_that_comes_back_is_used_again(make: Make, golden: dict[tuple[int, ...], list[int]]) -> None:
