@@ -18,7 +18,8 @@ from typing import Any, NamedTuple, Protocol
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from ..core.config import Config, model_folder
+from ..core.checkpoint import model_folder
+from ..core.config import Config
 from ..core.errors import ConfigError, WorkerError
 from .client import Reply, Server
 from .summary import Slo, summarize

@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 import numpy as np
 
+from ..core.checkpoint import model_name
 from ..core.clock import Clock
-from ..core.config import Config, model_name
+from ..core.config import Config
 from ..core.errors import ConfigError
 from ..core.log import logger
 from ..core.metrics import ExpertMetrics, WorkerMetrics

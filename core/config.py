@@ -32,7 +32,8 @@ DEMO_MODEL = "demo"
 
 class ModelConfig(Section):
     path: str = DEMO_MODEL
-    """A checkpoint folder in Hugging Face format, or "demo" for the model that ships with Tandem."""
+    """A checkpoint folder in Hugging Face format; or a repository of the Hugging Face Hub, "organisation/name" or
+    "organisation/name@revision", which each node fetches once; or "demo" for the model that ships with Tandem."""
     name: str | None = None
     """What clients call the model. Default: the folder's name, or "tandem-demo"."""
     load: Literal["auto", "dummy"] = "auto"
@@ -459,32 +460,6 @@ def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Conf
     """
     source = ConfigSource(path, overrides)
     return source.check(source.tree)
-
-
-def model_folder(config: Config) -> Path:
-    """Where the model's files are: ``model.path`` with ``~`` expanded, or the demo model's folder.
-
-    Raises:
-        ConfigError: the folder, or its config.json, is not there.
-    """
-    if config.model.path == DEMO_MODEL:
-        folder = Path(__file__).resolve().parent.parent / "deploy" / "demo-model"
-    else:
-        folder = Path(config.model.path).expanduser()
-    if not (folder / "config.json").is_file():
-        found = "the folder does not exist" if not folder.is_dir() else "it has no config.json"
-        raise ConfigError(
-            f"model.path: {folder}: {found}",
-            fix='give a checkpoint folder in Hugging Face format, or "demo"',
-        )
-    return folder
-
-
-def model_name(config: Config) -> str:
-    """The name under which the gateway serves the model."""
-    if config.model.name:
-        return config.model.name
-    return "tandem-demo" if config.model.path == DEMO_MODEL else model_folder(config).resolve().name
 
 
 def _explain(error: ValidationError, path: Path | None, lines: dict[tuple[str, ...], int]) -> Iterator[str]:

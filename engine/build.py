@@ -11,7 +11,8 @@ import psutil
 import torch
 
 from ..core.bounds import MAX_CHILDREN
-from ..core.config import Config, model_folder
+from ..core.checkpoint import model_folder
+from ..core.config import Config
 from ..core.errors import ConfigError
 from ..core.hashing import root_hash
 from ..core.messages import Child, Sampling
@@ -83,7 +84,7 @@ def build_engine(
     """
     # The thread that steps waits for others' Python 0.2 ms, not 5: tiers and transports have threads beside it.
     sys.setswitchinterval(2e-4)
-    folder = model_folder(config)
+    folder = model_folder(config, weights=config.model.load == "auto", progress=progress)
     spec = read_spec(folder)
     max_model_len = context_length(spec, config.model.max_model_len)
     kept_layers = config.hidden_states.layers

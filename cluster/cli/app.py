@@ -369,7 +369,8 @@ def config_check(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The YAML file.")], set_: SetOption = None
 ) -> None:
     """Check a YAML file, and the model that it names, without starting anything."""
-    from ...core.config import load_config, model_folder
+    from ...core.checkpoint import model_folder
+    from ...core.config import load_config
     from ...engine.models.spec import context_length, read_spec
 
     config = load_config(file, set_ or [])

@@ -27,7 +27,8 @@ from ...bench.plot import plot
 from ...bench.serve import Arm, Load, ServedArm, TransformersArm, colocated, compare, verdict, warm_up_jobs
 from ...bench.summary import Slo
 from ...bench.workload import Job, Lengths, Synthetic, read_trace
-from ...core.config import Config, load_config, model_folder
+from ...core.checkpoint import model_folder
+from ...core.config import Config, load_config
 from ...core.environment import prepare_local_ray
 from ...core.errors import ConfigError, WorkerError
 from ...engine.models.spec import ModelSpec, context_length, read_spec

@@ -11,7 +11,8 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from ...core.config import load_config, model_folder, model_name
+from ...core.checkpoint import model_folder, model_name, pinned
+from ...core.config import load_config
 from ...core.environment import join_local_ray, prepare_ray, ray_address
 from ...engine.models.spec import context_length, read_spec
 from ..controller import WorkerStatus
@@ -30,7 +31,7 @@ def up(file: Path | None, overrides: list[str], address: str | None) -> None:
     console = Console(highlight=False)
     stop = threading.Event()
     watch_signals(stop)
-    config = load_config(file, overrides)
+    config = pinned(load_config(file, overrides))
     context_length(read_spec(model_folder(config)), config.model.max_model_len)
     prepare_ray()
     from ..ray_cluster import connect_ray, disconnect_ray

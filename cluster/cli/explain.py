@@ -11,7 +11,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ...core.config import Config, load_config, model_folder, model_name
+from ...core.checkpoint import model_folder, model_name
+from ...core.config import Config, load_config
 from ...core.errors import ConfigError
 from ...engine.build import plan_dtypes
 from ...engine.kv_cache import TORCH_DTYPES

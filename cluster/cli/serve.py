@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import httpx
 from rich.console import Console
 
-from ...core.config import DEMO_MODEL, Config, load_config, model_folder, model_name
+from ...core.checkpoint import model_folder, model_name, pinned
+from ...core.config import DEMO_MODEL, Config, load_config
 from ...core.environment import prepare_local_ray
 from ...core.errors import TandemError, WorkerError
 from ..gateway.listener import gateway_url, listen
@@ -33,7 +34,7 @@ def serve(file: Path | None, overrides: list[str]) -> None:
     console = Console(highlight=False)
     stop = threading.Event()
     watch_signals(stop)
-    config = load_config(file, overrides)
+    config = pinned(load_config(file, overrides))
     _check(config)
     _run(config, console, stop)
 

@@ -17,7 +17,8 @@ from rich.table import Table
 
 from ...bench.conversations import Conversations
 from ...bench.plot_tuning import plot_tuning, require_matplotlib
-from ...core.config import Config, ConfigSource, model_folder
+from ...core.checkpoint import model_folder
+from ...core.config import Config, ConfigSource
 from ...core.errors import ConfigError
 from ...core.log import logger
 from ...core.units import format_bytes, parse_bytes

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import psutil
 
-from ...core.config import Config, model_folder
+from ...core.checkpoint import model_folder
+from ...core.config import Config
 from ...core.errors import ConfigError, TransferError
 from ...core.units import format_bytes
 from ...engine.models.spec import read_spec

@@ -13,8 +13,9 @@ from typing import Any
 import uvicorn
 from prometheus_client import CollectorRegistry
 
+from ...core.checkpoint import model_folder, model_name
 from ...core.clock import SystemClock
-from ...core.config import Config, model_folder, model_name
+from ...core.config import Config
 from ...core.errors import ConfigError, WorkerError
 from ...core.health import Vitals
 from ...core.ids import PeerId, worker_of

@@ -13,7 +13,8 @@ import pytest
 import torch
 import transformers
 from support.served import Served, wait_for
-from tandem.core.config import load_config, model_folder
+from tandem.core.checkpoint import model_folder
+from tandem.core.config import load_config
 
 pytestmark = pytest.mark.e2e
 

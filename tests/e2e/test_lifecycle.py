@@ -127,7 +127,8 @@ def test_what_only_a_worker_can_know(tmp_path: Path) -> None:
     """The cause reaches the user from the process that found it, and everything is stopped again."""
     import shutil
 
-    from tandem.core.config import load_config, model_folder
+    from tandem.core.checkpoint import model_folder
+    from tandem.core.config import load_config
 
     traces = Traces()
     folder = tmp_path / "model"

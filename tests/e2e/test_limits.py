@@ -10,7 +10,8 @@ import httpx
 import pytest
 from support.checkpoints import make_checkpoint
 from support.served import Served, wait_for
-from tandem.core.config import load_config, model_folder
+from tandem.core.checkpoint import model_folder
+from tandem.core.config import load_config
 
 pytestmark = pytest.mark.e2e
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
-from tandem.core.config import Config, load_config, model_folder, model_name
+from tandem.core.checkpoint import model_folder, model_name
+from tandem.core.config import Config, load_config
 from tandem.core.environment import show_gpus
 from tandem.core.errors import ConfigError
 from tandem.core.units import format_bytes, parse_bytes

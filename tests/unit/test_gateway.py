@@ -18,8 +18,9 @@ from tandem.cluster.gateway.schema import ChatBody, CompletionBody, parse
 from tandem.cluster.gateway.timeline import Timelines
 from tandem.cluster.gateway.tokenizer import Tokenizer
 from tandem.cluster.router import Router
+from tandem.core.checkpoint import model_folder
 from tandem.core.clock import ManualClock
-from tandem.core.config import GatewayConfig, load_config, model_folder
+from tandem.core.config import GatewayConfig, load_config
 from tandem.core.errors import CapacityError, NotFoundError, RequestError, TandemError, WorkerError
 from tandem.core.ids import PeerId
 from tandem.core.messages import (
