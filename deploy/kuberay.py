@@ -75,6 +75,7 @@ def _cluster(config: Config, options: KubeOptions, groups: list[NodeGroup]) -> T
         options.image,
         f"{options.name}-config",
         f"{options.name}-store",
+        f"{options.name}-hub",
         options.model_claim,
         options.worker_memory_bytes,
     )

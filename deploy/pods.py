@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
+from ..core.checkpoint import repository_of
 from ..core.config import DEMO_MODEL, Config
 from ..core.errors import ConfigError
 from .nodes import NodeGroup
@@ -28,6 +29,7 @@ _USER = 1000
 """As in the image."""
 _RAYLET_HEALTH = ("/api/local_raylet_healthz", 52365)
 _GCS_HEALTH = ("/api/gcs_healthz", 8265)
+_HUB_CACHE = "/var/cache/huggingface"
 _CURL_REFUSED = 7
 """curl's exit status when nobody listens."""
 
@@ -40,15 +42,18 @@ class PodOptions(NamedTuple):
     """Holds the one YAML as tandem.yaml: it may name API keys."""
     store_secret: str
     """Holds AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, for an s3 tier; need not be there."""
+    hub_secret: str
+    """Holds HF_TOKEN, for a model of the Hub; need not be there."""
     model_claim: str | None
-    """A volume with the checkpoint, mounted where model.path is."""
+    """A volume with the checkpoint, mounted where model.path is. Of the Hub: one that pods share as their cache; None:
+    each pod fetches for itself."""
     worker_memory_bytes: int | None
     """Limit of a worker pod; None: an estimate."""
 
 
 def head_pod(config: Config, options: PodOptions) -> Tree:
     """The pod of Ray's head, the controller and the gateways."""
-    container = _container("ray-head", options.image, _GCS_HEALTH)
+    container = _container("ray-head", config, options, _GCS_HEALTH)
     container |= {
         "ports": [
             {"name": "gcs-server", "containerPort": 6379},
@@ -71,7 +76,7 @@ def head_pod(config: Config, options: PodOptions) -> Tree:
 
 def worker_pod(config: Config, group: NodeGroup, options: PodOptions) -> Tree:
     """A pod that stands for a node: all workers that share it are in it, and reach each other's memory."""
-    container = _container("ray-worker", options.image, _RAYLET_HEALTH)
+    container = _container("ray-worker", config, options, _RAYLET_HEALTH)
     container["ports"] = [{"name": "health", "containerPort": supervisor_port(config)}]
     container["readinessProbe"] = _ready(config, container["readinessProbe"])
     shared_bytes = OBJECT_STORE_BYTES + host_tier_bytes(config) + group.num_ranks * _COLLECTIVES_BYTES
@@ -83,7 +88,7 @@ def worker_pod(config: Config, group: NodeGroup, options: PodOptions) -> Tree:
         )
     container["resources"] = _resources(group.num_cpus, memory_bytes, group.num_gpus)
     if any(tier.kind == "s3" for tier in config.offload.tiers):
-        container["envFrom"] = [{"secretRef": {"name": options.store_secret, "optional": True}}]
+        container.setdefault("envFrom", []).append(_secret(options.store_secret))
     pod = _pod(container, [*_shared_memory(shared_bytes), *_model(config, options), *_disks(config)])
     if group.num_gpus:
         pod["spec"]["tolerations"] = [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
@@ -105,8 +110,17 @@ def _estimate_bytes(config: Config, group: NodeGroup) -> int:
     return group.num_ranks * _RANK_BYTES + group.num_workers * (on_host + config.offload.moving)
 
 
-def _container(name: str, image: str, health: tuple[str, int]) -> Tree:
+def _secret(name: str) -> Tree:
+    return {"secretRef": {"name": name, "optional": True}}
+
+
+def _container(name: str, config: Config, options: PodOptions, health: tuple[str, int]) -> Tree:
     path, port = health
+    of_hub: Tree = {}
+    env = []
+    if repository_of(config):
+        env = [{"name": "HF_HOME", "value": _HUB_CACHE}]
+        of_hub = {"envFrom": [_secret(options.hub_secret)]}
 
     def probe(failures: int) -> Tree:
         action = {"httpGet": {"path": path, "port": port}}
@@ -114,11 +128,13 @@ def _container(name: str, image: str, health: tuple[str, int]) -> Tree:
 
     return {
         "name": name,
-        "image": image,
+        "image": options.image,
         "env": [
             {"name": "RAY_USAGE_STATS_ENABLED", "value": "0"},
             {"name": ADDRESS_VARIABLE, "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}},
+            *env,
         ],
+        **of_hub,
         # A node that works hard answers late: what ends it is a minute of silence.
         "startupProbe": probe(60),
         "livenessProbe": probe(12),
@@ -186,6 +202,10 @@ def _disks(config: Config) -> list[tuple[Tree, Tree]]:
 def _model(config: Config, options: PodOptions) -> list[tuple[Tree, Tree]]:
     if config.model.path == DEMO_MODEL:
         return []
+    if repository_of(config):
+        claim = {"persistentVolumeClaim": {"claimName": options.model_claim}}
+        cache: Tree = {"name": "hub", **(claim if options.model_claim else {"emptyDir": {}})}
+        return [(cache, {"name": "hub", "mountPath": _HUB_CACHE})]
     if options.model_claim is None:
         raise ConfigError(
             f"--model-claim is missing: pods find {config.model.path} on a volume",

@@ -49,7 +49,10 @@ def render(
     ] = None,
     model_claim: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(metavar="CLAIM", help="kuberay: the PersistentVolumeClaim with the checkpoint."),
+        typer.Option(
+            metavar="CLAIM",
+            help="kuberay: the volume claim with the checkpoint, or for the Hub's.",
+        ),
     ] = None,
     worker_memory: Annotated[
         Optional[str],  # noqa: UP045

@@ -275,6 +275,21 @@ def test_every_worker_finds_its_node(
         assert groups[0].num_nodes == -(-wanted_gpus // 8)
 
 
+@pytest.mark.parametrize("claim", [None, "cache"])
+def test_pods_fetch_from_the_hub(claim: str | None) -> None:
+    options = KubeOptions(name="tandem", image="tandem:1", model_claim=claim)
+    cluster = render_kuberay(config("model: {path: Qwen/Qwen3-8B}"), options)["raycluster.yaml"][0]["spec"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        pod = group["template"]["spec"]
+        [container] = pod["containers"]
+        [volume] = [volume for volume in pod["volumes"] if volume["name"] == "hub"]
+        [mount] = [mount for mount in container["volumeMounts"] if mount["name"] == "hub"]
+        assert {"name": "HF_HOME", "value": mount["mountPath"]} in container["env"]
+        assert not mount.get("readOnly")
+        assert {"secretRef": {"name": "tandem-hub", "optional": True}} in container["envFrom"]
+        assert ("emptyDir" in volume) == (claim is None)
+
+
 @pytest.mark.parametrize(
     ("text", "options", "found"),
     [
