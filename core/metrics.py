@@ -210,6 +210,12 @@ class GatewayMetrics:
         self.spans = _spans(r)
         self.moves = Counter("tandem_moves", "Outputs that went on on another worker with their KV", registry=r)
         self.members = Gauge("tandem_members", "Live workers", ["role"], registry=r)
+        self.worker_up = Gauge(
+            "tandem_worker_up",
+            "Whether a worker's metrics are in this answer: it gave them in time",
+            ["worker"],
+            registry=r,
+        )
         self.bad_frames = Counter("tandem_bad_frames", "Frames refused", ["socket"], registry=r)
 
 

@@ -271,7 +271,11 @@ class GatewayRuntime:
         return "waiting for workers" if not self._router.members() else "prefill and decode do not know each other yet"
 
     async def _scrape(self) -> str:
-        answers = await self._scrapes.ask(list(self._linked), Scrape, _SCRAPE_TIMEOUT_S)
+        peers = list(self._linked)
+        answers = await self._scrapes.ask(peers, Scrape, _SCRAPE_TIMEOUT_S)
+        self._metrics.worker_up.clear()
+        for peer in peers:
+            self._metrics.worker_up.labels(worker_of(peer)).set(peer in answers)
         texts = {worker_of(self.peer): render(self._metrics.registry)}
         texts |= {worker_of(peer): text for peer, text in answers.items()}
         return await asyncio.to_thread(merge, texts)

@@ -48,13 +48,21 @@ class Gateway:
     def metric(self, name: str, **labels: str) -> float:
         """Sum of a metric's samples that have these labels."""
         total = 0.0
-        for line in self.client.get("/metrics").text.splitlines():
+        for line in self._metrics().splitlines():
             match = re.fullmatch(rf"{name}(?:\{{(.*)\}})? (\S+)", line)
             if match:
                 found = dict(re.findall(r'(\w+)="([^"]*)"', match[1] or ""))
                 if all(found.get(key) == value for key, value in labels.items()):
                     total += float(match[2])
         return total
+
+    def _metrics(self) -> str:
+        """All workers' metrics, but of those who do not answer, as they stand still."""
+        for _ in range(3):
+            text = self.client.get("/metrics").text
+            if not re.search(r"^tandem_worker_up\{.*\} 0", text, re.MULTILINE):
+                break  # nobody was merely too busy to answer within a gateway's second
+        return text
 
     def stages(self, request_id: str) -> list[str]:
         """What has happened to a request so far."""
