@@ -22,7 +22,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ..core.clock import SystemClock
 from ..core.config import Config
-from ..core.environment import show_gpus, worker_environment
+from ..core.environment import leave_torch_out, show_gpus, worker_environment
 from ..core.errors import TandemError, WorkerError
 from ..core.expert_messages import LoadEntries
 from ..core.health import Vitals
@@ -84,6 +84,7 @@ class _Process:
 
         # Imported here: the controller's process needs neither torch nor a web server.
         if self._role == "gateway":
+            leave_torch_out()
             from .gateway.runtime import GatewayRuntime
 
             self._runtime = GatewayRuntime(self._peer, self._config, self._keys, address, progress)

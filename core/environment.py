@@ -76,6 +76,13 @@ def prepare_children() -> None:
     os.environ |= worker_environment()
 
 
+def leave_torch_out() -> None:
+    """Have this process do without torch, as it computes nothing: transformers would import it for models' sake, which
+    takes 1.8 s and 350 MiB (measured). Call before either is imported."""
+    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # that torch is missing is no news
+    sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
+
+
 def show_gpus(ids: Sequence[str]) -> None:
     """Let this process see the GPUs that it was given, and no others, also where Ray was told to leave that to us
     (RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES): call this before CUDA starts.
