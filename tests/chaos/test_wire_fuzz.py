@@ -48,8 +48,8 @@ runtimes = [
 members = [runtime.start() for runtime in runtimes]
 for runtime in runtimes:
     runtime.follow(Membership(1, members))
-ports = [runtime._mesh.endpoint for runtime in runtimes]
-ports += [runtime._connector.hello().ranks[0].transports["zmq"].decode() for runtime in runtimes]
+ports = [runtime._parts.mesh.endpoint for runtime in runtimes]
+ports += [runtime._parts.connector.hello().ranks[0].transports["zmq"].decode() for runtime in runtimes]
 print(" ".join(ports), flush=True)
 for line in sys.stdin:
     gc.collect()
