@@ -52,7 +52,9 @@ from .stream import Stream, StreamState
 _log = RateLimited()
 
 _BEGUN = 1 << 60
-"""Outputs that began on another worker come before those that have not begun."""
+"""Outputs that began on another worker come before those of their priority that have not begun."""
+_PRIORITY = 1 << 62
+"""What a level of priority is worth in a stream's order: more than all streams that a worker ever sees."""
 
 
 class DecodeWorker:
@@ -262,7 +264,7 @@ class DecodeWorker:
 
     def _new_stream(self, gateway: PeerId, message: Generate, sequence: Sequence) -> Stream:
         self._order += 1
-        order = self._order
+        order = self._order + _PRIORITY * message.priority
         if len(message.tokens) > message.num_prompt_tokens:  # a client waits in the middle of his answer
             order -= _BEGUN
         return Stream(gateway, message, sequence, order, self._clock.monotonic_s(), self._max_model_len)
