@@ -14,45 +14,27 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import CancelledError
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 from prometheus_client import CollectorRegistry
 
 from ..core.clock import SystemClock
-from ..core.config import ColocatedPool, Config, DecodePool, PrefillPool
+from ..core.config import Config
 from ..core.environment import cache_folder
 from ..core.errors import CapacityError, ConfigError, RequestError, TandemError, WorkerError
 from ..core.expert_messages import LoadEntries
 from ..core.health import Vitals
-from ..core.ids import PeerId, index_of, worker_of
+from ..core.ids import PeerId
 from ..core.kv_messages import KVClear, KVControlled, KVPin, KVReport, KVUnpin, KVWatch
 from ..core.log import logger
 from ..core.messages import Member, Membership, Message, Report, Scrape, Scraped, Subscribe
 from ..core.metrics import WorkerMetrics, render
-from ..core.tracer import open_tracer
-from ..core.wire import ClusterKeys, SecureContext
-from ..decode.worker import DecodeWorker
-from ..engine.build import use_threads, warm_up
-from ..engine.engine import Engine
+from ..core.wire import ClusterKeys
 from ..engine.expert_balancer import Balancer
-from ..engine.expert_parallel import ExpertPlace, open_rendezvous
-from ..engine.kv_control import KVControl
-from ..engine.models.shard import kv_heads_of
-from ..engine.offloader import Offloader
-from ..engine.rank_wire import PeerAccess
-from ..engine.ranks import Ranks, build_on_ranks
-from ..engine.tiers import Tiers, open_tiers, whole_layout
-from ..kv_transfer.connector import Connector
-from ..kv_transfer.ends import End, first_end, open_transports
-from ..kv_transfer.hidden_states import open_writer
-from ..kv_transfer.offload.build import Place
-from ..kv_transfer.offload.network import Network, Servers
-from ..prefill.worker import PrefillWorker
-from .expert_worker import open_balancer, prepare
+from ..kv_transfer.offload.network import Servers
 from .heartbeat import Heartbeat
-from .kv_publisher import KVPublisher
-from .mesh import Mesh
+from .worker_parts import WorkerParts
 
 _INBOX_SIZE = 16384
 _MAX_TAKEN_AT_ONCE = 1024
@@ -128,7 +110,6 @@ class WorkerRuntime:
         self._host_tiers = Servers()
         self._retry_s: float | None = None
         self._busy = False
-        self._ranks: Ranks | None = None
         self._balancer: Balancer | None = None
         self._thread = threading.Thread(target=self._guarded, name="engine")
 
@@ -145,7 +126,7 @@ class WorkerRuntime:
         if self._failure is not None:
             self._thread.join()
             raise self._failure
-        return Member(self.peer, self._role, self._node, self._mesh.endpoint)
+        return Member(self.peer, self._role, self._node, self._parts.mesh.endpoint)
 
     def follow(self, membership: Membership) -> None:
         """The cluster has changed."""
@@ -202,7 +183,7 @@ class WorkerRuntime:
 
     def _on_message(self, sender: PeerId, message: Message) -> None:
         if isinstance(message, Scrape):
-            self._mesh.send(sender, Scraped(message.number, render(self._metrics.registry)))
+            self._parts.mesh.send(sender, Scraped(message.number, render(self._metrics.registry)))
         elif isinstance(message, Membership):  # comes from the controller by Ray, never from a peer
             self._metrics.bad_frames.labels("mesh").inc()
         else:
@@ -215,13 +196,11 @@ class WorkerRuntime:
             self._build()
         except TandemError as error:
             self._failure = error
-            self._end_ranks()
             self._ready.set()
             return
         except BaseException as error:  # noqa: BLE001 - whatever it was, it is told
             logger.exception("the worker could not start")
             self._failure = ConfigError(f"{self.peer} could not start: {type(error).__name__}: {error}")
-            self._end_ranks()
             self._ready.set()
             return
         self._ready.set()
@@ -232,161 +211,39 @@ class WorkerRuntime:
             os._exit(70)
 
     def _build(self) -> None:
-        pools = self._config.pools
-        pool: PrefillPool | DecodePool | ColocatedPool | None = getattr(pools, self._role)
-        assert pool is not None
-        self._tracer = open_tracer(self.peer, self._role, self._config.observability.traces, self._metrics.spans)
-        self._progress("reading the model")
-        threads = pool.threads or os.cpu_count() or 1
-        built, self._ranks = build_on_ranks(
-            self._config,
-            pool,
-            threads,
-            lambda what, done: self._progress(f"{what} {done:.0%}"),
-            self._expert_place(),
-        )
-        if self._ranks is not None:
-            self._ranks.watch(self._rank_lost)
-        use_threads(built.engine, threads)
-        warm_up(built.engine, pool.max_batched_tokens, lambda what, done: self._progress(f"{what} {done:.0%}"))
-        self._engine = built.engine
-        self._context = SecureContext(self._keys, self._metrics.bad_frames.labels("denied").inc)
-        self._mesh = Mesh(
+        self._parts = WorkerParts(
             self.peer,
-            self._context,
+            self._role,
+            self._config,
+            self._keys,
             self._address,
+            self._metrics,
+            self._clock,
+            self._progress,
+            self._host_tier,
+            self._host_tiers,
+            self._meet,
+            self._note,
+            self._nudge,
             self._on_message,
             lambda peer: self._put(_Lost(peer)),
-            self._metrics.bad_frames.labels("mesh").inc,
         )
-        self._connector = self._connect(built.engine, built.fingerprint)
-        model = built.engine.model
-        self._hidden_states = open_writer(self._config.hidden_states, model.spec.hidden, model.dtype, self._metrics)
-        tiers = self._open_tiers(built.engine)
-        self._offloader = Offloader[Any](built.engine, tiers, self._clock, self._metrics)
-        stack = None if tiers is None else tiers.stack
-        self._publisher = KVPublisher(
-            built.engine.pool, stack, built.fingerprint, built.engine.block_tokens, self._clock, self._mesh.send
-        )
-        self._control = KVControl(
-            built.engine.pool, self._offloader, built.fingerprint, built.engine.block_tokens, self._clock
-        )
-        lease_s = self._config.kv.lease_s
-        self._worker: PrefillWorker | DecodeWorker
-        if isinstance(pool, PrefillPool):
-            self._worker = PrefillWorker(
-                built.engine,
-                self._connector,
-                pool,
-                built.fingerprint,
-                lease_s,
-                built.max_model_len,
-                self._clock,
-                self._metrics,
-                self._mesh.send,
-                self._hidden_states,
-                self._offloader,
-                self._tracer,
-            )
-        else:
-            self._worker = DecodeWorker(
-                built.engine,
-                self._connector,
-                pool,
-                self._config,
-                built.fingerprint,
-                built.max_model_len,
-                self._clock,
-                self._metrics,
-                self._mesh.send,
-                self._hidden_states,
-                self._offloader,
-                self._tracer,
-            )
+        self._balancer = self._parts.balancer
         self._update_report()
-        experts = built.engine.model.experts
-        if experts is not None:
-            prepare(experts, self._config)
-        built.engine.runner.serve()
-        if experts is not None:
-            self._balancer = open_balancer(
-                experts, self._config, self._context, self._address, self._metrics, self._clock, self._note
-            )
-        self._mesh.start()
+        self._parts.mesh.start()
         self._progress("ready")
-        logger.info("ready at %s", self._mesh.endpoint)
-
-    def _expert_place(self) -> ExpertPlace | None:
-        """Consecutive workers of a pool share experts."""
-        size = self._config.expert_parallel(self._role)
-        if size == 1:
-            return None
-        return ExpertPlace(
-            index_of(worker_of(self.peer)) % size, size, lambda: self._meet(open_rendezvous(self._address))
-        )
-
-    def _open_tiers(self, engine: Engine) -> Tiers | None:
-        pools = self._config.pools
-        sizes = {"prefill": pools.prefill, "decode": pools.decode, "colocated": pools.colocated}
-        workers = frozenset(
-            f"{role}-{number}" for role, pool in sizes.items() if pool is not None for number in range(pool.replicas)
-        )
-        has_host = any(tier.kind == "host" for tier in self._config.offload.tiers)
-        folder = self._host_tier(whole_layout(engine).block_bytes) if has_host else Path()
-        network = Network(self._context, self._address, self._config.kv, self._host_tiers, folder.name)
-        place = Place(folder, worker_of(self.peer), len(workers), self._keys.server_public.hex(), network, workers)
-        others = self._ranks.memory() if self._ranks is not None and self._config.offload.tiers else ()
-        return open_tiers(self._config, engine, place, self._clock, self._nudge, others)
-
-    def _end_ranks(self) -> None:
-        if self._ranks is not None:
-            self._ranks.close()
-
-    def _rank_lost(self, rank: int) -> None:
-        logger.error("rank %d of %s has ended; the process ends", rank, self.peer)
-        os._exit(70)
-
-    def _connect(self, engine: Engine, fingerprint: str) -> Connector:
-        layout, kv = engine.cache.layout, self._config.kv
-        return Connector(
-            self.peer,
-            fingerprint,
-            layout,
-            engine.groups,
-            engine.runner.layer_groups,
-            self._ends(engine),
-            kv.transport,
-            kv.lease_s,
-            self._clock,
-            self._metrics,
-            kv.checksums,
-        )
-
-    def _ends(self, engine: Engine) -> list[End]:
-        """Every rank's side of the byte plane, this one's first."""
-        cache, spec, num_ranks = engine.cache, engine.model.spec, engine.model.group.size
-        heads = [kv_heads_of(spec, rank, num_ranks) for rank in range(num_ranks)]
-        if self._role == "colocated":
-            return [first_end(heads[0], {}, cache.blocks, cache.generations_buffer)]
-        kv, bad_frame = self._config.kv, self._metrics.bad_frames.labels("kv").inc
-        transports, missing = open_transports(self._nudge, self._context, self._address, cache.blocks, kv, bad_frame)
-        ends = [first_end(heads[0], transports, cache.blocks, cache.generations_buffer, missing)]
-        if self._ranks is not None:
-            access = PeerAccess(self._keys, self._address)
-            others = self._ranks.transports(access, self._nudge, bad_frame)
-            ends += [End(*other, cache.blocks.kind) for other in zip(heads[1:], others, strict=True)]
-        return ends
+        logger.info("ready at %s", self._parts.mesh.endpoint)
 
     def _run(self) -> None:
         while not (self._stopping.is_set() and self._may_end()):
             self._take(self._wait_s())
             self._heartbeat.wakes()
             now_s = self._clock.monotonic_s()
-            deadline_s = self._worker.next_deadline_s()
+            deadline_s = self._parts.worker.next_deadline_s()
             if deadline_s is not None and now_s >= deadline_s:
-                self._worker.tick()
+                self._parts.worker.tick()
             try:
-                self._busy = self._worker.step() or self._engine.accompany()
+                self._busy = self._parts.worker.step() or self._parts.engine.accompany()
             except WorkerError:
                 if not self._stopping.is_set():
                     raise
@@ -394,39 +251,26 @@ class WorkerRuntime:
             if self._busy:
                 self._heartbeat.steps()
             self._look_after_links(now_s)
-            self._control.poll(now_s)
-            self._publisher.poll(now_s)
+            self._parts.control.poll(now_s)
+            self._parts.publisher.poll(now_s)
             self._publish_report(now_s)
-        self._connector.close()
-        if self._balancer is not None:
-            self._balancer.close()
-        if isinstance(self._worker, PrefillWorker):
-            self._worker.close()
-        if self._hidden_states is not None:
-            self._hidden_states.close()
-        self._mesh.close()
-        if self._tracer is not None:
-            self._tracer.close()
-        self._offloader.close()
-        self._engine.cache.close()
-        self._end_ranks()
-        self._context.close()
+        self._parts.close()
         logger.info("stopped")
 
     def _may_end(self) -> bool:
-        return self._worker.drained() or self._clock.monotonic_s() >= self._stop_by_s
+        return self._parts.worker.drained() or self._clock.monotonic_s() >= self._stop_by_s
 
     def _wait_s(self) -> float | None:
         """How long nothing may happen; None: until somebody wakes us."""
         if self._busy:
             return 0.0
         deadlines = [
-            self._worker.next_deadline_s(),
+            self._parts.worker.next_deadline_s(),
             self._retry_s,
-            self._publisher.next_due_s(),
-            self._control.next_due_s(),
+            self._parts.publisher.next_due_s(),
+            self._parts.control.next_due_s(),
         ]
-        if self._engine.model.experts is not None:
+        if self._parts.engine.model.experts is not None:
             deadlines.append(self._clock.monotonic_s() + _AGREEMENT_PERIOD_S)
         report = self._current_report()
         # KV that is on its way from others is not ours to hurry.
@@ -456,37 +300,37 @@ class WorkerRuntime:
         if isinstance(item, _Lost):
             logger.warning("lost %s", item.peer)
             self._subscribers.discard(item.peer)
-            self._publisher.forget(item.peer)
+            self._parts.publisher.forget(item.peer)
             self._linked.discard(item.peer)
             self._retry_s = self._clock.monotonic_s() + _RETRY_PERIOD_S
-            self._worker.peer_lost(item.peer)
+            self._parts.worker.peer_lost(item.peer)
             return
         sender, message = item
         if isinstance(message, Subscribe):
             if sender in self._subscribers:
                 # It had lost us, and gave what it had asked for to others: nobody waits for our answers.
-                self._worker.peer_lost(sender)
+                self._parts.worker.peer_lost(sender)
             self._subscribers.add(sender)
-            self._mesh.send(sender, self._report)
+            self._parts.mesh.send(sender, self._report)
         elif isinstance(message, KVWatch):
-            self._publisher.watch(sender)
+            self._parts.publisher.watch(sender)
         elif isinstance(message, KVClear | KVPin | KVUnpin):
             self._carry_out(sender, message)
         elif isinstance(message, Membership):
             self._membership = message
             self._host_tiers.follow({tier.peer: tier.endpoint for tier in message.host_tiers})
             self._link(message)
-            self._worker.handle(sender, message)
+            self._parts.worker.handle(sender, message)
         else:
-            self._worker.handle(sender, message)
+            self._parts.worker.handle(sender, message)
 
     def _carry_out(self, sender: PeerId, order: KVClear | KVPin | KVUnpin) -> None:
         try:
-            answer = KVControlled(order.number, self._control.carry_out(order))
+            answer = KVControlled(order.number, self._parts.control.carry_out(order))
             logger.info("%s: %s, %d blocks", sender, type(order).__name__, answer.num_blocks)
         except RequestError as error:
             answer = KVControlled(order.number, 0, str(error))
-        self._mesh.send(sender, answer)
+        self._parts.mesh.send(sender, answer)
 
     def _link(self, membership: Membership) -> None:
         """Decode workers connect to every prefill worker, and to decode workers that hand over what they have."""
@@ -499,9 +343,9 @@ class WorkerRuntime:
         if self.peer not in {member.peer for member in ending}:
             wanted |= {m.peer: m.endpoint for m in ending}
         for peer in self._linked - wanted.keys():
-            self._mesh.disconnect(peer)
+            self._parts.mesh.disconnect(peer)
         for peer in wanted.keys() - self._linked:
-            self._mesh.connect(peer, wanted[peer])
+            self._parts.mesh.connect(peer, wanted[peer])
         self._linked = set(wanted)
 
     def _look_after_links(self, now_s: float) -> None:
@@ -510,34 +354,34 @@ class WorkerRuntime:
             self._retry_s = None
             if self._membership is not None:
                 self._link(self._membership)
-                self._worker.handle("controller", self._membership)
+                self._parts.worker.handle("controller", self._membership)
 
     def _publish_report(self, now_s: float) -> None:
         if now_s - self._reported_s >= _REPORT_PERIOD_S and self._update_report():
             self._reported_s = now_s
             for subscriber in self._subscribers:
-                self._mesh.send(subscriber, self._report)
+                self._parts.mesh.send(subscriber, self._report)
 
     def _current_report(self) -> Report:
-        report = self._worker.report()
-        pool = self._engine.pool
+        report = self._parts.worker.report()
+        pool = self._parts.engine.pool
         used = pool.num_blocks - pool.num_free + pool.num_cached
-        hits = report.cached_tokens // self._engine.block_tokens
+        hits = report.cached_tokens // self._parts.engine.block_tokens
         cache = KVReport("", pool.num_blocks, used, 0, hits, 0, 0, 0.0, 0.0, pool.num_evicted, 0.0, 0, "")
         experts = None if self._balancer is None else self._balancer.report()
-        return msgspec.structs.replace(report, kv=[cache, *self._offloader.reports()], experts=experts)
+        return msgspec.structs.replace(report, kv=[cache, *self._parts.offloader.reports()], experts=experts)
 
     def _update_report(self) -> bool:
         report = self._current_report()
         if report == self._report:
             return False
         self._report = report
-        pool = self._engine.pool
+        pool = self._parts.engine.pool
         self._metrics.blocks.labels("free").set(pool.num_free)
         self._metrics.blocks.labels("cached").set(pool.num_cached)
         self._metrics.blocks.labels("used").set(pool.num_blocks - pool.num_free)
         self._metrics.running.set(report.running)
         self._metrics.waiting.set(report.waiting)
         self._metrics.leases.set(report.leases)
-        self._offloader.publish()
+        self._parts.offloader.publish()
         return True

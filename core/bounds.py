@@ -10,6 +10,7 @@ MAX_TOKENS: Final = 1 << 22
 MAX_CHILDREN: Final = 128
 MAX_LOGPROBS: Final = 20
 MAX_RANKS: Final = 1024
+MAX_PRIORITY: Final = (1 << 31) - 1
 
 MAX_TEXT: Final = 4096
 
@@ -24,5 +25,7 @@ TraceParent = Annotated[str, Meta(pattern=r"^(00-[0-9a-f]{32}-[0-9a-f]{16}-01)?\
 Count = Annotated[int, Meta(ge=0, le=1 << 40)]
 TokenId = Annotated[int, Meta(ge=0, lt=1 << 31)]
 TokenIds = Annotated[list[TokenId], Meta(max_length=MAX_TOKENS)]
+Priority = Annotated[int, Meta(ge=-MAX_PRIORITY, le=MAX_PRIORITY)]
+"""Of a request: a lower one is served sooner."""
 Seed = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 Seconds = Annotated[float, Meta(ge=0, le=1e12)]

@@ -16,6 +16,7 @@ from pydantic import (
     model_validator,
 )
 
+from .bounds import MAX_PRIORITY
 from .config_experts import ExpertsConfig
 from .config_section import Section
 from .errors import ConfigError
@@ -203,7 +204,11 @@ class GatewayConfig(_Tls):
     """Gateways that share the port, each a process of its own: when one dies, its connections are lost, and the others
     go on."""
     max_queued: int = Field(default=1024, ge=1, le=1 << 20)
-    """Requests in flight in a gateway; one more is answered 429 with Retry-After."""
+    """Requests in flight in a gateway; one more is answered 429 with Retry-After, or one that is less urgent and has no
+    token yet."""
+    min_priority: int = Field(default=0, ge=-MAX_PRIORITY, le=0)
+    """Lowest `priority` that a client may give a request, and so the most urgent; others are refused. 0: nobody gets
+    ahead of those who give none."""
     max_body: ByteSize = 8 << 20
     """Largest request body."""
     api_keys: tuple[str, ...] = ()

@@ -29,6 +29,7 @@ from .bounds import (
     Count,
     FileName,
     Name,
+    Priority,
     Seconds,
     Seed,
     Text,
@@ -138,6 +139,7 @@ class Generate(Struct, tag=True, frozen=True):
     """The file for the prompt's hidden states."""
     trace: TraceParent = ""
     """The gateway's span."""
+    priority: Priority = 0
 
 
 class Abort(Struct, tag=True, frozen=True):
@@ -310,6 +312,7 @@ class Prefill(Struct, tag=True, frozen=True):
     """Of the KV in this dtype, the reader's."""
     trace: TraceParent = ""
     """The reader's span."""
+    priority: Priority = 0
 
 
 class Table(Struct, array_like=True, frozen=True):

@@ -206,6 +206,16 @@ class GatewayMetrics:
             buckets=_LATENCY_S,
             registry=r,
         )
+        self.queue_s = Histogram(
+            "tandem_queue_seconds",
+            "Until a worker began a request's prompt, by priority: high (below 0), normal, low",
+            ["priority"],
+            buckets=_LATENCY_S,
+            registry=r,
+        )
+        self.displaced = Counter(
+            "tandem_displaced", "Requests that gave their place in the gateway to more urgent ones", registry=r
+        )
         self.replays = Counter("tandem_replays", "Requests replayed on another worker", registry=r)
         self.spans = _spans(r)
         self.moves = Counter("tandem_moves", "Outputs that went on on another worker with their KV", registry=r)
@@ -217,6 +227,11 @@ class GatewayMetrics:
             registry=r,
         )
         self.bad_frames = Counter("tandem_bad_frames", "Frames refused", ["socket"], registry=r)
+
+    def queued(self, priority: int, seconds: float) -> None:
+        """A worker has begun a request's prompt."""
+        level = "high" if priority < 0 else "low" if priority > 0 else "normal"
+        self.queue_s.labels(level).observe(seconds)
 
 
 class SupervisorMetrics:

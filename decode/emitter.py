@@ -7,6 +7,7 @@ from collections.abc import Callable
 from ..core.clock import Clock
 from ..core.ids import PeerId
 from ..core.messages import ChildUpdate, Message, Moved, PromptLogprobs, Refused, Stage, TokenLogprobs, Update, Usage
+from .stream import Stream
 
 
 class Emitter:
@@ -26,11 +27,13 @@ class Emitter:
         """New tokens."""
         self._of(gateway).children.append(update)
 
-    def stage(self, gateway: PeerId, ticket: int, name: str, detail: str = "") -> float:
-        """A mark on the timeline, now: returns the time, on the wall clock."""
+    def stage(self, stream: Stream, name: str, detail: str = "") -> None:
+        """A mark on a stream's timeline, now, and in its trace."""
         at_s = self._clock.wall_s()
-        self._of(gateway).stages.append(Stage(ticket, name, at_s, detail))
-        return at_s
+        self._of(stream.gateway).stages.append(Stage(stream.request.ticket, name, at_s, detail))
+        if stream.trace is not None:
+            note = stream.trace.mark_handover if name == "decode.handoff" else stream.trace.mark
+            note(name, at_s, detail)
 
     def prompt_logprobs(self, gateway: PeerId, ticket: int, first: int, values: list[TokenLogprobs]) -> None:
         """Log probabilities of prompt tokens from position ``first`` on."""

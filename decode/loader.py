@@ -182,6 +182,7 @@ class Loader:
                 sum_tokens=terms.sum_tokens,
                 sum_dtype=self._connector.layout.dtype if terms.sum_tokens else "",
                 trace=stream.trace.handed_over() if stream.trace is not None else "",
+                priority=request.priority,
             ),
         )
 

@@ -22,10 +22,11 @@ class Plan(NamedTuple):
 class DecodeScheduler:
     """The streams of a worker. Owned by the engine thread; nothing blocks.
 
-    A waiting stream is admitted when there are blocks for all its known tokens, and a spare block for each stream
-    that already runs; where layers see a window, they need blocks for a window and a chunk alone. When a running stream
-    needs a block and none is free, or no prompt can go on, the youngest stream gives its blocks up and waits again: the
-    oldest always moves on.
+    Streams have an order: by priority, and of one priority by arrival. The first that waits is admitted when there are
+    blocks for all its known tokens, and a spare block for each stream that already runs; where layers see a window,
+    they need blocks for a window and a chunk alone. Nobody who runs is stopped for it. When a running stream needs a
+    block and none is free, or no prompt can go on, the last in order gives its blocks up and waits again: the first
+    always moves on.
 
     Args:
         engine: whose blocks are given out.
@@ -108,14 +109,16 @@ class DecodeScheduler:
         """Take waiting streams off the queue while there is room for them.
 
         Prompts that are computed here start when they would take part in the next step, not sooner: what a step
-        computes, later streams with the same prefix find in the cache.
+        computes, later streams with the same prefix find in the cache. They do not wait for less urgent ones.
 
         Each comes with blocks to compute all its tokens with, matched against the prefix cache, and must be given to
         `load`, `prefill` or `end` before the next is asked for.
         """
-        while self._waiting and self.num_prefilling_tokens < self._max_batched_tokens:
+        while self._waiting:
             stream = self._waiting[0]
             sequence = stream.sequence
+            if self._num_tokens_before(stream) >= self._max_batched_tokens:
+                return
             starting = (self._fetching, self._loading, self._prefilling)
             busy = sum(len(s.children) for streams in starting for s in streams.values()) + len(self._running)
             if busy and busy + len(stream.children) > self._max_running:
@@ -188,7 +191,7 @@ class DecodeScheduler:
         """The next step.
 
         Every running stream computes its newest token, which a step in flight may still have to sample; what room is
-        left goes to prompts, oldest first.
+        left goes to prompts, in order.
 
         Args:
             in_flight: whether the outcome of a step is still to come.
@@ -215,6 +218,11 @@ class DecodeScheduler:
             prompts = self._plan_prompts(self._max_batched_tokens)
         return Plan(works + prompts, preempted)
 
+    def _num_tokens_before(self, stream: Stream) -> int:
+        """Prompt tokens that are being computed here, of streams that are as urgent as a waiting one."""
+        before = [s.sequence for s in self._prefilling.values() if s.request.priority <= stream.request.priority]
+        return sum(sequence.num_tokens - sequence.num_computed for sequence in before)
+
     def _plan_prompts(self, room: int) -> list[Work]:
         works = []
         for stream in sorted(self._prefilling.values(), key=lambda s: s.order):
@@ -228,7 +236,7 @@ class DecodeScheduler:
         return works
 
     def _preempt(self) -> Stream:
-        """Send the youngest stream that holds blocks back to the queue; no step is in flight. A loading one is left
+        """Send the last in order that holds blocks back to the queue; no step is in flight. A loading one is left
         alone: its KV is on the way, and it ends without our help."""
         candidates = [*self._running.values(), *self._prefilling.values()]
         victim = max(candidates, key=lambda s: s.order)

@@ -76,7 +76,7 @@ class Stream:
         gateway: who asked.
         request: what was asked for.
         sequence: tokens and blocks.
-        order: admission goes by it: the smaller came earlier.
+        order: the smaller, the sooner it is served: by priority, and of one priority by arrival.
         arrived_s: on the monotonic clock.
         max_model_len: tokens of the longest sequence.
     """

@@ -5,12 +5,11 @@ Owned by one thread. `handle` and `step` return quickly but for the engine's own
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 
 from ..core.clock import Clock
 from ..core.config import Config, DecodePool
-from ..core.errors import CapacityError, RequestError
+from ..core.errors import RequestError, TandemError
 from ..core.hashing import root_hash
 from ..core.ids import PeerId
 from ..core.log import RateLimited, logger
@@ -18,7 +17,6 @@ from ..core.messages import (
     Abort,
     Child,
     ChildUpdate,
-    FailureReason,
     FinishReason,
     Generate,
     Hello,
@@ -40,13 +38,12 @@ from ..engine.limits import check_prompt
 from ..engine.offloader import Offloader
 from ..engine.sequence import Sequence
 from ..kv_transfer.connector import Connector
-from ..kv_transfer.hidden_states import HiddenStateWriter, record
-from ..kv_transfer.multi import MultiConnector
+from ..kv_transfer.hidden_states import HiddenStateWriter
 from .cost import CostModel
 from .emitter import Emitter
 from .lender import Lender
-from .loader import LoadClosed, LoadDone, Loader, LoadEvent, LoadFailed, PromptDone, PromptStarted, ReadStarted
 from .peers import Send, Sources
+from .prompts import Prompts
 from .scheduler import DecodeScheduler
 from .spans import spans_of
 from .step_loop import Landed, StepLoop
@@ -55,13 +52,9 @@ from .stream import Stream, StreamState
 _log = RateLimited()
 
 _BEGUN = 1 << 60
-"""Outputs that began on another worker come before those that have not begun."""
-
-_PREFIX_CACHE = "prefix cache"
-_TIERS = "tiers"
-_HERE = "here"
-"""Sources of a prompt's KV beside the prefill peers: blocks that an earlier prompt left, what tiers have just added to
-them, and this worker's engine."""
+"""Outputs that began on another worker come before those of their priority that have not begun."""
+_PRIORITY = 1 << 62
+"""What a level of priority is worth in a stream's order: more than all streams that a worker ever sees."""
 
 
 class DecodeWorker:
@@ -101,18 +94,39 @@ class DecodeWorker:
         self._connector = connector
         self._peers = Sources(connector, metrics, send)
         self._fingerprint = fingerprint
-        self._recompute = config.kv.on_load_failure == "recompute"
         self._max_model_len = max_model_len
         self._clock = clock
         self._metrics = metrics
-        self._hidden_states = hidden_states
         self._tracer = tracer
         self._cost = CostModel(config.routing.local_prefill, pool.max_batched_tokens)
         self._offloader = offloader or Offloader[Stream](engine, None, clock, metrics)
-        self._scheduler = DecodeScheduler(engine, pool.max_running, pool.max_batched_tokens, clock, self._fetch)
+        self._scheduler = DecodeScheduler(
+            engine,
+            pool.max_running,
+            pool.max_batched_tokens,
+            clock,
+            lambda stream, spare: self._prompts.fetch(stream, spare),
+        )
         self._steps = StepLoop(engine, self._scheduler, clock, self._preempted, self._landed, self._step_failed)
-        self._loader = Loader(connector, config.kv.handoff_timeout_s, clock, metrics, send, self._cost.handed_off)
         self._emitter = Emitter(clock, send)
+        self._prompts = Prompts(
+            engine,
+            connector,
+            self._peers,
+            self._scheduler,
+            self._offloader,
+            self._cost,
+            hidden_states,
+            config.kv.on_load_failure == "recompute",
+            config.kv.handoff_timeout_s,
+            clock,
+            metrics,
+            self._emitter,
+            send,
+            self._first_tokens,
+            self._begin,
+            self._refuse,
+        )
         self._lender = Lender(
             connector,
             engine.pool,
@@ -127,8 +141,6 @@ class DecodeWorker:
         self._order = 0
         self._output_tokens = 0
         self._prompt_tokens = 0
-        self._cached_tokens = 0
-        self._received_bytes = 0
 
     # ---- messages ---------------------------------------------------------------------------------------------------
 
@@ -149,16 +161,16 @@ class DecodeWorker:
                 self._lender.follow(message)
                 for peer in self._peers.take_leave(message):
                     if self._peers.prefills():  # else it computes what it was asked for as long as it may
-                        self._apply(self._loader.leave(peer))
+                        self._prompts.leave(peer)
                 for peer in self._peers.follow(message, {key[0] for key in self._streams}):
                     self.peer_lost(peer)
             case _:
-                self._apply(self._loader.handle(sender, message))
+                self._prompts.handle(sender, message)
 
     def peer_lost(self, peer: PeerId) -> None:
         """A prefill worker or a gateway is gone for good."""
         self._peers.forget(peer)
-        self._apply(self._loader.peer_lost(peer))
+        self._prompts.peer_lost(peer)
         self._emitter.forget(peer)
         self._lender.peer_lost(peer)
         for gateway, ticket in [key for key in self._streams if key[0] == peer]:
@@ -168,13 +180,13 @@ class DecodeWorker:
 
     def next_deadline_s(self) -> float | None:
         """When `tick` is due, on the monotonic clock."""
-        times = [self._loader.next_deadline_s(), self._lender.next_deadline_s(), self._offloader.next_event_s()]
+        times = [self._prompts.next_deadline_s(), self._lender.next_deadline_s(), self._offloader.next_event_s()]
         return min((at_s for at_s in times if at_s is not None), default=None)
 
     def tick(self) -> None:
         """Renew leases, end those of others, and give up on prefills that stand still."""
         self._lender.tick()
-        self._apply(self._loader.tick())
+        self._prompts.tick()
 
     def step(self) -> bool:
         """Look after the loads, admit streams, start a step and finish one. Returns whether anything was computed.
@@ -182,14 +194,13 @@ class DecodeWorker:
         Where the engine overlaps steps, the one that is finished is the one before: while the device computes a step,
         this thread deals with the tokens of the last and plans the next.
         """
-        self._apply(self._loader.poll())
-        self._poll_tiers()
+        self._prompts.poll()
         if self._lender.readers:
             for stream in self._scheduler.waiting():
                 self._move(stream, [])
                 self._close(stream)
         for stream in self._scheduler.admit():
-            self._start(stream)
+            self._prompts.start(stream)
         computed = self._steps.turn()
         if not computed:
             self._offloader.idle()
@@ -205,11 +216,11 @@ class DecodeWorker:
             queued_tokens=scheduler.queued_tokens,
             free_blocks=pool.num_free,
             num_blocks=pool.num_blocks,
-            transfers=len(self._loader),
+            transfers=len(self._prompts),
             output_tokens=self._output_tokens,
             prompt_tokens=self._prompt_tokens,
-            received_bytes=self._received_bytes,
-            cached_tokens=self._cached_tokens,
+            received_bytes=self._prompts.received_bytes,
+            cached_tokens=self._prompts.cached_tokens,
             leases=len(self._lender),
             peers=self._peers.prefills(),
             refused=self._peers.refusals(),
@@ -247,81 +258,16 @@ class DecodeWorker:
         if self._tracer is not None:
             stream.trace = Trace.of(message.trace)
         self._streams[key] = [stream]
-        self._stage(stream, "decode.received")
+        self._emitter.stage(stream, "decode.received")
         stream.in_tiers = self._offloader.look(sequence, message.salt)
         self._scheduler.add(stream)
 
     def _new_stream(self, gateway: PeerId, message: Generate, sequence: Sequence) -> Stream:
         self._order += 1
-        order = self._order
+        order = self._order + _PRIORITY * message.priority
         if len(message.tokens) > message.num_prompt_tokens:  # a client waits in the middle of his answer
             order -= _BEGUN
         return Stream(gateway, message, sequence, order, self._clock.monotonic_s(), self._max_model_len)
-
-    def _start(self, stream: Stream) -> None:
-        """Decide where an admitted stream's prompt is computed."""
-        sequence = stream.sequence
-        now_s = self._clock.monotonic_s()
-        if not stream.begun:
-            stream.queue_s += now_s - stream.arrived_s
-            stream.cached_tokens = sequence.num_computed
-            self._cached_tokens += sequence.num_computed
-            self._metrics.cached_tokens.inc(sequence.num_computed)
-        stream.started_s = now_s
-        stream.sources = MultiConnector(sequence.num_tokens, self._engine.block_tokens, self._sources(stream))
-        stream.sources.ask()
-        if stream.fetched_from is not None:
-            stream.sources.ended(min(stream.fetched_from, sequence.num_computed))
-            stream.sources.ask()
-        stream.sources.ended(sequence.num_computed)
-        stream.in_tiers = stream.fetched_from = None
-        self._ask_next(stream)
-
-    def _sources(self, stream: Stream) -> Iterator[str]:
-        """Where a stream's KV may come from, the best first: each is thought of when the one before has ended."""
-        yield _PREFIX_CACHE
-        if stream.fetched_from is not None:
-            yield _TIERS
-        peer = self._peers.choose(stream)
-        scheduler = self._scheduler
-        ahead = scheduler.num_prefilling_tokens, scheduler.num_loading_tokens
-        remaining = stream.sequence.num_tokens - stream.sequence.num_computed
-        held = self._peers.holds(peer)
-        if peer and (held or not self._cost.local_is_sooner(remaining, *ahead, scheduler.num_running)):
-            yield peer
-            # With the first tokens known, the client waits for this worker alone.
-            other = self._peers.choose(stream, avoid=peer) if stream.first_tokens is None else ""
-            if other:
-                yield other
-        yield _HERE
-
-    def _ask_next(self, stream: Stream, why: str = "") -> None:
-        source = stream.sources.ask()
-        assert source is not None, "the last source does not fail"
-        remaining = stream.sequence.num_tokens - stream.sequence.num_computed
-        if source == _HERE:
-            self._prefill(stream, f"{remaining} tokens here", why)
-        else:
-            self._load(stream, source, f"{remaining} tokens from {source}")
-
-    def _prefill(self, stream: Stream, detail: str, why: str) -> None:
-        if stream.sequence.hidden_states and stream.recording is None:
-            try:
-                stream.recording = record(self._hidden_states, stream.request)
-            except (RequestError, CapacityError) as error:
-                self._refuse(stream, error.status, error.message, retryable=error.retryable)
-                return
-        self._scheduler.prefill(stream, why)
-        self._stage(stream, "decode.prefill", detail)
-
-    def _load(self, stream: Stream, peer: PeerId, detail: str) -> None:
-        if stream.recording is not None:  # whoever computes the whole prompt records it
-            stream.recording.close()
-            stream.recording = None
-        stream.takes_over = self._peers.holds(peer)
-        self._scheduler.load(stream)
-        self._stage(stream, "decode.handoff", detail)  # before the peer knows: its span hangs on this one
-        self._loader.start(stream, peer)
 
     def _abort(self, gateway: PeerId, ticket: int, child: int) -> None:
         for stream in list(self._streams.get((gateway, ticket), ())):
@@ -343,9 +289,9 @@ class DecodeWorker:
         if stream.recording is not None:
             stream.recording.close()
         self._forget(stream)
-        if stream.state is StreamState.LOADING and self._loader.loads(stream):
+        if stream.state is StreamState.LOADING and self._prompts.loads(stream):
             self._scheduler.drain(stream)
-            self._apply(self._loader.abort(stream))
+            self._prompts.abort(stream)
         elif stream.state is not StreamState.DRAINING:
             self._scheduler.end(stream)
 
@@ -357,92 +303,12 @@ class DecodeWorker:
             if not streams:
                 del self._streams[stream.key]
 
-    # ---- tiers ------------------------------------------------------------------------------------------------------
-
-    def _fetch(self, stream: Stream, spare: int) -> bool:
-        """Have the tiers load what a stream lacks, where that is sooner than computing it."""
-        if stream.in_tiers is None:
-            return False
-        s_per_token = self._cost.s_per_token(has_peer=bool(self._peers.choose(stream)))
-        sequence, salt = stream.sequence, stream.request.salt
-        if not self._offloader.fetch(stream, sequence, salt, stream.in_tiers, spare, s_per_token):
-            return False
-        stream.in_tiers = None
-        self._stage(stream, "decode.fetch")
-        return True
-
-    def _offer(self, stream: Stream, num_tokens: int) -> None:
-        self._offloader.offer(stream.sequence, stream.request.salt, num_tokens)
-
-    def _poll_tiers(self) -> None:
-        for stream, start, num_good in self._offloader.poll():
-            if stream.state is StreamState.FETCHING:
-                stream.fetched_from = start
-                self._stage(stream, "decode.fetched", f"{num_good} tokens")
-                self._scheduler.fetched(stream)
-
-    # ---- loads ------------------------------------------------------------------------------------------------------
-
-    def _apply(self, events: list[LoadEvent]) -> None:
-        for event in events:
-            stream = event.stream
-            match event:
-                case _ if stream.state is StreamState.ENDED:  # by an earlier event of the same list
-                    continue
-                case LoadClosed() | LoadDone() | LoadFailed() if stream.state is StreamState.DRAINING:
-                    self._scheduler.end(stream)
-                case PromptStarted():
-                    self._stage(stream, "prefill.started", f"{event.cached_tokens} tokens cached")
-                    stream.cached_tokens = max(stream.cached_tokens, event.cached_tokens)
-                case ReadStarted():
-                    self._stage(stream, "transfer.started")
-                case PromptDone():
-                    self._stage(stream, "prefill.done")
-                    self._prompt_done(stream, event)
-                case LoadDone():
-                    self._received_bytes += stream.transferred_bytes
-                    self._stage(stream, "transfer.done", f"{stream.transferred_bytes} bytes")
-                    stream.sources.ended(stream.sequence.num_tokens)
-                    stream.sequence.num_computed = stream.sequence.num_tokens
-                    self._engine.commit(stream.sequence)
-                    self._begin(stream)
-                case LoadFailed():
-                    self._load_failed(stream, event)
-
-    def _prompt_done(self, stream: Stream, event: PromptDone) -> None:
-        """Stream the first tokens at once; the KV follows."""
-        message = event.message
-        if stream.state is not StreamState.LOADING:
-            return
-        self._emitter.prompt_logprobs(stream.gateway, stream.request.ticket, 1, message.prompt_logprobs)
-        stream.sequence.prompt_logprobs = -1
-        stream.sequence.hidden_states = False
-        self._first_tokens(stream, message.samples)
-
-    def _load_failed(self, stream: Stream, event: LoadFailed) -> None:
-        self._stage(stream, "transfer.failed", event.reason.value)
-        stream.log.warning(
-            "KV did not arrive (%s): %s; that of %d tokens is here", event.reason.value, event.message, event.num_tokens
-        )
-        if event.reason is FailureReason.PREFILL and event.status < 500:
-            self._refuse(stream, event.status, event.message)
-            return
-        drains = stream.takes_over or event.reason is FailureReason.LEAVING
-        if not self._recompute and not drains:  # an operator's drain fails no request
-            self._refuse(stream, 503, f"the prompt's KV did not arrive: {event.reason.value}", retryable=True)
-            return
-        # Hidden states are wanted of every token: the one that computes the last has computed the first.
-        stream.sources.ended(0 if stream.sequence.hidden_states else event.num_tokens, complete=False)
-        stream.sequence.num_computed = stream.sources.num_here
-        self._engine.commit(stream.sequence)
-        self._ask_next(stream, event.reason.value)
-
     # ---- tokens -----------------------------------------------------------------------------------------------------
 
     def _preempted(self, stream: Stream) -> None:
         self._metrics.preemptions.inc()
         stream.in_tiers = self._offloader.look(stream.sequence, stream.request.salt)
-        self._stage(stream, "decode.preempted")
+        self._emitter.stage(stream, "decode.preempted")
         stream.log.info("preempted at %d tokens", stream.sequence.num_tokens)
 
     def _landed(self, landed: Landed) -> None:
@@ -463,7 +329,7 @@ class DecodeWorker:
         logger.error("a decode step failed", exc_info=error)
         for stream in streams:
             if stream.state is not StreamState.ENDED:
-                self._refuse(stream, 500, f"the step failed: {error}")
+                self._refuse(stream, TandemError(f"the step failed: {error}"))
         if device_is_lost(error):
             raise error
 
@@ -476,7 +342,7 @@ class DecodeWorker:
         if sample is None:
             self._not_a_number(stream)
             return
-        self._offer(stream, outcome.first + outcome.num_new)
+        self._offloader.offer(stream.sequence, stream.request.salt, outcome.first + outcome.num_new)
         stream.sequence.tokens.append(sample.token)
         finish = stream.finish_of(sample.token)
         if finish is None and self._lender.readers:
@@ -497,7 +363,7 @@ class DecodeWorker:
 
     def _move(self, stream: Stream, readers: list[PeerId]) -> None:
         """Tell that a stream's outputs do not go on here."""
-        self._stage(stream, "decode.moved", "" if readers else "not begun")
+        self._emitter.stage(stream, "decode.moved", "" if readers else "not begun")
         for child in stream.children:
             if child.index not in stream.ended_children:
                 self._emitter.moved(stream.gateway, Moved(stream.request.ticket, child.index, readers))
@@ -506,7 +372,7 @@ class DecodeWorker:
         sequence = stream.sequence
         self._emitter.prompt_logprobs(stream.gateway, stream.request.ticket, outcome.first + 1, outcome.prompt_logprobs)
         self._engine.commit(sequence)
-        self._offer(stream, outcome.first + outcome.num_new)
+        self._offloader.offer(sequence, stream.request.salt, outcome.first + outcome.num_new)
         if stream.recording is not None and outcome.hidden_states is not None:
             stream.recording.append(outcome.first, outcome.hidden_states)
         if outcome.samples is None:
@@ -555,7 +421,7 @@ class DecodeWorker:
         stream.sequence.children = [child]
         stream.sequence.tokens.append(sample.token)
         self._scheduler.run(stream)
-        self._stage(stream, "decode.started")
+        self._emitter.stage(stream, "decode.started")
 
     def _split(self, stream: Stream, child: Child, sample: SampledToken) -> None:
         fork = self._engine.fork(stream.sequence, child, stream.request.request_id)
@@ -591,22 +457,17 @@ class DecodeWorker:
 
     def _not_a_number(self, stream: Stream) -> None:
         self._metrics.invalid_logits.inc()
-        self._refuse(stream, 500, "the model's output is not a number")
+        self._refuse(stream, TandemError("the model's output is not a number"))
 
-    def _refuse(self, stream: Stream, status: int, message: str, *, retryable: bool = False) -> None:
+    def _refuse(self, stream: Stream, error: TandemError) -> None:
         """End a stream's whole request with an error."""
+        status, message = error.status, error.message
         stream.log.error("ended with status %d: %s", status, message)
         if stream.trace is not None:
             stream.trace.error = message
-        self._emitter.refuse(stream.gateway, stream.request.ticket, status, message, retryable=retryable)
+        self._emitter.refuse(stream.gateway, stream.request.ticket, status, message, retryable=error.retryable)
         for other in list(self._streams.get(stream.key, [stream])):
             if status >= 500 and other.state in (StreamState.PREFILLING, StreamState.RUNNING):
                 self._offloader.forget(other.sequence, other.request.salt)
                 self._engine.discard(other.sequence)
             self._close(other)
-
-    def _stage(self, stream: Stream, name: str, detail: str = "") -> None:
-        at_s = self._emitter.stage(stream.gateway, stream.request.ticket, name, detail)
-        if stream.trace is not None:
-            note = stream.trace.mark_handover if name == "decode.handoff" else stream.trace.mark
-            note(name, at_s, detail)

@@ -48,6 +48,7 @@ class Job:
         sum_tokens: tokens that the reader wants a checksum for each; 0: none.
         sum_dtype: the reader's.
         salt: the tenant's.
+        priority: the lower, the sooner it is computed.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class Job:
         sum_tokens: int = 0,
         sum_dtype: str = "",
         salt: str = "",
+        priority: int = 0,
     ) -> None:
         self.transfer = transfer
         self.sequence = sequence
@@ -66,6 +68,7 @@ class Job:
         self.sum_tokens = sum_tokens
         self.sum_dtype = sum_dtype
         self.salt = salt
+        self.priority = priority
         self.in_tiers: InTiers | None = None
         """What tiers had of it when it was queued, until that is fetched."""
         self.num_summed: dict[int, int] = {}

@@ -1,7 +1,8 @@
-"""Which prompts a prefill step works on: first come, first served, in chunks."""
+"""Which prompts a prefill step works on: by priority, of one priority first come, first served; in chunks."""
 
 from __future__ import annotations
 
+import bisect
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 
@@ -43,12 +44,14 @@ class PrefillScheduler:
         self._clock = clock
         self._fetch = fetch
         self._fetching: OrderedDict[TransferId, Job] = OrderedDict()
-        self._queued: OrderedDict[TransferId, Job] = OrderedDict()
+        self._queued: list[Job] = []
+        """By priority."""
         self._running: OrderedDict[TransferId, Job] = OrderedDict()
         self._held: dict[TransferId, Job] = {}
 
     def __iter__(self) -> Iterator[Job]:
-        for jobs in (self._fetching, self._queued, self._running, self._held):
+        yield from self._queued
+        for jobs in (self._fetching, self._running, self._held):
             yield from jobs.values()
 
     @property
@@ -64,33 +67,36 @@ class PrefillScheduler:
         """Tokens that wait to be computed, those of running jobs included."""
         return sum(
             job.sequence.num_tokens - job.sequence.num_computed
-            for jobs in (self._queued, self._fetching, self._running)
-            for job in jobs.values()
+            for jobs in (self._queued, self._fetching.values(), self._running.values())
+            for job in jobs
         )
 
     def get(self, transfer: TransferId) -> Job | None:
         """The job of a transfer, wherever it stands."""
-        places = (self._queued, self._fetching, self._running, self._held)
-        return next((jobs[transfer] for jobs in places if transfer in jobs), None)
+        for jobs in (self._fetching, self._running, self._held):
+            if transfer in jobs:
+                return jobs[transfer]
+        return next((job for job in self._queued if job.transfer == transfer), None)
 
     def add(self, job: Job) -> None:
-        """Queue a job; before all others, if it is for an output that has begun: its client waits in the middle."""
-        self._queued[job.transfer] = job
-        if job.sequence.num_tokens > job.sequence.num_prompt_tokens:
-            self._queued.move_to_end(job.transfer, last=False)
+        """Queue a job; before all others of its priority, if it is for an output that has begun: its client waits in
+        the middle."""
+        begun = job.sequence.num_tokens > job.sequence.num_prompt_tokens
+        insort = bisect.insort_left if begun else bisect.insort_right
+        insort(self._queued, job, key=_priority)
 
     def fetched(self, job: Job) -> None:
-        """Tiers have given what they had to the prefix cache, or took too long: a job is the first in the queue
-        again."""
+        """Tiers have given what they had to the prefix cache, or took too long: a job is the first of its priority in
+        the queue again."""
         del self._fetching[job.transfer]
         job.move(JobState.QUEUED, self._clock.monotonic_s())
-        self._queued[job.transfer] = job
-        self._queued.move_to_end(job.transfer, last=False)
+        bisect.insort_left(self._queued, job, key=_priority)
 
     def admit(self) -> list[Job]:
         """Start queued jobs while there are blocks for them, and they would take part in the next step.
 
-        Not sooner: what a step computes, later jobs with the same prefix find in the cache.
+        Not sooner: what a step computes, later jobs with the same prefix find in the cache. They do not wait for less
+        urgent ones that have started.
 
         Returns:
             the jobs started, matched against the prefix cache.
@@ -98,36 +104,32 @@ class PrefillScheduler:
         started: list[Job] = []
         if not all(self._engine.room(job.sequence, 1) for job in self._running.values()):
             return started
-        tokens = sum(job.sequence.num_tokens - job.sequence.num_computed for job in self._running.values())
-        while (
-            self._queued
-            and tokens < self._max_batched_tokens
-            and len(self._fetching) + len(self._running) + len(self._held) < self._max_running
-        ):
-            transfer, job = next(iter(self._queued.items()))
+        while self._queued and len(self._fetching) + len(self._running) + len(self._held) < self._max_running:
+            job = self._queued[0]
+            if self._num_tokens_before(job) >= self._max_batched_tokens:
+                break
             self._engine.match_prefix(job.sequence)
             if self._fetch(job):
                 self._engine.free(job.sequence)
-                del self._queued[transfer]
+                del self._queued[0]
                 job.move(JobState.FETCHING, self._clock.monotonic_s())
-                self._fetching[transfer] = job
+                self._fetching[job.transfer] = job
                 continue
             if not self._engine.reserve_prompt(job.sequence, announced=True):
                 self._engine.free(job.sequence)
                 break
-            del self._queued[transfer]
+            del self._queued[0]
             job.started_s = self._clock.monotonic_s()
             job.move(JobState.RUNNING, job.started_s)
-            self._running[transfer] = job
-            tokens += job.sequence.num_tokens - job.sequence.num_computed
+            self._running[job.transfer] = job
             started.append(job)
         return started
 
     def plan(self) -> list[Work]:
-        """The next step: the running jobs' next tokens, oldest first, up to the limit."""
+        """The next step: the running jobs' next tokens, by priority, of one priority oldest first, up to the limit."""
         works = []
         room = self._max_batched_tokens
-        for job in self._running.values():
+        for job in sorted(self._running.values(), key=_priority):
             if room == 0:
                 break
             num_new = min(room, job.sequence.num_tokens - job.sequence.num_computed)
@@ -146,9 +148,22 @@ class PrefillScheduler:
 
     def remove(self, job: Job) -> None:
         """A job is over, in whatever state; its blocks are free."""
-        for jobs in (self._queued, self._fetching, self._running, self._held):
+        if job.state is JobState.QUEUED:
+            self._queued.remove(job)
+        for jobs in (self._fetching, self._running, self._held):
             jobs.pop(job.transfer, None)
         job.move(JobState.GONE, self._clock.monotonic_s())
         if job.recording is not None:
             job.recording.close()
         self._engine.free(job.sequence)
+
+    # ---- inside -----------------------------------------------------------------------------------------------------
+
+    def _num_tokens_before(self, job: Job) -> int:
+        """Tokens still to be computed of running jobs that are as urgent as a queued one."""
+        before = [other.sequence for other in self._running.values() if other.priority <= job.priority]
+        return sum(sequence.num_tokens - sequence.num_computed for sequence in before)
+
+
+def _priority(job: Job) -> int:
+    return job.priority

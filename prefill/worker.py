@@ -262,7 +262,14 @@ class PrefillWorker:
         self._metrics.lease_events.labels("granted").inc()
         arrived_s = self._clock.monotonic_s()
         job = Job(
-            transfer, sequence, message.skip_tokens, arrived_s, message.sum_tokens, message.sum_dtype, message.salt
+            transfer,
+            sequence,
+            message.skip_tokens,
+            arrived_s,
+            message.sum_tokens,
+            message.sum_dtype,
+            message.salt,
+            message.priority,
         )
         job.recording = recording
         if self._tracer is not None and (trace := Trace.of(message.trace)) is not None:

@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from ...core.clock import Clock
 from ...core.config import GatewayConfig
-from ...core.errors import AuthError, NotFoundError, TandemError
+from ...core.errors import AuthError, NotFoundError, RequestError, TandemError
 from ...core.ids import new_request_id
 from ...core.log import logger
 from ...core.metrics import GatewayMetrics
@@ -181,6 +181,7 @@ class Api:
 
     async def _generate(self, request: Request, prefix: str, body: CompletionBody | ChatBody) -> Response:
         self._check_model(body.model)
+        self._check_priority(body.priority)
         response_id = new_request_id(prefix)
         request.state.request_id = response_id
         operation = "chat" if isinstance(body, ChatBody) else "text_completion"
@@ -219,6 +220,15 @@ class Api:
     def _check_model(self, name: str | None) -> None:
         if name is not None and name != self._model.name:
             raise NotFoundError(f"model {name[:100]!r} is not served here; {self._model.name!r} is", param="model")
+
+    def _check_priority(self, priority: int | None) -> None:
+        least = self._config.min_priority
+        if priority is not None and priority < least:
+            raise RequestError(
+                f"priority: this server accepts none below {least}, found {priority}",
+                fix="gateway.min_priority allows more",
+                param="priority",
+            )
 
     def _describe(self) -> dict[str, Any]:
         return {

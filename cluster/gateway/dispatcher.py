@@ -58,17 +58,23 @@ class Dispatcher:
         """Requests in flight."""
         return len(self._live)
 
-    def check_room(self, num_requests: int) -> None:
-        """Refuse what would go beyond the configured number of requests in flight.
+    def make_room(self, num_requests: int, priority: int = 0) -> None:
+        """Refuse what would go beyond the configured number of requests in flight, or as many that are less urgent: of
+        those that no client has seen a token of, the least urgent, and of these the latest.
 
         Raises:
             CapacityError: with a hint when to come back.
         """
-        if len(self._live) + num_requests > self._config.max_queued:
-            raise CapacityError(
-                f"{len(self._live)} requests are in flight, and gateway.max_queued is {self._config.max_queued}",
-                retry_after_s=1.0,
-            )
+        found, limit = len(self._live), self._config.max_queued
+        excess = found + num_requests - limit
+        if excess <= 0:
+            return
+        yielding = [live for live in self._live if live.priority > priority and not live.first_token_s]
+        if len(yielding) < excess:
+            raise CapacityError(f"{found} requests are in flight, and gateway.max_queued is {limit}", retry_after_s=1.0)
+        yielding.sort(key=lambda live: (live.priority, live.arrived_s))
+        for live in yielding[-excess:]:
+            self._displace(live)
 
     def submit(self, live: LiveRequest) -> None:
         """Send a request, or keep it until there is a worker for it."""
@@ -80,10 +86,23 @@ class Dispatcher:
         """The client has everything, or is gone: whatever still runs for the request is stopped, everywhere."""
         if live not in self._live:
             return
+        live.cancel()
+        self._end(live)
+
+    def _displace(self, live: LiveRequest) -> None:
+        """A request that has not begun to answer makes room for more urgent ones."""
+        self._metrics.displaced.inc()
+        live.timeline.mark("gateway.displaced")
+        limit = self._config.max_queued
+        message = f"more urgent requests have come, and gateway.max_queued is {limit}"
+        live.fail(CapacityError(message, retry_after_s=1.0))
+        self._end(live)
+
+    def _end(self, live: LiveRequest) -> None:
+        """A request takes no place any more, here or on any worker."""
         self._live.discard(live)
         self._metrics.in_flight.set(len(self._live))
         self.on_finish(live)
-        live.cancel()
         timer = self._homeless.pop(live, None)
         if timer is not None:
             timer.cancel()
@@ -154,6 +173,7 @@ class Dispatcher:
             live = self._of(sender, usage.ticket)
             if live is not None and live.usage is None:
                 live.usage = usage
+                self._metrics.queued(live.priority, usage.queue_s)
                 for stage_name in ("queue", "prefill", "transfer"):
                     self._metrics.stage_s.labels(stage_name).observe(getattr(usage, f"{stage_name}_s"))
         now_s = self._clock.monotonic_s()
@@ -222,7 +242,7 @@ class Dispatcher:
     # ---- to the workers ---------------------------------------------------------------------------------------------
 
     def _place_homeless(self) -> None:
-        for live in list(self._homeless):
+        for live in sorted(self._homeless, key=lambda live: live.priority):
             self._dispatch(live)
 
     def _dispatch(self, live: LiveRequest) -> None:
@@ -266,6 +286,7 @@ class Dispatcher:
                     prefill=placement.prefill,
                     hidden_states=live.hidden_states,
                     trace=live.trace.context.traceparent() if live.trace is not None else "",
+                    priority=live.priority,
                 ),
             )
         timer = self._homeless.pop(live, None)

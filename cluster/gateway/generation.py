@@ -113,7 +113,6 @@ class Generation:
             CapacityError: not now.
         """
         prompts = await self._prompts()
-        self._dispatcher.check_room(len(prompts))
         for tokens in prompts:
             self._check(tokens)
         body = self._body
@@ -123,11 +122,13 @@ class Generation:
                 fix="hidden_states.folder and hidden_states.layers turn it on",
                 param="return_hidden_states",
             )
+        priority = body.priority or 0
+        self._dispatcher.make_room(len(prompts), priority)  # the last check: others may have to go for this request
         seed = secrets.randbits(63) if body.seed is None else body.seed & _SEED_MASK
         for number, tokens in enumerate(prompts):
             request_id = self._id if len(prompts) == 1 else f"{self._id}-{number}"
             timeline = self._timelines.open(request_id)
-            timeline.mark("gateway.received", f"{len(tokens)} prompt tokens")
+            timeline.mark("gateway.received", _described(tokens, priority))
             live = LiveRequest(
                 request_id,
                 tokens,
@@ -139,6 +140,7 @@ class Generation:
                 timeline,
                 secrets.token_hex(16) if body.return_hidden_states else "",
                 self._begin_trace(),
+                priority,
             )
             for index in range(self._n):
                 self._choices[number * self._n + index] = Choice(self._model.tokenizer, tokens, body.stops)
@@ -384,6 +386,10 @@ class Generation:
             "total_tokens": prompt + output,
             "prompt_tokens_details": {"cached_tokens": cached},
         }
+
+
+def _described(tokens: list[int], priority: int) -> str:
+    return f"{len(tokens)} prompt tokens" + (f", priority {priority}" if priority else "")
 
 
 def _hidden_states(live: LiveRequest) -> dict[str, str]:

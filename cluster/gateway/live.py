@@ -71,6 +71,7 @@ class LiveRequest:
         hidden_states: name of the file for the prompt's hidden states, without a suffix; "" for none.
         timeline: where its stages are kept.
         trace: of the client's request, if it is traced.
+        priority: the lower, the sooner it is served, by whoever it is sent to.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class LiveRequest:
         timeline: Timeline,
         hidden_states: str = "",
         trace: Trace | None = None,
+        priority: int = 0,
     ) -> None:
         self.request_id = request_id
         self.tokens = tokens
@@ -97,6 +99,7 @@ class LiveRequest:
         self.hidden_states = hidden_states
         self.timeline = timeline
         self.trace = trace
+        self.priority = priority
         self.log = RequestLog(request_id)
         self.attempts: dict[int, Attempt] = {}
         self.usage: Usage | None = None

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from ...core.bounds import MAX_CHILDREN, MAX_LOGPROBS, MAX_TOKENS
+from ...core.bounds import MAX_CHILDREN, MAX_LOGPROBS, MAX_PRIORITY, MAX_TOKENS
 from ...core.errors import RequestError
 from ...core.messages import Sampling
 
@@ -57,6 +57,8 @@ class GenerationBody(_Body):
     return_token_ids: bool | None = None
     cache_salt: str | None = Field(default=None, max_length=128)
     """Requests share cached KV only under equal salts."""
+    priority: int | None = Field(default=None, ge=-MAX_PRIORITY, le=MAX_PRIORITY)
+    """A lower one is served sooner; 0 is everybody's."""
     return_hidden_states: bool | None = None
     """Write the prompt's hidden states to a file on the server, and name it in each choice."""
     # Accepted, without effect on the output.

@@ -48,8 +48,8 @@ runtimes = [
 members = [runtime.start() for runtime in runtimes]
 for runtime in runtimes:
     runtime.follow(Membership(1, members))
-ports = [runtime._mesh.endpoint for runtime in runtimes]
-ports += [runtime._connector.hello().ranks[0].transports["zmq"].decode() for runtime in runtimes]
+ports = [runtime._parts.mesh.endpoint for runtime in runtimes]
+ports += [runtime._parts.connector.hello().ranks[0].transports["zmq"].decode() for runtime in runtimes]
 print(" ".join(ports), flush=True)
 for line in sys.stdin:
     gc.collect()
@@ -148,8 +148,8 @@ def seeds() -> list[bytes]:
     )  # fmt: skip
     table = wire.Table(0, [1], [1])
     known = [
-        wire.Generate(9, "r", [1, 2, 3], 3, child, sampling, stopping), wire.Abort([1, 2]), hello,
-        wire.HelloReply(hello), wire.Prefill(1, "r", [1, 2], 2, 0, child, sampling), wire.Accepted(1, [table], 0),
+        wire.Generate(9, "r", [1, 2, 3], 3, child, sampling, stopping, priority=-5), wire.Abort([1, 2]), hello,
+        wire.HelloReply(hello), wire.Prefill(1, "r", [1, 2], 2, 0, child, sampling, priority=7), wire.Accepted(1, [table], 0),
         wire.BlocksReady(1, 0, 16), wire.Prefilled(1, [wire.SampledToken(1)], 0.0, 0.0, 0.0), wire.Release([1]),
         wire.Renew([1]), wire.PrefillFailed(1, wire.FailureReason.EXPIRED, "x"), wire.Subscribe(), wire.Farewell(),
         wire.Scrape(1),

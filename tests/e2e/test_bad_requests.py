@@ -46,6 +46,7 @@ def wrong_bodies() -> list[tuple[str, bytes]]:
         "model": ["gpt-4", "../../etc/passwd", "x" * 300, 5, ""],
         "ignore_eos": ["no", 0],
         "return_token_ids": [1, "x"],
+        "priority": [-1, 2**31, -(2**31), 10**30, "0", 1.5, True, [], {}],
         "cache_salt": ["x" * 129, 5, ["a"]],
         "return_hidden_states": [True, "/tmp/x", {"path": "/tmp/x"}],
         "prompt_cache_key": [5],
@@ -59,7 +60,7 @@ def wrong_bodies() -> list[tuple[str, bytes]]:
         bodies += [("/v1/completions", {**good, field: value}) for value in values]
     for field in ("kv_transfer_params", "prefill", "ticket", "children", "do_remote_decode", "remote_block_ids",
     "skip_tokens",
-                  "request_id", "priority", "tools", "stop_ids", "sampling", "remote_host", "remote_port", "tp_size", "bootstrap_host",
+                  "request_id", "tools", "stop_ids", "sampling", "remote_host", "remote_port", "tp_size", "bootstrap_host",
                   "bootstrap_room", "data_parallel_rank", "lora_request", "multi_modal_data", "prompt_embeds", "guided_json", "prompt_logprobs", "max_token", "__class__"):  # fmt: skip
         bodies.append(("/v1/completions", {**good, field: {"do_remote_prefill": True}}))
     message = {"role": "user", "content": "x"}

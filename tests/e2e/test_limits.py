@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -22,6 +23,8 @@ def test_keys_and_bounded_queues_over_zmq(tmp_path: Path, request: pytest.Fixtur
         tmp_path,
         "--set", "gateway.api_keys=[first-key, second-key]",
         "--set", "gateway.max_queued=4",
+        "--set", "gateway.min_priority=-5",
+        "--set", "pools.decode.max_running=1",
         "--set", "kv.transport=zmq",
         "--set", "log.format=json",
     )  # fmt: skip
@@ -64,6 +67,8 @@ def test_keys_and_bounded_queues_over_zmq(tmp_path: Path, request: pytest.Fixtur
         too_many = served.client.post("/v1/completions", json={"prompt": ["x"] * 5, "max_tokens": 1})
         assert too_many.status_code == 429
         served.wait_idle()
+        check_that_the_urgent_overtake(served)
+        served.wait_idle()
         assert "first-key" not in served.logs()
         assert "second-key" not in served.logs()
         records = [json.loads(line) for line in served.logs().splitlines()]
@@ -71,6 +76,44 @@ def test_keys_and_bounded_queues_over_zmq(tmp_path: Path, request: pytest.Fixtur
         assert served.stop() == 0
     finally:
         served.kill()
+
+
+def check_that_the_urgent_overtake(served: Served) -> None:
+    """Of four places one runs and three wait: an urgent request takes the last one's, and goes before the others."""
+    refused = served.client.post("/v1/completions", json={"prompt": "x", "priority": -6})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "priority"
+    assert "-5" in refused.json()["error"]["message"]
+
+    def complete(name: str, priority: int) -> httpx.Response:
+        body = {"prompt": name, "max_tokens": 20, "ignore_eos": True, "priority": priority}
+        return served.client.post("/v1/completions", json=body)
+
+    with ThreadPoolExecutor(4) as pool:
+        # It runs until its client leaves.
+        running = {"prompt": "x", "max_tokens": 3900, "ignore_eos": True, "stream": True}
+        with served.client.stream("POST", "/v1/completions", json=running) as stream:
+            lines = stream.iter_lines()  # a client leaves with its last reference
+            next(lines)
+            waiting = []
+            for name, priority in (("first", 3), ("last", 4), ("second", 3)):
+                waiting.append(pool.submit(complete, name, priority))
+                in_flight = 1 + len(waiting)
+                wait_for(lambda n=in_flight: served.metric("tandem_requests_in_flight") == n, 20, f"{name} to wait")
+            urgent = pool.submit(complete, "urgent", -5)
+            displaced = waiting[1].result(60)
+            assert not urgent.done()
+        assert displaced.status_code == 429
+        assert int(displaced.headers["retry-after"]) >= 1
+        started_s = []
+        for answered in (urgent, waiting[0], waiting[2]):
+            answer = answered.result(60)
+            assert answer.status_code == 200
+            stages = served.client.get(f"/debug/requests/{answer.json()['id']}").json()["stages"]
+            started_s += [stage["at"] for stage in stages if stage["stage"] == "decode.started"]
+    assert len(started_s) == 3
+    assert started_s == sorted(started_s)
+    assert served.metric("tandem_displaced_total") == 1
 
 
 def test_a_checkpoint_of_ones_own_with_dummy_weights_and_no_tokenizer(tmp_path: Path) -> None:

@@ -238,6 +238,7 @@ class Pair:
         hidden_states: str = "",
         children: list[Child] | None = None,
         request_id: str = "",
+        priority: int = 0,
     ) -> int:
         """Send a request; returns its ticket."""
         self._ticket += 1
@@ -247,7 +248,7 @@ class Pair:
         request = Generate(
             self._ticket, request_id or f"r{self._ticket}", tokens, num_prompt_tokens or len(tokens), children, sampling,
             Stopping(max_tokens, stop_ids or []), prompt_logprobs, salt, peer,
-            hidden_states,
+            hidden_states, priority=priority,
         )  # fmt: skip
         self.post(GATEWAY, self.decode.peer, request)
         return self._ticket

@@ -10,40 +10,33 @@ import pytest
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
-from prometheus_client import CollectorRegistry
+from support.dispatching import Gateway
 from tandem.cluster.gateway.choice import Choice
-from tandem.cluster.gateway.dispatcher import Dispatcher
 from tandem.cluster.gateway.live import Delta, LiveRequest
 from tandem.cluster.gateway.schema import ChatBody, CompletionBody, parse
 from tandem.cluster.gateway.timeline import Timelines
 from tandem.cluster.gateway.tokenizer import Tokenizer
-from tandem.cluster.router import Router
 from tandem.core.checkpoint import model_folder
 from tandem.core.clock import ManualClock
-from tandem.core.config import GatewayConfig, load_config
+from tandem.core.config import load_config
 from tandem.core.errors import CapacityError, NotFoundError, RequestError, TandemError, WorkerError
-from tandem.core.ids import PeerId
 from tandem.core.messages import (
     Abort,
     Child,
     ChildUpdate,
     FinishReason,
-    Generate,
     Member,
     Membership,
-    Message,
     Moved,
     PromptLogprobs,
     Refused,
     Report,
     Sampling,
     Stage,
-    Stopping,
     TokenLogprobs,
     Update,
     Usage,
 )
-from tandem.core.metrics import GatewayMetrics
 
 
 @pytest.fixture(scope="module")
@@ -174,52 +167,6 @@ def test_complaints_name_the_field(body: bytes, message: str, param: str | None)
 
 
 # ---- requests and their workers -------------------------------------------------------------------------------------
-
-
-class Gateway:
-    """A dispatcher whose workers are a list of what was sent to them."""
-
-    def __init__(self, max_queued: int = 100) -> None:
-        self.clock = ManualClock()
-        self.router = Router("least_loaded")
-        self.sent: list[tuple[PeerId, Message]] = []
-        self.metrics = GatewayMetrics(CollectorRegistry())
-        config = GatewayConfig(max_queued=max_queued, failover_timeout_s=0.05)
-        self.dispatcher = Dispatcher(
-            config, self.router, self.clock, self.metrics, lambda peer, message: self.sent.append((peer, message))
-        )
-        self.timelines = Timelines("gateway-0#1", self.clock)
-        self.follow("decode-0#1", "prefill-0#1")
-
-    def follow(self, *peers: str) -> None:
-        self.dispatcher.follow(Membership(1, [Member(p, p.split("-")[0], "n", "tcp://x:1") for p in peers]))
-        for peer in peers:
-            if peer.startswith("decode"):
-                prefills = [p for p in peers if p.startswith("prefill")]
-                self.dispatcher.receive(peer, Report(0, 0, 0, 1, 1, peers=prefills))
-
-    def submit(self, outputs: int = 1, prompt_logprobs: int = -1) -> LiveRequest:
-        live = LiveRequest(
-            "cmpl-1", [1, 2, 3], [Child(i, 10 + i) for i in range(outputs)], Sampling(), Stopping(8), prompt_logprobs, "",
-            self.timelines.open("cmpl-1"),
-        )  # fmt: skip
-        self.dispatcher.submit(live)
-        return live
-
-    def generates(self) -> list[tuple[PeerId, Generate]]:
-        return [(peer, message) for peer, message in self.sent if isinstance(message, Generate)]
-
-    def tokens(
-        self, ticket: int, index: int, *tokens: int, finish: FinishReason | None = None, peer: str = "decode-0#1"
-    ) -> None:
-        self.dispatcher.receive(peer, Update(children=[ChildUpdate(ticket, index, list(tokens), None, finish)]))
-
-    def check_idle(self) -> None:
-        assert self.dispatcher.num_live == 0
-        assert self.dispatcher._by_ticket == {}
-        assert self.dispatcher._homeless == {}
-        assert not any(self.router._decode_load.values())
-        assert not any(self.router._prefill_load.values())
 
 
 async def drain(live: LiveRequest) -> list[tuple[int, int]]:
@@ -480,9 +427,9 @@ def test_room_is_bounded() -> None:
         gateway = Gateway(max_queued=2)
         lives = [gateway.submit() for _ in range(2)]
         with pytest.raises(CapacityError, match="max_queued is 2"):
-            gateway.dispatcher.check_room(1)
+            gateway.dispatcher.make_room(1)
         gateway.dispatcher.finish(lives[0])
-        gateway.dispatcher.check_room(1)
+        gateway.dispatcher.make_room(1)
         gateway.dispatcher.finish(lives[1])
 
     asyncio.run(run())

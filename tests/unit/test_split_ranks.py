@@ -139,9 +139,9 @@ def handed_over(pair: Pair) -> tuple[torch.Tensor, torch.Tensor]:
     def keep(node: Node, blocks: list[int]) -> None:
         found[node.peer] = kv_of(node, blocks, len(prompt)).clone()
 
-    hold, begin = prefill._scheduler.hold, decode._begin
+    hold, begin = prefill._scheduler.hold, decode._prompts._on_here
     prefill._scheduler.hold = lambda job: keep(pair.prefill, job.sequence.tables[0]) or hold(job)  # type: ignore[func-returns-value,method-assign]
-    decode._begin = lambda stream: keep(pair.decode, stream.sequence.tables[0]) or begin(stream)  # type: ignore[func-returns-value,method-assign]
+    decode._prompts._on_here = lambda stream: keep(pair.decode, stream.sequence.tables[0]) or begin(stream)  # type: ignore[func-returns-value,method-assign]
     pair.generate([prompt], max_tokens=4)
     landed, sent = found[pair.decode.peer], found[pair.prefill.peer]
     assert sent.abs().sum() > 0

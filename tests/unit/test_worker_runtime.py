@@ -55,14 +55,16 @@ def test_a_gateway_that_connects_again_has_given_up_what_it_had_asked_for(
     try:
         first = Client(context, "colocated-0#1", endpoint)
         first.send(
-            Generate(1, "r", [1, 2, 3], 3, [Child(0, 0)], Sampling(), Stopping(worker._worker._max_model_len - 10))
+            Generate(
+                1, "r", [1, 2, 3], 3, [Child(0, 0)], Sampling(), Stopping(worker._parts.worker._max_model_len - 10)
+            )
         )
-        wait_for(lambda: worker._worker.report().running == 1, 20, "the request to run")
+        wait_for(lambda: worker._parts.worker.report().running == 1, 20, "the request to run")
         first.close()
         second = Client(context, "colocated-0#1", endpoint)
         wait_for(lambda: second.reports, 20, "a report")
-        wait_for(lambda: worker._worker.drained(), 20, "the request's end")
-        assert worker._worker.report().output_tokens < worker._worker._max_model_len - 10
+        wait_for(lambda: worker._parts.worker.drained(), 20, "the request's end")
+        assert worker._parts.worker.report().output_tokens < worker._parts.worker._max_model_len - 10
         second.close()
     finally:
         worker.stop(0)

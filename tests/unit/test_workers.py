@@ -709,9 +709,9 @@ def test_kv_of_another_dtype_is_converted(
     prefill, decode = pair.prefill.worker, pair.decode.worker
     assert isinstance(prefill, PrefillWorker)
     assert isinstance(decode, DecodeWorker)
-    hold, begin = prefill._scheduler.hold, decode._begin
+    hold, begin = prefill._scheduler.hold, decode._prompts._on_here
     prefill._scheduler.hold = lambda job: keep(pair.prefill, job.sequence.tables[0]) or hold(job)  # type: ignore[func-returns-value,method-assign]
-    decode._begin = lambda stream: keep(pair.decode, stream.sequence.tables[0]) or begin(stream)  # type: ignore[func-returns-value,method-assign]
+    decode._prompts._on_here = lambda stream: keep(pair.decode, stream.sequence.tables[0]) or begin(stream)  # type: ignore[func-returns-value,method-assign]
     ticket = pair.submit(prompt, max_tokens=20)
     pair.run()
     landed, sent = found[pair.decode.peer], found[pair.prefill.peer]
