@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,9 +20,9 @@ from ..core.errors import WorkerError
 from ..core.log import configure_logging, logger
 from .ray_errors import cause, reason
 
-_MAX_DEATHS = 5
-_DEATHS_WITHIN_S = 60.0
-"""A controller that ends so often in this time ends the cluster: what ends it will not pass."""
+_STABLE_S = 60.0
+_MAX_FAST = 5
+"""A controller that ends so often in a row within the time above ends the cluster: what ends it will not pass."""
 _FIRST_PAUSE_S = 0.5
 _MAX_PAUSE_S = 8.0
 _LINGER_S = 10.0
@@ -163,10 +162,12 @@ class Keeper:
 
     def _watch(self) -> None:
         """Have the controller live, until it has been stopped or dies too often."""
-        deaths: deque[float] = deque(maxlen=_MAX_DEATHS)
-        how = ""
+        how, num_fast = "", 0
         while True:
+            began_s = time.monotonic()
             try:
+                ray.get(self._controller.describe.remote())  # its next life is there
+                began_s = time.monotonic()
                 ray.get(self._controller.reign.options(max_task_retries=0).remote(how))
                 return
             except ray.exceptions.RayTaskError as error:
@@ -174,13 +175,13 @@ class Keeper:
                 ray.kill(self._controller, no_restart=False)
             except ray.exceptions.RayActorError as error:
                 how = _how(error)
-            deaths.append(time.monotonic())
-            recent = [at_s for at_s in deaths if deaths[-1] - at_s < _DEATHS_WITHIN_S]
-            if len(recent) == _MAX_DEATHS:
-                self._end(f"the controller ended {_MAX_DEATHS} times within {deaths[-1] - deaths[0]:.0f} s: {how}")
+            lived_s = time.monotonic() - began_s
+            num_fast = num_fast + 1 if lived_s < _STABLE_S else 0
+            if num_fast == _MAX_FAST:
+                self._end(f"the controller ended {num_fast} times, each within {_STABLE_S:g} s: {how}")
                 return
-            pause_s = min(_FIRST_PAUSE_S * 2 ** (len(recent) - 2), _MAX_PAUSE_S) if len(recent) > 1 else 0.0
-            logger.warning("the controller ended (%s); its next life begins in %g s", how, pause_s)
+            pause_s = min(_FIRST_PAUSE_S * 2 ** (num_fast - 1), _MAX_PAUSE_S) if num_fast else 0.0
+            logger.warning("the controller ended (%s) after %.1f s; it goes on in %g s", how, lived_s, pause_s)
             time.sleep(pause_s)
 
     def _end(self, verdict: str) -> None:

@@ -251,6 +251,7 @@ def test_a_next_life_takes_over_all_that_live() -> None:
         launched.processes["decode-0#1"].die("SIGKILL")
         await settle()
         await next_life.until(lambda: next_life.phases()["decode-0"] == "ready")
+        await settle()
         assert launched.order[3:] == ["decode-0#2"]
         told_last = launched.processes["gateway-0#1"].memberships[-1].members
         assert {member.peer for member in told_last} == {"prefill-0#1", "decode-0#2", "gateway-0#1"}
