@@ -1,6 +1,8 @@
-"""Tandem's processes as Ray actors, and their placement.
+"""Tandem's processes as Ray actors.
 
 Ray starts processes, tells when they die, and carries the control calls below. Tokens and KV never pass through it.
+What a process needs is imported when it begins: the keeper, which makes them all, and whose start a launch waits for,
+needs no more than these classes.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import contextlib
 import signal
 import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,41 +20,33 @@ import msgspec
 import psutil
 import ray
 import ray.exceptions
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ..core.clock import SystemClock
-from ..core.config import Config
-from ..core.environment import leave_torch_out, show_gpus, worker_environment
+from ..core.environment import leave_torch_out, show_gpus
 from ..core.errors import TandemError, WorkerError
-from ..core.expert_messages import LoadEntries
-from ..core.health import Vitals
-from ..core.ids import PeerId, WorkerId, worker_of
+from ..core.health import LocalRank, Vitals
+from ..core.ids import PeerId, worker_of
 from ..core.log import configure_logging, logger
-from ..core.messages import Member, Membership, Report
-from ..core.wire import ClusterKeys, make_cluster_keys
-from .controller import Controller, Event, Handle, WorkerStatus, desired_workers
-from .gateway.listener import listen
-from .node_actors import HostTiers, Supervisors
-from .placement_groups import PlacementGroups, check_room
-from .ray_cluster import ANSWER_TIMEOUT_S, NAMESPACE
+from ..core.messages import Member, Membership
+from ..core.wire import ClusterKeys
+from .ending import Ending
 from .ray_errors import cause, reason
-from .rebalancing import Rebalancing
-from .scaling import Scaling
 
 if TYPE_CHECKING:
     from ..kv_transfer.trial import TrialEnd
+    from .controller import Event, WorkerStatus
 
-_START_TIMEOUT_S = 600.0
 _ABANDONED_S = 30.0
 """A launch whose command line has not asked for so long how it goes on has lost it."""
 _LEAVE_S = 5.0
 """What a process that gets SIGTERM takes at most: what is not done by then is done again elsewhere."""
 
 
-class _Process:
-    """What every worker and gateway actor has."""
+class WorkerActor:
+    """The process of a worker or gateway."""
 
     def __init__(self, peer: PeerId, role: str, config: str, keys: bytes, log_folder: str, controller: Any) -> None:
+        from ..core.config import Config
+
         self._config = Config.model_validate_json(config)
         log = self._config.log
         configure_logging(peer, log.level, log.format, Path(log_folder) / f"{peer}.log", log.max_per_s)
@@ -61,14 +55,28 @@ class _Process:
         self._keys = msgspec.msgpack.decode(keys, type=ClusterKeys)
         self._controller = controller
         self._runtime: Any = None
-        self._ended = threading.Event()
+        self._ending = Ending()
+        self._starting = threading.Lock()
+        self._started: bytes | TandemError | None = None
         self._following = threading.Lock()
         self._version = 0
         self._trial: TrialEnd | None = None
         signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=self._leave, name="leave").start())
 
     def start(self) -> bytes:
-        """Build and serve; returns the encoded `Member`. Errors say on which node."""
+        """Build and serve; returns the encoded `Member`. Errors say on which node. Who asks again, as the controller's
+        next life does, gets the same answer."""
+        with self._starting:
+            if self._started is None:
+                try:
+                    self._started = self._start_here()
+                except TandemError as error:
+                    self._started = error
+        if isinstance(self._started, TandemError):
+            raise self._started
+        return self._started
+
+    def _start_here(self) -> bytes:
         address, context = ray.util.get_node_ip_address(), ray.get_runtime_context()
         self._controller.placed.remote(self._peer, context.get_node_id(), context.current_actor)
         show_gpus(context.get_accelerator_ids().get("GPU", []))
@@ -82,7 +90,6 @@ class _Process:
         def progress(phase: str) -> None:
             self._controller.phase.remote(self._peer, phase)
 
-        # Imported here: the controller's process needs neither torch nor a web server.
         if self._role == "gateway":
             leave_torch_out()
             from .gateway.runtime import GatewayRuntime
@@ -140,9 +147,8 @@ class _Process:
         return self._trial
 
     def wait(self) -> str:
-        """Return when the process has been stopped; if it dies, the caller is told by Ray."""
-        self._ended.wait()
-        return "stopped"
+        """Return when the process has been stopped, or somebody else waits; if it dies, the caller is told by Ray."""
+        return "stopped" if self._ending.wait() else "taken over"
 
     def follow(self, membership: bytes) -> None:
         """The cluster has changed."""
@@ -176,10 +182,12 @@ class _Process:
         """End the threads."""
         if self._runtime is not None:
             self._runtime.stop(grace_s)
-        self._ended.set()
+        self._ending.set()
 
     def _leave(self) -> None:
         """SIGTERM: hand over what we have, and end; the controller starts the next life."""
+        from .ray_cluster import ANSWER_TIMEOUT_S
+
         logger.info("SIGTERM: ends within %g s", _LEAVE_S)
         with contextlib.suppress(ray.exceptions.RayError, ray.exceptions.GetTimeoutError):
             ray.get(self._controller.leaving.remote(self._peer), timeout=ANSWER_TIMEOUT_S)
@@ -190,176 +198,88 @@ class _Process:
         return psutil.Process().pid
 
 
-class _ActorHandle:
-    """`controller.Handle` over a Ray actor."""
+class SupervisorActor:
+    """A node's supervisor, and how it reaches processes: by Ray, which also knows when they are dead."""
 
-    def __init__(self, peer: PeerId, create: Callable[[], Any]) -> None:
-        self._peer = peer
-        # Ray's head may be away, and does not answer then: that is for a thread to wait for.
-        self._creation = asyncio.create_task(asyncio.to_thread(create))
+    def __init__(self, name: str, config: str, log_folder: str) -> None:
+        from ..core.config import Config
+        from .supervisor.server import Supervisor
 
-    async def _actor(self) -> Any:
-        return await asyncio.shield(self._creation)
+        parsed = Config.model_validate_json(config)
+        log = parsed.log
+        configure_logging(name, log.level, log.format, Path(log_folder) / f"{name}.log", log.max_per_s)
+        self._supervisor = Supervisor(parsed.supervisor)
+        self._starting = asyncio.Lock()
+        self._port = 0
+        self._stopped = asyncio.Event()
 
-    async def ready(self) -> Member:
-        actor = await self._actor()
+    async def start(self, address: str, port: int) -> int:
+        """Returns the port. Idempotent."""
+        async with self._starting:
+            self._port = self._port or await self._supervisor.start(address, port)
+        return self._port
+
+    async def follow(self, ranks: bytes, actors: dict[PeerId, Any]) -> None:
+        """Who is on the node, and those of them that can be asked."""
+        asks = {peer: _asker(peer, actor) for peer, actor in actors.items()}
+        self._supervisor.follow(msgspec.msgpack.decode(ranks, type=list[LocalRank]), asks)
+
+    async def wait(self) -> None:
+        """Return when it has been stopped; if the process dies, Ray tells."""
+        await self._stopped.wait()
+
+    async def stop(self) -> None:
+        await self._supervisor.stop()
+        self._stopped.set()
+
+
+def _asker(peer: PeerId, actor: Any) -> Callable[[bool], Awaitable[Vitals]]:
+    from .ray_cluster import ANSWER_TIMEOUT_S
+
+    async def ask(with_metrics: bool) -> Vitals:
         try:
-            encoded = await asyncio.wait_for(actor.start.remote(), _START_TIMEOUT_S)
-        except ray.exceptions.RayTaskError as error:
-            raise cause(error) from None
+            answer = await asyncio.wait_for(actor.vitals.remote(with_metrics), ANSWER_TIMEOUT_S)
+        except ray.exceptions.ActorUnavailableError:
+            raise TimeoutError("out of reach") from None
         except ray.exceptions.RayActorError as error:
-            raise WorkerError(f"{self._peer} died while it started: {reason(error)}") from None
-        except TimeoutError:
-            raise WorkerError(f"{self._peer} did not start within {_START_TIMEOUT_S:g} s") from None
-        return msgspec.msgpack.decode(encoded, type=Member)
-
-    async def link_offer(self) -> bytes:
-        return bytes(await self._ask((await self._actor()).link_offer.remote()))
-
-    async def link_refusals(self, offers: list[bytes]) -> list[str]:
-        return list(await self._ask((await self._actor()).link_refusals.remote(offers)))
-
-    async def _ask(self, answer: Any) -> Any:
-        try:
-            return await answer
-        except ray.exceptions.RayTaskError as error:
-            raise cause(error) from None
+            raise WorkerError(f"{peer} is gone: {reason(error)}") from None
         except ray.exceptions.RayError as error:
-            raise WorkerError(f"{self._peer} does not answer: {type(error).__name__}") from None
+            raise TimeoutError(type(error).__name__) from None
+        return msgspec.msgpack.decode(answer, type=Vitals)
 
-    async def gone(self) -> str:
-        actor = await self._actor()
-        try:
-            how = str(await actor.wait.remote())
-            ray.kill(actor)
-            return how
-        except ray.exceptions.RayActorError as error:
-            return reason(error)
-
-    async def follow(self, membership: Membership) -> None:
-        (await self._actor()).follow.remote(msgspec.msgpack.encode(membership))
-
-    async def report(self) -> Report | None:
-        if not self._creation.done() or self._creation.exception() is not None:
-            return None
-        try:
-            encoded = await asyncio.wait_for(self._creation.result().report.remote(), ANSWER_TIMEOUT_S)
-        except (ray.exceptions.RayError, TimeoutError):
-            return None
-        return msgspec.msgpack.decode(encoded, type=Report)
-
-    async def rebalance(self, timeout_s: float) -> str:
-        return str(await self._ask((await self._actor()).rebalance.remote(timeout_s)))
-
-    async def expert_load(self, after: int) -> LoadEntries:
-        encoded = await self._ask((await self._actor()).expert_load.remote(after))
-        return msgspec.msgpack.decode(encoded, type=LoadEntries)
-
-    async def stop(self, grace_s: float) -> None:
-        try:
-            actor = await asyncio.wait_for(self._actor(), ANSWER_TIMEOUT_S)
-        except (ray.exceptions.RayError, TandemError, TimeoutError):
-            return  # it never came; should it still come, it ends with the controller
-        with contextlib.suppress(ray.exceptions.RayError, TimeoutError):
-            await asyncio.wait_for(actor.stop.remote(grace_s), grace_s + ANSWER_TIMEOUT_S)
-        ray.kill(actor)
-
-
-class _RayLauncher:
-    """`controller.Launcher` over Ray: workers go where `placement` says, gateways stay on the controller's node."""
-
-    def __init__(
-        self,
-        name: str,
-        config: Config,
-        keys: ClusterKeys,
-        log_folder: str,
-    ) -> None:
-        self._name = name
-        self._config = config
-        self._keys = msgspec.msgpack.encode(keys)
-        self._log_folder = log_folder
-        self._phases: dict[PeerId, Callable[[str], None]] = {}
-        self._groups = PlacementGroups(name, config)
-        self._background: set[asyncio.Task[None]] = set()
-
-    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work)
-        self._background.add(task)
-        task.add_done_callback(self._background.discard)
-
-    def check_room(self, role: str, count: int) -> None:
-        check_room(self._config, role, count)
-
-    async def choose_nodes(self) -> None:
-        """Choose a node for each worker that will be launched first. Raises CapacityError: one finds none."""
-        await asyncio.to_thread(self._groups.choose, desired_workers(self._config))
-
-    def release(self, worker: WorkerId) -> None:
-        self._in_background(asyncio.to_thread(self._groups.forget(worker)))
-
-    async def release_all(self) -> None:
-        """Give back every place. Idempotent."""
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(asyncio.to_thread(self._groups.close), ANSWER_TIMEOUT_S)
-
-    def phase(self, peer: PeerId, phase: str) -> None:
-        """A process tells how its start goes on."""
-        if peer in self._phases:
-            self._phases[peer](phase)
-
-    def launch(self, peer: PeerId, role: str, on_phase: Callable[[str], None]) -> Handle:
-        self._phases[peer] = on_phase
-        context = ray.get_runtime_context()
-        controller, here = context.current_actor, context.get_node_id()
-
-        def create() -> Any:
-            if role == "gateway":
-                strategy = NodeAffinitySchedulingStrategy(here, soft=False)
-                options: dict[str, Any] = {"num_cpus": 0, "num_gpus": 0, "scheduling_strategy": strategy}
-            else:
-                options = self._groups.place(worker_of(peer), role)
-            return (
-                ray.remote(_Process)
-                .options(
-                    name=f"{self._name}-{peer}",
-                    namespace=NAMESPACE,
-                    max_concurrency=8,
-                    runtime_env={"env_vars": worker_environment()},
-                    **options,
-                )
-                .remote(peer, role, self._config.model_dump_json(), self._keys, self._log_folder, controller)
-            )
-
-        return _ActorHandle(peer, create)
+    return ask
 
 
 class ControllerActor:
-    """The controller's process. It owns all others: when it goes, they go."""
+    """The controller's process. What it has made belongs to the keeper, and outlives it: its next life takes it over.
 
-    def __init__(self, name: str, config: str, log_folder: str) -> None:
+    Args:
+        keeper: handle of the keeper.
+        name: of the Tandem.
+        config: as JSON.
+        log_folder: where all logs go.
+    """
+
+    def __init__(self, keeper: Any, name: str, config: str, log_folder: str) -> None:
+        from ..core.config import Config
+        from .reign import Reign
+
         parsed = Config.model_validate_json(config)
-        from .control.server import ControlServer  # gRPC is the controller's alone
-
         log = parsed.log
         configure_logging("controller", log.level, log.format, Path(log_folder) / "controller.log", log.max_per_s)
         self._config = parsed
         self._log_folder = log_folder
         self._asked_s = time.monotonic()
-        keys = make_cluster_keys()
-        self._launcher = _RayLauncher(name, parsed, keys, log_folder)
-        self._controller = Controller(parsed, self._launcher, SystemClock())
-        tiers_changed = self._controller.follow_host_tiers
-        self._host_tiers = HostTiers(parsed, msgspec.msgpack.encode(keys), log_folder, tiers_changed)
-        self._supervisors = Supervisors(parsed, log_folder, self._controller)
-        scaling = Scaling(parsed, self._launcher, self._controller)
-        self._control = ControlServer(
-            self._controller, scaling, Rebalancing(parsed, self._controller), parsed.control, Path(log_folder)
-        )
+        self._reign = Reign(name, parsed, log_folder, keeper)
+        self._stopped = asyncio.Event()
+        self._open = asyncio.Event()
+        """Whether calls are let in: those to a next life wait until it knows whom it has."""
+        if self._reign.is_first:
+            self._open.set()
 
     async def start(self) -> None:
         """Returns when everything serves. Ends this process if whoever called is gone before that."""
-        starting = asyncio.create_task(self._start())
+        starting = asyncio.create_task(self._reign.start())
         self._asked_s = time.monotonic()
         while not (await asyncio.wait([starting], timeout=1))[0]:
             if time.monotonic() - self._asked_s > _ABANDONED_S:
@@ -369,55 +289,61 @@ class ControllerActor:
                 ray.actor.exit_actor()
         starting.result()
 
-    async def _start(self) -> None:
-        gateway = self._config.gateway
-        if gateway.replicas > 1:  # they share their port among each other, and with nobody else
-            listen(gateway.host, gateway.port).close()
-        try:
-            await self._control.start()
-            await self._launcher.choose_nodes()
-            await self._controller.start()
-            await self._supervisors.started()
-        except BaseException:
-            await self.stop(grace_s=0)
-            raise
+    async def reign(self, how: str) -> None:
+        """Returns when the cluster has been stopped. A next life first takes everything over.
+
+        Args:
+            how: the last life ended.
+        """
+        if not self._open.is_set():
+            await self._reign.take_over(how)
+            self._open.set()
+        await self._stopped.wait()
 
     async def stop(self, grace_s: float) -> None:
-        await self._control.stop()
-        await asyncio.gather(self._supervisors.stop(), self._controller.stop(grace_s))
-        await self._host_tiers.stop()
-        await self._launcher.release_all()
+        await self._open.wait()
+        await self._reign.stop(grace_s)
+        self._stopped.set()
 
     async def host_tier(self, node: str, address: str, block_bytes: int) -> str:
-        return await self._host_tiers.folder(node, address, block_bytes)
+        await self._open.wait()
+        return await self._reign.host_tiers.folder(node, address, block_bytes)
 
     async def placed(self, peer: PeerId, node: str, actor: Any) -> None:
-        self._supervisors.placed(worker_of(peer), peer, node, actor)
+        await self._open.wait()
+        self._reign.supervisors.placed(worker_of(peer), peer, node, actor)
 
     async def supervisors(self) -> dict[str, str]:
-        return self._supervisors.urls()
+        await self._open.wait()
+        return self._reign.supervisors.urls()
 
     async def meet(self, peer: PeerId, rendezvous: str) -> str:
-        return await self._controller.meet(peer, rendezvous)
+        await self._open.wait()
+        return await self._reign.controller.meet(peer, rendezvous)
 
     async def phases(self) -> dict[str, str]:
         self._asked_s = time.monotonic()
-        return self._controller.phases()
+        return self._reign.controller.phases()
 
     async def phase(self, peer: PeerId, phase: str) -> None:
-        self._launcher.phase(peer, phase)
+        await self._open.wait()
+        self._reign.launcher.phase(peer, phase)
 
     async def leaving(self, peer: PeerId) -> None:
-        await self._controller.leaving(peer)
+        await self._open.wait()
+        await self._reign.controller.leaving(peer)
 
     async def note(self, peer: PeerId, text: str) -> None:
-        await self._controller.note(peer, text)
+        await self._open.wait()
+        await self._reign.controller.note(peer, text)
 
     async def status(self) -> list[WorkerStatus]:
-        return await self._controller.status()
+        await self._open.wait()
+        return await self._reign.controller.status()
 
     async def events(self, after: int, timeout_s: float) -> list[Event]:
-        return await self._controller.events(after, timeout_s)
+        await self._open.wait()
+        return await self._reign.controller.events(after, timeout_s)
 
     async def describe(self) -> tuple[str, str]:
         """The configuration, as JSON, and the folder of the logs."""

@@ -8,20 +8,25 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Coroutine
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import msgspec
 
 from ..core.clock import Clock
 from ..core.config import Config
 from ..core.errors import ConfigError, TandemError, WorkerError
-from ..core.expert_messages import LoadEntries
 from ..core.ids import PeerId, WorkerId, peer_id
 from ..core.log import logger
 from ..core.messages import Member, Membership, Report
 from .expert_groups import ExpertGroups
+from .launcher import Handle, Launcher
+from .state import ControllerState, KeptEvent, KeptWorker
 
 _MAX_EVENTS = 1000
+_KEPT_EVENTS = 50
+_SKIPPED = 1000
+"""Numbers that a new life of the controller leaves out: the last one may have used some that it did not keep."""
+_RECALL_TIMEOUT_S = 10.0
 _STABLE_S = 10.0
 _FIRST_BACKOFF_S = 0.5
 # With the start of a worker well under `gateway.failover_timeout_s`: nobody who waits is given up for a pause of ours.
@@ -29,62 +34,6 @@ _MAX_BACKOFF_S = 8.0
 _TRIAL_TIMEOUT_S = 45.0
 _LINKS_TIMEOUT_S = 30.0
 _LINKS_POLL_S = 0.2
-
-
-class Handle(Protocol):
-    """A process that was launched."""
-
-    async def ready(self) -> Member:
-        """Wait until it serves. Raises what its start raised."""
-        ...
-
-    async def link_offer(self) -> bytes:
-        """What its end offers to readers, told before it serves. Raises WorkerError."""
-        ...
-
-    async def link_refusals(self, offers: list[bytes]) -> list[str]:
-        """Why it could not read KV from the ends of these offers, or "" each. Raises WorkerError."""
-        ...
-
-    async def gone(self) -> str:
-        """Wait until it has ended, and tell how."""
-        ...
-
-    async def follow(self, membership: Membership) -> None:
-        """Tell it who is there. Errors are ignored: a process that cannot hear is about to be gone."""
-        ...
-
-    async def report(self) -> Report | None:
-        """Its load, or None if it does not answer in time."""
-        ...
-
-    async def rebalance(self, timeout_s: float) -> str:
-        """Place the experts of its group anew, and tell what became of it. Raises TandemError."""
-        ...
-
-    async def expert_load(self, after: int) -> LoadEntries:
-        """What the experts of its group computed since entry ``after``. Raises WorkerError."""
-        ...
-
-    async def stop(self, grace_s: float) -> None:
-        """End it, gently for ``grace_s`` seconds. Idempotent."""
-        ...
-
-
-class Launcher(Protocol):
-    """Starts processes."""
-
-    def launch(self, peer: PeerId, role: str, on_phase: Callable[[str], None]) -> Handle:
-        """Start a process; ``on_phase`` is told how its start goes on. Does not wait."""
-        ...
-
-    def check_room(self, role: str, count: int) -> None:
-        """Raises CapacityError if there is no room for so many more processes of this role."""
-        ...
-
-    def release(self, worker: WorkerId) -> None:
-        """A worker has left: what was kept for its next life is free. Does not wait. Idempotent."""
-        ...
 
 
 class Event(NamedTuple):
@@ -115,7 +64,8 @@ class Desired:
         self.role = role
         self.incarnation = 0
         self.wanted = True
-        self.asked_to_end = False
+        self.grace_s: float | None = None
+        """What it was given when it was asked to end."""
         self.phase = "starting"
         self.member: Member | None = None
         self.handle: Handle | None = None
@@ -124,6 +74,19 @@ class Desired:
     @property
     def peer(self) -> PeerId:
         return peer_id(self.worker, self.incarnation)
+
+    def state(self) -> KeptWorker:
+        """What a new life of the controller needs to know of it."""
+        return KeptWorker(self.worker, self.role, self.incarnation, self.wanted, self.grace_s, self.phase, self.member)
+
+    @classmethod
+    def restored(cls, kept: KeptWorker) -> Desired:
+        """From its `state`."""
+        worker = cls(kept.worker, kept.role)
+        worker.incarnation, worker.wanted, worker.grace_s = kept.incarnation, kept.wanted, kept.grace_s
+        worker.phase, worker.member = kept.phase, kept.member
+        worker.first_ready.set_result(None)
+        return worker
 
 
 def desired_workers(config: Config) -> list[tuple[WorkerId, str]]:
@@ -145,12 +108,16 @@ class Controller:
         config: what should run.
         launcher: starts it.
         clock: tells the time.
+        on_change: called when `state` has changed.
     """
 
-    def __init__(self, config: Config, launcher: Launcher, clock: Clock) -> None:
+    def __init__(
+        self, config: Config, launcher: Launcher, clock: Clock, on_change: Callable[[], None] = lambda: None
+    ) -> None:
         self._config = config
         self._launcher = launcher
         self._clock = clock
+        self._on_change = on_change
         self._groups = ExpertGroups(config)
         self._desired: list[Desired] = []
         self._tasks: list[asyncio.Task[None]] = []
@@ -179,6 +146,45 @@ class Controller:
         except BaseException:
             await self.stop(grace_s=0)
             raise
+
+    def state(self) -> ControllerState:
+        """What `take_over` needs."""
+        events = [KeptEvent(*event) for event in list(self._events)[-_KEPT_EVENTS:]]
+        workers = [worker.state() for worker in self._desired]
+        return ControllerState(self._version, self._num_events, events, workers, self._groups.state())
+
+    async def take_over(self, state: ControllerState, host_tiers: list[Member], how: str) -> None:
+        """Go on where the last life of the controller ended, instead of `start`: with all that live, and with new lives
+        of those that have died meanwhile. Nobody who lives notices.
+
+        Args:
+            state: the last that it kept.
+            host_tiers: that other nodes may read.
+            how: it ended.
+        """
+        self._version = state.version + _SKIPPED
+        self._num_events = state.num_events + _SKIPPED
+        self._events.extend(Event(event.number, event.at_s, event.text) for event in state.events)
+        self._host_tiers = host_tiers
+        self._groups.restore(state.groups)
+        self._desired = [Desired.restored(kept) for kept in state.workers]
+        lost = [worker.peer for worker in self._desired if worker.member is not None]
+        await asyncio.gather(*(self._recall(worker) for worker in self._desired if worker.phase != "drained"))
+        living = [worker for worker in self._desired if worker.handle is not None]
+        taken = [worker for worker in living if worker.member is not None]
+        lost = [peer for peer in lost if peer not in {worker.peer for worker in taken}]
+        many = "worker was" if len(taken) == 1 else "workers were"
+        await self._tell(f"the controller ended ({how}) and was started again; {len(taken)} {many} taken over")
+        await self._announce()  # of all at once: to miss somebody who lives would end what runs on him
+        for peer in lost:
+            await self._tell(f"{peer} ended meanwhile")
+        for worker in self._desired:
+            if worker.phase != "drained":
+                self.background(self._supervise(worker, worker.handle))
+            if worker.handle is not None and worker.grace_s is not None:
+                self.background(worker.handle.stop(worker.grace_s))
+        for peer in lost:
+            await self._end_group(peer)
 
     async def stop(self, grace_s: float) -> None:
         """End everything: gateways first, so that no new request comes. Idempotent."""
@@ -217,7 +223,9 @@ class Controller:
 
     async def meet(self, peer: PeerId, rendezvous: str) -> str:
         """Wait until all workers that share experts with ``peer`` are there; see `ExpertGroups.meet`."""
-        return await self._groups.meet(peer, rendezvous)
+        first = await self._groups.meet(peer, rendezvous)
+        self._on_change()
+        return first
 
     @property
     def desired(self) -> list[Desired]:
@@ -231,6 +239,7 @@ class Controller:
             worker.first_ready.set_result(None)
             self._desired.append(worker)
         elif worker.phase != "drained":
+            self._on_change()
             return  # it still leaves, and then begins another life
         self.background(self._supervise(worker))
 
@@ -244,9 +253,10 @@ class Controller:
             hand_over: whether what runs on a decode worker goes on elsewhere, with its KV; else it is finished there.
         """
         worker.wanted = restart
-        worker.asked_to_end = True
+        worker.grace_s = grace_s
         if worker.member is not None:
             worker.phase = "leaving"  # at once: whoever is asked next may be the last that is ready
+        self._on_change()
         self.background(self._end(worker.peer, worker.handle, grace_s, hand_over))
 
     def background(self, work: Coroutine[Any, Any, None]) -> None:
@@ -289,16 +299,46 @@ class Controller:
         if handle is not None:
             await handle.stop(grace_s)
 
-    async def _supervise(self, worker: Desired) -> None:
-        """Keep one worker alive: each life is a new incarnation, and short lives are followed by longer pauses."""
+    def _on_phase(self, worker: Desired) -> Callable[[str], None]:
+        def on_phase(phase: str) -> None:
+            if worker.member is None:
+                worker.phase = phase
+
+        return on_phase
+
+    async def _recall(self, worker: Desired) -> None:
+        """Find a worker's process again: it has a handle then, and a member if it serves."""
+        worker.handle = self._launcher.adopt(worker.peer, self._on_phase(worker))
+        if worker.member is None:
+            return  # it was starting, and is waited for as ever
+        try:
+            if worker.handle is not None:
+                await asyncio.wait_for(worker.handle.ready(), _RECALL_TIMEOUT_S)
+                return
+        except TimeoutError:
+            return  # it is silent, which is no reason to end it: if it is dead, `gone` will tell
+        except TandemError as error:
+            logger.warning("%s is not taken over: %s", worker.peer, error)
+            worker.handle = None
+        worker.member = None
+
+    async def _supervise(self, worker: Desired, taken: Handle | None = None) -> None:
+        """Keep one worker alive: each life is a new incarnation, and short lives are followed by longer pauses.
+
+        Args:
+            worker: who.
+            taken: the process that it is now; None: there is none.
+        """
         backoff_s = 0.0
-        while worker.wanted and not self._stopping:
-            worker.incarnation += 1
-            worker.asked_to_end = False
-            worker.phase = "starting"
+        while (taken is not None or worker.wanted) and not self._stopping:
+            if taken is None:
+                worker.incarnation += 1
+                worker.grace_s = None
+                worker.phase = "starting"
+                self._on_change()
             started_s, why = self._clock.monotonic_s(), ""
             try:
-                await self._live(worker)
+                await self._live(worker, taken)
             except TandemError as error:
                 if not worker.first_ready.done():
                     worker.first_ready.set_exception(error)
@@ -308,7 +348,8 @@ class Controller:
             if self._stopping:
                 return
             lived_s = self._clock.monotonic_s() - started_s
-            well = lived_s > _STABLE_S or worker.asked_to_end
+            well = lived_s > _STABLE_S or worker.grace_s is not None
+            taken = None
             backoff_s = 0.0 if well else min(max(2 * backoff_s, _FIRST_BACKOFF_S), _MAX_BACKOFF_S)
             if backoff_s:
                 worker.phase = f"restarts in {backoff_s:g} s after a life of {lived_s:.1f} s"
@@ -319,22 +360,12 @@ class Controller:
         self._launcher.release(worker.worker)
         await self._tell(f"{worker.worker} is drained")
 
-    async def _live(self, worker: Desired) -> None:
-        """From launch to death. Raises what the start raised."""
-
-        def on_phase(phase: str) -> None:
-            if worker.member is None:
-                worker.phase = phase
-
-        handle = worker.handle = self._launcher.launch(worker.peer, worker.role, on_phase)
+    async def _live(self, worker: Desired, taken: Handle | None) -> None:
+        """From launch, or from where it was ``taken`` over, to death. Raises what the start raised."""
+        handle = worker.handle = taken or self._launcher.launch(worker.peer, worker.role, self._on_phase(worker))
         try:
-            worker.member = await handle.ready()
-            worker.phase = "ready"
-            await self._announce()
-            if worker.first_ready.done():
-                await self._tell(f"{worker.peer} is ready")
-            else:
-                worker.first_ready.set_result(None)
+            if worker.member is None:
+                await self._begin(worker, handle)
             how = await handle.gone()
             if not self._stopping:
                 await self._tell(f"{worker.peer} is gone: {how}")
@@ -350,6 +381,15 @@ class Controller:
                 if not self._stopping:
                     await self._announce()
             await self._end_group(worker.peer)
+
+    async def _begin(self, worker: Desired, handle: Handle) -> None:
+        worker.member = await handle.ready()
+        worker.phase = "ready"
+        await self._announce()
+        if worker.first_ready.done():
+            await self._tell(f"{worker.peer} is ready")
+        else:
+            worker.first_ready.set_result(None)
 
     async def _end_group(self, gone: PeerId) -> None:
         """Those who shared experts with one that is gone begin anew with its next life."""
@@ -413,6 +453,7 @@ class Controller:
     async def _announce(self) -> None:
         """Tell everybody who is there."""
         self._version += 1
+        self._on_change()
         async with self._news:
             self._news.notify_all()
         members = [worker.member for worker in self._desired if worker.member is not None]
@@ -424,6 +465,7 @@ class Controller:
         async with self._news:
             self._num_events += 1
             self._events.append(Event(self._num_events, self._clock.wall_s(), text))
+            self._on_change()
             self._news.notify_all()
 
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from ..core.config import Config
 from ..core.errors import WorkerError
 from ..core.ids import PeerId, WorkerId, index_of, worker_of
+from .state import KeptGroup
 
 
 class GroupId(NamedTuple):
@@ -34,6 +35,18 @@ class ExpertGroups:
         self._config = config
         self._arrived: dict[GroupId, dict[WorkerId, _Arrival]] = {}
         self._formed: dict[GroupId, frozenset[PeerId]] = {}
+        self._rendezvous: dict[GroupId, str] = {}
+
+    def state(self) -> list[KeptGroup]:
+        """Groups that have formed, for `restore`."""
+        return [KeptGroup(sorted(peers), self._rendezvous[group]) for group, peers in self._formed.items()]
+
+    def restore(self, kept: list[KeptGroup]) -> None:
+        """These groups have formed before."""
+        for formed in kept:
+            group, _ = self._group_of(formed.peers[0])
+            if group is not None:
+                self._formed[group], self._rendezvous[group] = frozenset(formed.peers), formed.rendezvous
 
     async def meet(self, peer: PeerId, rendezvous: str) -> str:
         """Wait until all workers of a group are about to join it.
@@ -51,6 +64,8 @@ class ExpertGroups:
         group, size = self._group_of(peer)
         if group is None:
             raise WorkerError(f"{peer} shares no experts with anybody")
+        if peer in self._formed.get(group, ()):
+            return self._rendezvous[group]  # it did not hear the answer, as the controller ended
         arrived = self._arrived.setdefault(group, {})
         self._give_up(arrived.pop(worker_of(peer), None))
         mine = _Arrival(peer, rendezvous, asyncio.get_running_loop().create_future())
@@ -58,6 +73,7 @@ class ExpertGroups:
         if len(arrived) == size:
             first = min(arrived.values(), key=lambda arrival: index_of(worker_of(arrival.peer)))
             self._formed[group] = frozenset(arrival.peer for arrival in arrived.values())
+            self._rendezvous[group] = first.rendezvous
             for arrival in arrived.values():
                 arrival.answer.set_result(first.rendezvous)
             del self._arrived[group]

@@ -19,6 +19,7 @@ from ..core.log import configure_logging, logger
 from ..core.wire import ClusterKeys
 from ..kv_transfer.offload.build import host_socket, start_host_tier
 from ..kv_transfer.offload.remote_task import Task, start_server
+from .ending import Ending
 from .janitor import hire
 
 _PAUSE_S = 1.0
@@ -45,7 +46,7 @@ class HostTierOwner:
         self._folder: Path | None = None
         self._endpoint = ""
         self._processes: list[_Watched] = []
-        self._stopped = threading.Event()
+        self._ending = Ending()
 
     def start(self, block_bytes: int) -> str:
         """Start the processes, unless they run. Returns the folder where the node's workers find the keeper.
@@ -71,13 +72,13 @@ class HostTierOwner:
         return self._endpoint
 
     def wait(self) -> None:
-        """Return when it has been stopped; if the process dies, Ray tells."""
-        self._stopped.wait()
+        """Return when it has been stopped, or somebody else waits; if the process dies, Ray tells."""
+        self._ending.wait()
 
     def stop(self) -> None:
         """End the processes, and remove the folder. Blocks. Idempotent."""
         with self._lock:
-            self._stopped.set()
+            self._ending.set()
             if self._folder is not None:
                 self._leave(self._folder)
                 self._folder = None

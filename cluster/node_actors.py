@@ -1,4 +1,4 @@
-"""What each node has one of: the owner of its host tier, and its supervisor. Ray actors that the controller owns."""
+"""What each node has one of: the owner of its host tier, and its supervisor. The controller looks after them."""
 
 from __future__ import annotations
 
@@ -15,15 +15,20 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ..core.config import Config
 from ..core.errors import WorkerError
-from ..core.health import LocalRank, Vitals
+from ..core.health import LocalRank
 from ..core.ids import PeerId, WorkerId, index_of
-from ..core.log import configure_logging, logger
+from ..core.log import logger
 from ..core.messages import Member
+from .actors import SupervisorActor
 from .controller import Controller
+from .estate import Estate
 from .ray_cluster import ANSWER_TIMEOUT_S
 from .ray_errors import cause, reason
+from .state import KeptNode, KeptPlace
 from .tls import is_loopback
 
+_OWNER = "host-tier "
+"""Begins the names of those who own a host tier; the node follows."""
 _FOLLOW_S = 2.0
 _RESTART_PAUSE_S = 1.0
 
@@ -35,16 +40,24 @@ class HostTiers:
         config: the cluster's.
         keys: the cluster's, encoded.
         log_folder: where their logs go.
+        estate: makes them.
         on_change: told all those that other nodes may read.
     """
 
     def __init__(
-        self, config: Config, keys: bytes, log_folder: str, on_change: Callable[[list[Member]], Awaitable[None]]
+        self,
+        config: Config,
+        keys: bytes,
+        log_folder: str,
+        estate: Estate,
+        on_change: Callable[[list[Member]], Awaitable[None]],
     ) -> None:
         self._config = config
         self._keys = keys
         self._log_folder = log_folder
+        self._estate = estate
         self._on_change = on_change
+        self._creating = asyncio.Lock()
         self._owners: dict[str, Any] = {}
         self._readable: dict[str, Member] = {}
         """By node, host tiers that other nodes may read."""
@@ -62,22 +75,20 @@ class HostTiers:
             ConfigError: it cannot be; names the key.
             WorkerError: its process died.
         """
-        if node not in self._owners:
-            # Imported here, as by a worker's process: most clusters have no tiers.
-            from .host_tier import HostTierOwner
+        async with self._creating:
+            if node not in self._owners:
+                # Imported here, as by a worker's process: most clusters have no tiers.
+                from .host_tier import HostTierOwner
 
-            self._owners[node] = _on_node(HostTierOwner, node).remote(
-                self._config.model_dump_json(), self._log_folder, self._keys, address
-            )
+                arguments = (self._config.model_dump_json(), self._log_folder, self._keys, address)
+                self._owners[node] = await self._estate.create(_OWNER + node, HostTierOwner, _on_node(node), *arguments)
         owner = self._owners[node]
         try:
             folder = str(await owner.start.remote(block_bytes))
             endpoint = str(await owner.endpoint.remote())
             if endpoint and node not in self._readable:
                 self._readable[node] = Member(Path(folder).name, "host", address, endpoint)
-                watch = asyncio.create_task(self._watch(node, owner))
-                self._watches.add(watch)
-                watch.add_done_callback(self._watches.discard)
+                self._begin_watch(node, owner)
                 await self._on_change(list(self._readable.values()))
             return folder
         except ray.exceptions.RayTaskError as error:
@@ -85,6 +96,24 @@ class HostTiers:
         except ray.exceptions.RayActorError as error:
             self._owners.pop(node, None)
             raise WorkerError(f"the host tier of node {node} died: {reason(error)}") from None
+
+    def state(self) -> dict[str, Member]:
+        """What `take_over` needs."""
+        return dict(self._readable)
+
+    def take_over(self, readable: dict[str, Member]) -> list[Member]:
+        """Go on with those of the controller's last life. Returns those that other nodes may read."""
+        names = {name: name.removeprefix(_OWNER) for name in self._estate.actors if name.startswith(_OWNER)}
+        self._owners = {node: self._estate.actors[name] for name, node in names.items()}
+        self._readable = {node: member for node, member in readable.items() if node in self._owners}
+        for node in self._readable:
+            self._begin_watch(node, self._owners[node])
+        return list(self._readable.values())
+
+    def _begin_watch(self, node: str, owner: Any) -> None:
+        watch = asyncio.create_task(self._watch(node, owner))
+        self._watches.add(watch)
+        watch.add_done_callback(self._watches.discard)
 
     async def _watch(self, node: str, owner: Any) -> None:
         with contextlib.suppress(ray.exceptions.RayError):
@@ -99,51 +128,6 @@ class HostTiers:
         while self._owners:
             _, owner = self._owners.popitem()
             await _end(owner)
-
-
-class _SupervisorActor:
-    """A node's supervisor, and how it reaches processes: by Ray, which also knows when they are dead."""
-
-    def __init__(self, name: str, config: str, log_folder: str) -> None:
-        from .supervisor.server import Supervisor  # a web server is this process's alone
-
-        parsed = Config.model_validate_json(config)
-        log = parsed.log
-        configure_logging(name, log.level, log.format, Path(log_folder) / f"{name}.log", log.max_per_s)
-        self._supervisor = Supervisor(parsed.supervisor)
-        self._stopped = asyncio.Event()
-
-    async def start(self, address: str, port: int) -> int:
-        """Returns the port."""
-        return await self._supervisor.start(address, port)
-
-    async def follow(self, ranks: bytes, actors: dict[PeerId, Any]) -> None:
-        """Who is on the node, and those of them that can be asked."""
-        asks = {peer: _asker(peer, actor) for peer, actor in actors.items()}
-        self._supervisor.follow(msgspec.msgpack.decode(ranks, type=list[LocalRank]), asks)
-
-    async def wait(self) -> None:
-        """Return when it has been stopped; if the process dies, Ray tells."""
-        await self._stopped.wait()
-
-    async def stop(self) -> None:
-        await self._supervisor.stop()
-        self._stopped.set()
-
-
-def _asker(peer: PeerId, actor: Any) -> Callable[[bool], Awaitable[Vitals]]:
-    async def ask(with_metrics: bool) -> Vitals:
-        try:
-            answer = await asyncio.wait_for(actor.vitals.remote(with_metrics), ANSWER_TIMEOUT_S)
-        except ray.exceptions.ActorUnavailableError:
-            raise TimeoutError("out of reach") from None
-        except ray.exceptions.RayActorError as error:
-            raise WorkerError(f"{peer} is gone: {reason(error)}") from None
-        except ray.exceptions.RayError as error:
-            raise TimeoutError(type(error).__name__) from None
-        return msgspec.msgpack.decode(answer, type=Vitals)
-
-    return ask
 
 
 class _Place(NamedTuple):
@@ -172,13 +156,24 @@ class Supervisors:
     Args:
         config: the cluster's.
         log_folder: where their logs go.
+        estate: makes them.
         controller: knows who should live.
+        on_change: called when `state` has changed.
     """
 
-    def __init__(self, config: Config, log_folder: str, controller: Controller) -> None:
+    def __init__(
+        self,
+        config: Config,
+        log_folder: str,
+        estate: Estate,
+        controller: Controller,
+        on_change: Callable[[], None],
+    ) -> None:
         self._config = config
         self._log_folder = log_folder
+        self._estate = estate
         self._controller = controller
+        self._on_change = on_change
         self._places: dict[WorkerId, _Place] = {}
         self._nodes: dict[str, _Node] = {}
         self._tasks: list[asyncio.Task[None]] = []
@@ -203,6 +198,27 @@ class Supervisors:
             self._nodes[node] = _Node(f"supervisor-{self._num_started}")
             self._num_started += 1
             self._tasks.append(asyncio.create_task(self._keep(node)))
+        self._on_change()
+
+    def state(self) -> tuple[dict[str, KeptNode], dict[WorkerId, KeptPlace], int]:
+        """What `take_over` needs: by node, by worker, and how many have been started."""
+        nodes = {where: KeptNode(node.name, node.address, node.port) for where, node in self._nodes.items()}
+        places = {worker: KeptPlace(place.peer, place.node) for worker, place in self._places.items()}
+        return nodes, places, self._num_started
+
+    def take_over(self, nodes: dict[str, KeptNode], places: dict[WorkerId, KeptPlace], num_started: int) -> None:
+        """Go on with those of the controller's last life; see `state`. Does not wait."""
+        self._num_started = num_started
+        actors = self._estate.actors
+        for worker, place in places.items():
+            if place.peer in actors:
+                self._places[worker] = _Place(place.peer, place.node, actors[place.peer])
+        for where, kept in nodes.items():
+            node = self._nodes[where] = _Node(kept.supervisor)
+            node.address, node.port = kept.address, kept.port
+            node.first_start.set_result(None)
+            self._tasks.append(asyncio.create_task(self._keep(where, actors.get(kept.supervisor))))
+        self._tasks.append(asyncio.create_task(self._follow()))
 
     async def started(self) -> None:
         """Wait until those that have begun listen.
@@ -231,20 +247,33 @@ class Supervisors:
         await asyncio.gather(*(_end(node.actor) for node in self._nodes.values() if node.actor is not None))
         self._nodes = {}
 
-    async def _keep(self, where: str) -> None:
-        """Have a node's supervisor live; a new life listens where the last one did."""
+    async def _keep(self, where: str, taken: Any = None) -> None:
+        """Have a node's supervisor live; a new life listens where the last one did.
+
+        Args:
+            where: Ray's name of the node.
+            taken: handle of the one that it has; None: it has none.
+        """
         node = self._nodes[where]
         while True:
-            node.actor = _on_node(_SupervisorActor, where).remote(
-                node.name, self._config.model_dump_json(), self._log_folder
-            )
             try:
+                arguments = (node.name, self._config.model_dump_json(), self._log_folder)
+                node.actor = taken or await self._estate.create(
+                    node.name, SupervisorActor, _on_node(where) | {"max_concurrency": 100}, *arguments
+                )
+                taken = None
                 node.address = node.address or self._address(where)
                 node.port = await node.actor.start.remote(node.address, node.port or self._config.supervisor.port)
                 node.told = None
+                self._on_change()
                 if not node.first_start.done():
                     node.first_start.set_result(None)
                 await node.actor.wait.remote()
+            except WorkerError as error:
+                if not node.first_start.done():
+                    node.first_start.set_exception(error)
+                    return
+                logger.warning("%s does not start: %s", node.name, error)
             except ray.exceptions.RayTaskError as error:
                 ray.kill(node.actor)
                 if not node.first_start.done():
@@ -298,10 +327,13 @@ class Supervisors:
         return view
 
 
-def _on_node(kind: type, node: str) -> Any:
-    return ray.remote(kind).options(
-        num_cpus=0, max_concurrency=8, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)
-    )
+def _on_node(node: str) -> dict[str, Any]:
+    """Options of an actor that lives there."""
+    return {
+        "num_cpus": 0,
+        "max_concurrency": 8,
+        "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False),
+    }
 
 
 async def _end(actor: Any) -> None:

@@ -2,8 +2,8 @@
 
 A group has one bundle, what one worker needs, on the node that `placement` chose. Ray cannot give back or move one
 bundle of a larger group, and workers come, go and lose their nodes one by one. Groups outlive their worker's lives, so
-that the next life comes to the same node, and nobody else takes its place meanwhile. They end with the controller: Ray
-removes those of an actor that is dead.
+that the next life comes to the same node, and nobody else takes its place meanwhile. They end with the keeper, which
+makes them: Ray removes those of an actor that is dead.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from typing import Any
 import ray
 import ray.exceptions
 from ray._private.state import available_resources_per_node
-from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
+from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from ..core.config import Config
 from ..core.errors import CapacityError, ConfigError
 from ..core.ids import WorkerId
 from .controller import desired_workers
+from .estate import Estate
 from .placement import Room, Want, plan, rooms_of, wants_of
 
 _RESERVE_TIMEOUT_S = 20.0
@@ -74,13 +75,15 @@ class PlacementGroups:
     Args:
         name: of the Tandem; tells whose a group is.
         config: the cluster's.
+        estate: has those that were made before, and makes more.
     """
 
-    def __init__(self, name: str, config: Config) -> None:
+    def __init__(self, name: str, config: Config, estate: Estate) -> None:
         self._name = name
         self._config = config
         self._here = ray.get_runtime_context().get_node_id()
-        self._groups: dict[WorkerId, PlacementGroup] = {}
+        self._estate = estate
+        self._groups: dict[WorkerId, PlacementGroup] = dict(estate.groups)
         self._chosen: dict[WorkerId, Room] = {}
         self._lock = threading.Lock()
         self._closed = False
@@ -121,6 +124,7 @@ class PlacementGroups:
         """A worker has left: its next life gets another place. Does not ask Ray; returns what gives the place back."""
         group = self._groups.pop(worker, None)
         self._chosen.pop(worker, None)
+        self._estate.release(worker)
         return lambda: self._give_back(group)
 
     def close(self) -> None:
@@ -135,7 +139,7 @@ class PlacementGroups:
             raise CapacityError("the cluster is stopping")
         bundle = {name: amount for name, amount in (("CPU", want.cpus), ("GPU", want.gpus)) if amount}
         name = f"{self._name}-{want.worker}"
-        group: PlacementGroup = placement_group([bundle], "STRICT_PACK", name, _soft_target_node_id=room.node)
+        group = self._estate.reserve(want.worker, name, bundle, room.node)
         self._groups[want.worker] = group
         if not group.wait(_RESERVE_TIMEOUT_S):
             self._remove(want.worker)

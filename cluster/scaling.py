@@ -7,7 +7,8 @@ from collections.abc import AsyncGenerator
 from ..core.config import Config, PoolsConfig
 from ..core.errors import CapacityError, NotFoundError, RequestError, WorkerError
 from ..core.ids import WorkerId
-from .controller import Controller, Desired, Launcher, desired_workers
+from .controller import Controller, Desired, desired_workers
+from .launcher import Launcher
 
 DRAIN_S = 600.0
 """What a worker that is drained takes at most, unless told otherwise."""

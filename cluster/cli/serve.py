@@ -58,6 +58,7 @@ def _run(config: Config, console: Console, stop: threading.Event) -> None:
 
     ray: LocalRay | None = None
     cluster: Cluster | None = None
+    failures: list[TandemError] = []
     try:
         progress.show("starting Ray")
         ray = LocalRay(config)
@@ -70,7 +71,7 @@ def _run(config: Config, console: Console, stop: threading.Event) -> None:
             progress.done(f"ready in {time.monotonic() - started_s:.1f} s")
             _show_sample(client, config, console, progress)
         _show_url(config, console, log_folder)
-        threading.Thread(target=_show_news, args=(cluster, console, stop), daemon=True).start()
+        threading.Thread(target=_show_news, args=(cluster, console, stop, failures), daemon=True).start()
         stop.wait()
     except Interrupted:
         pass
@@ -81,6 +82,8 @@ def _run(config: Config, console: Console, stop: threading.Event) -> None:
         if ray is not None:
             ray.stop()
     console.print("stopped: no process, port or shared memory is left")
+    if failures:
+        raise failures[0]
 
 
 def _client(config: Config) -> httpx.Client:
@@ -139,15 +142,15 @@ def _show_url(config: Config, console: Console, log_folder: Path) -> None:
     console.print(f"logs: {log_folder}   metrics: {_url(config)}/metrics   stop: Ctrl-C", style="dim")
 
 
-def _show_news(cluster: Cluster, console: Console, stop: threading.Event) -> None:
-    """Print what happens in the cluster, until it ends."""
+def _show_news(cluster: Cluster, console: Console, stop: threading.Event, failures: list[TandemError]) -> None:
+    """Print what happens in the cluster, until it ends; if that was not asked for, it is one of the ``failures``."""
     last = 0
     while not stop.is_set():
         try:
             events = cluster.events(last, timeout_s=60.0)
         except TandemError as error:
             if not stop.is_set():
-                console.print(str(error), style="red")
+                failures.append(error)
                 stop.set()
             return
         for event in events:

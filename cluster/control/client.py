@@ -15,6 +15,7 @@ from .credentials import Credentials
 SERVICE = pb.DESCRIPTOR.services_by_name["Control"]
 _ANSWER_TIMEOUT_S = 10.0
 _MARGIN_S = 60.0
+_RESTART_TIMEOUT_S = 15.0
 
 
 class ControlClient:
@@ -94,11 +95,26 @@ class ControlClient:
         return answer
 
     def watch(self, after: int = 0) -> Iterator[pb.Event]:
-        """Events with a number above ``after``, as they happen, until the connection or the cluster ends."""
+        """Events with a number above ``after``, as they happen, until the cluster ends; goes on when the controller was
+        started again."""
+        last, heard = after, False
+        while True:
+            try:
+                for event in self._method("Watch")(pb.WatchRequest(after=last), metadata=self._metadata):
+                    last, heard = event.number, True
+                    yield event
+                return
+            except grpc.RpcError as error:
+                if not heard or error.code() != grpc.StatusCode.UNAVAILABLE or not self._comes_back():
+                    raise self._error(error) from None
+                heard = False
+
+    def _comes_back(self) -> bool:
         try:
-            yield from self._method("Watch")(pb.WatchRequest(after=after), metadata=self._metadata)
-        except grpc.RpcError as error:
-            raise self._error(error) from None
+            grpc.channel_ready_future(self._channel).result(_RESTART_TIMEOUT_S)
+        except grpc.FutureTimeoutError:
+            return False
+        return True
 
     def _call(self, name: str, request: Any, timeout_s: float | None) -> Any:
         try:

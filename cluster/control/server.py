@@ -19,7 +19,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from ...core.config import ControlConfig
-from ...core.errors import CapacityError, ConfigError, NotFoundError, RequestError, TandemError
+from ...core.errors import CapacityError, ConfigError, NotFoundError, RequestError, TandemError, WorkerError
 from ...core.log import logger
 from ..controller import Controller, WorkerStatus
 from ..rebalancing import REBALANCE_S, Rebalancing
@@ -63,6 +63,11 @@ class ControlService:
         self._controller = controller
         self._scaling = scaling
         self._rebalancing = rebalancing
+        self._closing = asyncio.Event()
+
+    def close(self) -> None:
+        """Who watches is told that the cluster ends: a connection that breaks does not mean so much."""
+        self._closing.set()
 
     async def Status(self, request: pb.StatusRequest, context: Context) -> pb.StatusResponse:
         """Every worker."""
@@ -106,12 +111,22 @@ class ControlService:
         )
 
     async def Watch(self, request: pb.WatchRequest, context: Context) -> AsyncIterator[pb.Event]:
-        """Until the caller leaves."""
+        """Until the caller leaves, or the cluster is stopped."""
         last = request.after
-        while True:
-            for event in await self._controller.events(last, _WATCH_S):
-                last = event.number
-                yield pb.Event(**event._asdict())
+        closing = asyncio.create_task(self._closing.wait())
+        try:
+            while not closing.done():
+                news = asyncio.create_task(self._controller.events(last, _WATCH_S))
+                try:
+                    await asyncio.wait([news, closing], return_when=asyncio.FIRST_COMPLETED)
+                    for event in news.result() if news.done() else ():
+                        last = event.number
+                        yield pb.Event(**event._asdict())
+                finally:
+                    news.cancel()
+            raise WorkerError("the cluster is stopped")
+        finally:
+            closing.cancel()
 
 
 class ControlServer:
@@ -142,31 +157,41 @@ class ControlServer:
         self._server: grpc.aio.Server | None = None
         self._watcher: asyncio.Task[None] | None = None
 
-    async def start(self) -> Credentials:
+    async def start(self, last: Credentials | None = None) -> Credentials:
         """Bind the port, serve, write the credentials.
+
+        Args:
+            last: those of the controller's last life, for whose clients nothing changes if its port is still free.
 
         Raises:
             ConfigError: the port is taken, or the TLS files are no certificate and key.
         """
-        token = secrets.token_urlsafe(32)
+        token = last.token if last else secrets.token_urlsafe(32)
         certificate, key = self._read_tls()
         server = grpc.aio.server(interceptors=[_TokenCheck(token)], options=_OPTIONS, maximum_concurrent_rpcs=_MAX_RPCS)
-        service = ControlService(self._controller, self._scaling, self._rebalancing)
-        server.add_generic_rpc_handlers((_handlers(service),))
+        self._service = ControlService(self._controller, self._scaling, self._rebalancing)
+        server.add_generic_rpc_handlers((_handlers(self._service),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection((SERVICE.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
         host = f"[{self._config.host}]" if ":" in self._config.host else self._config.host
-        address = f"{host}:{self._config.port}"
-        try:
-            if certificate is None or key is None:
-                port = server.add_insecure_port(address)
-            else:
-                port = server.add_secure_port(address, grpc.ssl_server_credentials([(key, certificate)]))
-        except RuntimeError as error:
-            raise ConfigError(
-                f"control.port: cannot listen on {address}: {error}",
-                fix="stop what uses it, or leave control.port out; check control.tls_cert and tls_key",
-            ) from None
+        wanted = [self._config.port]
+        if last and not self._config.port:
+            wanted.insert(0, int(last.address.rpartition(":")[2]))
+        for number in wanted:
+            address = f"{host}:{number}"
+            try:
+                if certificate is None or key is None:
+                    port = server.add_insecure_port(address)
+                else:
+                    port = server.add_secure_port(address, grpc.ssl_server_credentials([(key, certificate)]))
+                break
+            except RuntimeError as error:
+                if number == wanted[-1]:
+                    raise ConfigError(
+                        f"control.port: cannot listen on {address}: {error}",
+                        fix="stop what uses it, or leave control.port out; check control.tls_cert and tls_key",
+                    ) from None
+                logger.warning("operators' API: %s is taken", address)
         if certificate is None and not is_loopback(self._config.host):
             logger.warning("the operators' API at %s has no TLS: whoever listens on the way learns the token", address)
         await server.start()
@@ -185,6 +210,7 @@ class ControlServer:
                 await self._watcher
             self._watcher = None
         if self._server is not None:
+            self._service.close()
             self._note.unlink(missing_ok=True)
             await self._server.stop(_STOP_GRACE_S)
             self._server = None

@@ -1,6 +1,6 @@
 """Requests outlive their workers on purpose and by accident: drains with KV, SIGTERM, rolling restarts, dead gateways.
 
-One real cluster with two decode workers and two gateways for all tests; each leaves it whole.
+One real cluster with two decode workers and two gateways for all tests; each but the last leaves it whole.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator
 
 import pytest
+from support.living import living
 from support.load import Body, Load, Tokens, ask_all, body, check
 from support.served import TANDEM, Served, wait_for
 
@@ -31,7 +32,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         served.wait_ready()
         served.wait_routable()
         yield served
-        assert served.stop() == 0, served.text()
+        assert served.process.poll() is not None or served.stop() == 0, served.text()
     finally:
         served.kill()
 
@@ -137,3 +138,21 @@ def test_a_gateways_death_loses_its_own_connections_alone(served: Served, wanted
     assert 0 < len(answers) - len(good) <= lost + 2, "of those that were still to come, two may be its own too"
     wait_for(lambda: served.worker("gateway-1").pid != victim.pid, 120, "its next life")
     served.wait_idle(30)
+
+
+def test_a_controller_that_dies_again_and_again_ends_the_cluster(served: Served) -> None:
+    """It is started again after longer and longer pauses, and then no more: serve fails, and nothing is left."""
+    processes = served.tree()
+
+    def ended() -> bool:
+        return served.process.poll() is not None
+
+    for life in range(1, 10):
+        served.controller().kill()
+        wait_for(lambda: ended() or served.text().count("taken over") == life, 60, "its next life")  # noqa: B023
+        if ended():
+            break
+    assert served.process.wait() == 1
+    assert life in (5, 6)
+    assert "the controller ended 5 times, each within 60 s: its process ended" in " ".join(served.text().split())
+    wait_for(lambda: not living(processes), 5, "all processes to end")

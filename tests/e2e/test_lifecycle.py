@@ -237,13 +237,13 @@ def test_idle_costs_next_to_nothing(served: Served) -> None:
     """All of Tandem's processes together, Ray's own left out: under 3 % of a core."""
     served.wait_idle()
     time.sleep(3)
-    names = ("prefill-0", "decode-0", "gateway-0", "controller", "supervisor-0")
+    names = ("prefill-0", "decode-0", "gateway-0", "controller", "keeper", "supervisor-0")
     processes = [psutil.Process(served.process.pid)]
     for process in served.tree():
         files = " ".join(file.path for file in process.open_files())
         if any(f"/{name}" in files and ".log" in files for name in names) and "/tandem/logs/" in files:
             processes.append(process)
-    assert len(processes) == 6
+    assert len(processes) == 7
 
     def seconds() -> float:
         return sum(sum(process.cpu_times()[:2]) for process in processes)

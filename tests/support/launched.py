@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from tandem.core.errors import CapacityError
+from tandem.core.errors import CapacityError, WorkerError
 from tandem.core.expert_messages import LoadEntries, LoadEntry
 from tandem.core.ids import PeerId, WorkerId
 from tandem.core.messages import Member, Membership, Report
@@ -29,6 +29,8 @@ class Process:
 
     async def ready(self) -> Member:
         await self.is_ready.wait()
+        if self.death.done():
+            raise WorkerError(f"{self.peer} died while it started: {self.death.result()}")
         if self._fails is not None:
             raise self._fails
         return Member(self.peer, self.role, "node", "tcp://127.0.0.1:1")
@@ -79,6 +81,9 @@ class Launched:
         if not self.hold:
             process.is_ready.set()
         return process
+
+    def adopt(self, peer: PeerId, on_phase: Callable[[str], None]) -> Process | None:
+        return self.processes.get(peer)
 
     def check_room(self, role: str, count: int) -> None:
         if count > self.room:

@@ -83,6 +83,22 @@ class Served(Gateway):
         assert isinstance(found, psutil.Process)
         return found
 
+    def controller(self) -> psutil.Process:
+        """The controller's process."""
+
+        def find() -> psutil.Process | None:
+            for process in self.tree():
+                try:
+                    if any(file.path.endswith("/controller.log") for file in process.open_files()):
+                        return process
+                except (psutil.NoSuchProcess, psutil.AccessDenied):
+                    continue
+            return None
+
+        found = wait_for(find, 30, "the controller's process")
+        assert isinstance(found, psutil.Process)
+        return found
+
     def stop(self, number: signal.Signals = signal.SIGINT) -> int:
         """Send a signal to the whole group, as a terminal does; returns the exit status."""
         self.client.close()

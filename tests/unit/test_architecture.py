@@ -88,11 +88,14 @@ def test_the_package_is_imported_relatively() -> None:
                 f"cluster/{name}.py"
                 for name in (
                     "actors",
+                    "estate",
+                    "keeper",
                     "node_actors",
                     "placement_groups",
                     "probe_actors",
                     "ray_cluster",
                     "ray_errors",
+                    "ray_launcher",
                     "tandem_cluster",
                 )
             },
