@@ -4,23 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from msgspec import Struct
+
 from ...core.messages import FinishReason, TokenLogprobs
 from .live import Delta
 from .tokenizer import Tokenizer
 
 
-class Piece:
-    """What one delta adds to an output. ``finish`` is None while more may come."""
+class Piece(Struct):
+    """What one delta adds to an output."""
 
-    def __init__(
-        self, text: str, tokens: list[int], logprobs: list[TokenLogprobs], offset: int, finish: FinishReason | None
-    ) -> None:
-        self.text = text
-        self.tokens = tokens
-        self.logprobs = logprobs
-        self.offset = offset
-        """Characters of output before this piece."""
-        self.finish = finish
+    text: str
+    tokens: list[int]
+    logprobs: list[TokenLogprobs]
+    offset: int
+    """Characters of output before this piece."""
+    finish: FinishReason | None
+    """None while more may come."""
 
 
 class Choice:
@@ -50,13 +50,13 @@ class Choice:
             if delta.finish is not None:
                 text += self._stream.finish()
         finish = delta.finish
-        found = [position for stop in self._stops if (position := text.find(stop)) >= 0]
-        if found:
-            text, self._held, finish = text[: min(found)], "", FinishReason.STOP
-        elif finish is not None or not self._stops:
-            self._held = ""
-        else:
-            shown = len(text) - self._stop_prefix(text)
+        if self._stops:
+            found = [position for stop in self._stops if (position := text.find(stop)) >= 0]
+            shown = len(text)
+            if found:
+                shown, finish = min(found), FinishReason.STOP
+            elif finish is None:
+                shown -= self._stop_prefix(text)
             text, self._held = text[:shown], text[shown:]
         self.finish = finish
         piece = Piece(text, delta.tokens, delta.logprobs or [], self._length, finish)

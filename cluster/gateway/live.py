@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
+from collections.abc import Callable
 from typing import NamedTuple
+
+from msgspec import Struct
 
 from ...core.errors import TandemError
 from ...core.ids import PeerId, RequestId
@@ -14,7 +16,7 @@ from ..router import Placement
 from .timeline import Timeline
 
 
-class Delta(NamedTuple):
+class Delta(Struct, frozen=True):
     """New tokens of one output, the ``child``-th."""
 
     child: int
@@ -55,6 +57,10 @@ class Attempt:
         self.children = set(children)
         self.prompt_tokens = prompt_tokens
         self.held = held
+
+
+def nobody() -> None:
+    """Hears no news."""
 
 
 class LiveRequest:
@@ -104,10 +110,11 @@ class LiveRequest:
         self.first_token_s = 0.0
         self.last_token_s = 0.0
         self.done = False
+        self.on_news: Callable[[], None] = nobody
+        """Called when there is something to `take`, once for all that a turn of the loop brought. Raises nothing."""
         self._deltas: dict[int, Delta] = {}
         """By output."""
         self._error: TandemError | None = None
-        self._news = asyncio.Event()
 
     @property
     def prompt_logprobs_known(self) -> bool:
@@ -120,7 +127,6 @@ class LiveRequest:
         before = self._deltas.get(delta.child)
         if before is None:
             self._deltas[delta.child] = delta
-            self._news.set()
             return
         logprobs = None
         if before.logprobs is not None or delta.logprobs is not None:
@@ -132,25 +138,20 @@ class LiveRequest:
         if self.trace is not None:
             self.trace.error = error.message
         self._error = error
-        self._news.set()
 
     def cancel(self) -> None:
-        """Nobody listens any more: `next_deltas` returns nothing from now on."""
+        """Nobody listens any more."""
         self.done = True
-        self._news.set()
 
-    async def next_deltas(self) -> list[Delta]:
-        """New tokens, at most one delta for each output; empty when the client is gone.
+    def take(self) -> list[Delta]:
+        """New tokens, at most one delta for each output; empty: none have come, or the client is gone.
 
         Raises:
-            TandemError: the request failed.
+            TandemError: the request failed, and what came before is taken.
         """
-        while not self._deltas:
-            if self.done:
-                return []
-            if self._error is not None:
+        if not self._deltas:
+            if self._error is not None and not self.done:
                 raise self._error
-            self._news.clear()
-            await self._news.wait()
+            return []
         deltas, self._deltas = self._deltas, {}
         return list(deltas.values())

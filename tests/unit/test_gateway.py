@@ -223,8 +223,10 @@ class Gateway:
 
 async def drain(live: LiveRequest) -> list[tuple[int, int]]:
     """What has come so far: (output, token)."""
-    deltas = await asyncio.wait_for(live.next_deltas(), 1)
-    return [(delta.child, token) for delta in deltas for token in delta.tokens]
+    told = asyncio.Event()
+    live.on_news = told.set
+    await asyncio.wait_for(told.wait(), 2)
+    return [(delta.child, token) for delta in live.take() for token in delta.tokens]
 
 
 def test_tokens_reach_their_request() -> None:
@@ -253,9 +255,9 @@ def test_tokens_that_nobody_has_taken_come_together() -> None:
         live.push(Delta(1, [1], [said[0]], None))
         live.push(Delta(0, [5], None, None))
         live.push(Delta(1, [2, 3], said[1:], FinishReason.STOP))
-        assert await live.next_deltas() == [Delta(1, [1, 2, 3], said, FinishReason.STOP), Delta(0, [5], None, None)]
+        assert live.take() == [Delta(1, [1, 2, 3], said, FinishReason.STOP), Delta(0, [5], None, None)]
         live.push(Delta(0, [6], None, None))
-        assert await live.next_deltas() == [Delta(0, [6], None, None)]
+        assert live.take() == [Delta(0, [6], None, None)]
 
     asyncio.run(run())
 
@@ -408,7 +410,7 @@ def test_a_request_does_not_wait_for_ever() -> None:
         gateway.follow()
         live = gateway.submit()
         with pytest.raises(WorkerError, match="no decode worker appeared") as caught:
-            await asyncio.wait_for(live.next_deltas(), 2)
+            await drain(live)
         assert caught.value.status == 503
         gateway.dispatcher.finish(live)
         gateway.check_idle()
@@ -449,7 +451,7 @@ def test_refusals_keep_their_status_and_come_after_the_tokens(status: int, kind:
         gateway.dispatcher.receive("decode-0#1", Refused(sent.ticket, status, "because"))
         assert await drain(live) == [(0, 7)]
         with pytest.raises(kind, match="because") as caught:
-            await live.next_deltas()
+            live.take()
         assert caught.value.status == status
         gateway.dispatcher.finish(live)
         gateway.check_idle()
