@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from ...core.bounds import FILE_SUFFIX
 from ...core.clock import Clock
-from ...core.errors import RequestError, TandemError
+from ...core.errors import RequestError
 from ...core.ids import RequestId
 from ...core.messages import Child, FinishReason, Stopping, TokenLogprobs
 from ...core.metrics import GatewayMetrics
@@ -194,6 +194,8 @@ class Generation:
                 texts[index].append(piece.text)
                 tokens[index].extend(piece.tokens)
                 logprobs[index].extend(piece.logprobs)
+            if (error := self._lives[number].error) is not None:
+                raise error
 
         await self.follow(collect)
         if any(live.done for live in self._lives):
@@ -249,15 +251,12 @@ class Generation:
 
         The response's last are [DONE], or an error. There is none when the client is gone.
         """
-        events = []
-        try:
-            for index, piece in self._pieces(number):
-                events.append(self._chunk(index, piece))
-        except TandemError as error:
+        events = [self._chunk(index, piece) for index, piece in self._pieces(number)]
+        error = self._lives[number].error
+        if error is not None:
             self._is_over = True
             events.append(event(error_body(error)))
-            return b"".join(events)
-        if not self._num_open:
+        elif not self._num_open:
             if self._with_usage:
                 events.append(self._responses.chunk([], self._usage()))
             events.append(DONE)
@@ -335,28 +334,25 @@ class Generation:
 
     # ---- the response -----------------------------------------------------------------------------------------------
 
-    def _pieces(self, number: int) -> Iterator[tuple[int, Piece]]:
-        """What has come for one prompt's choices.
-
-        Raises:
-            TandemError: the request failed.
-        """
+    def _pieces(self, number: int) -> list[tuple[int, Piece]]:
+        """What has come for one prompt's choices."""
         live = self._lives[number]
-        while deltas := live.take():
-            for delta in deltas:
-                index = number * self._n + delta.child
-                choice = self._choices[index]
-                if choice.finish is not None:
-                    continue
-                piece = choice.push(delta)
-                if self._only_prompt:
-                    piece = Piece("", [], [], 0, FinishReason.LENGTH)
-                    choice.finish, choice.num_tokens = FinishReason.LENGTH, 0
-                if piece.finish is not None:
-                    self._num_open -= 1
-                    self._is_over |= not self._num_open
-                    self._dispatcher.finish_output(live, delta.child)
-                yield index, piece
+        pieces = []
+        for delta in live.take():
+            index = number * self._n + delta.child
+            choice = self._choices[index]
+            if choice.finish is not None:
+                continue
+            piece = choice.push(delta)
+            if self._only_prompt:
+                piece = Piece("", [], [], 0, FinishReason.LENGTH)
+                choice.finish, choice.num_tokens = FinishReason.LENGTH, 0
+            if piece.finish is not None:
+                self._num_open -= 1
+                self._is_over |= not self._num_open
+                self._dispatcher.finish_output(live, delta.child)
+            pieces.append((index, piece))
+        return pieces
 
     def _chunk(self, index: int, piece: Piece) -> bytes:
         first = index not in self._started

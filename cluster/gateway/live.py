@@ -110,11 +110,13 @@ class LiveRequest:
         self.first_token_s = 0.0
         self.last_token_s = 0.0
         self.done = False
+        self.error: TandemError | None = None
+        """Why no more tokens come than there are to `take`."""
         self.on_news: Callable[[], None] = nobody
-        """Called when there is something to `take`, once for all that a turn of the loop brought. Raises nothing."""
+        """Called when there is something to `take`, or an error: once for all that a turn of the loop brought. Raises
+        nothing."""
         self._deltas: dict[int, Delta] = {}
         """By output."""
-        self._error: TandemError | None = None
 
     @property
     def prompt_logprobs_known(self) -> bool:
@@ -137,21 +139,13 @@ class LiveRequest:
         """The request ends with an error, after the tokens that came before it."""
         if self.trace is not None:
             self.trace.error = error.message
-        self._error = error
+        self.error = error
 
     def cancel(self) -> None:
         """Nobody listens any more."""
         self.done = True
 
     def take(self) -> list[Delta]:
-        """New tokens, at most one delta for each output; empty: none have come, or the client is gone.
-
-        Raises:
-            TandemError: the request failed, and what came before is taken.
-        """
-        if not self._deltas:
-            if self._error is not None and not self.done:
-                raise self._error
-            return []
+        """New tokens, at most one delta for each output."""
         deltas, self._deltas = self._deltas, {}
         return list(deltas.values())

@@ -145,23 +145,21 @@ class TextStream:
 
     def push(self, tokens: Sequence[int]) -> str:
         """The text that these tokens complete."""
-        pieces = []
         self._ids.extend(tokens)
-        for token in tokens:
-            if self._stream is None:
-                assert self._texts is not None
-                piece = self._texts[token]
-                if _PARTIAL not in piece:
-                    pieces.append(piece)
-                    continue
-                self._stream = DecodeStream(skip_special_tokens=True)
-            decoded = self._stream.step(self._fast, token)
-            if decoded:
-                pieces.append(decoded)
-                if self._texts is not None:
-                    self._stream = None
-        text = "".join(pieces)
+        text = ""
+        if self._stream is None and self._texts is not None:
+            text = "".join(map(self._texts.__getitem__, tokens))
+        if self._stream is not None or _PARTIAL in text:
+            text = "".join(map(self._step, tokens))
         self._length += len(text)
+        return text
+
+    def _step(self, token: int) -> str:
+        if self._stream is None:
+            self._stream = DecodeStream(skip_special_tokens=True)
+        text = self._stream.step(self._fast, token) or ""
+        if text and self._texts is not None:
+            self._stream = None
         return text
 
     def finish(self) -> str:
