@@ -6,13 +6,12 @@ from collections.abc import Sequence
 
 from msgspec import Struct
 
-from ...core.messages import FinishReason, TokenLogprobs
-from .live import Delta
+from ...core.messages import ChildUpdate, FinishReason, TokenLogprobs
 from .tokenizer import Tokenizer
 
 
 class Piece(Struct):
-    """What one delta adds to an output."""
+    """What one update adds to an output."""
 
     text: str
     tokens: list[int]
@@ -41,15 +40,15 @@ class Choice:
         self.finish: FinishReason | None = None
         self.num_tokens = 0
 
-    def push(self, delta: Delta) -> Piece:
+    def push(self, update: ChildUpdate) -> Piece:
         """Take tokens in; returns what can be shown. After the end, nothing more may be pushed."""
-        self.num_tokens += len(delta.tokens)
+        self.num_tokens += len(update.tokens)
         text = self._held
         if self._stream is not None:
-            text += self._stream.push(delta.tokens)
-            if delta.finish is not None:
+            text += self._stream.push(update.tokens)
+            if update.finish is not None:
                 text += self._stream.finish()
-        finish = delta.finish
+        finish = update.finish
         if self._stops:
             found = [position for stop in self._stops if (position := text.find(stop)) >= 0]
             shown = len(text)
@@ -59,7 +58,7 @@ class Choice:
                 shown -= self._stop_prefix(text)
             text, self._held = text[:shown], text[shown:]
         self.finish = finish
-        piece = Piece(text, delta.tokens, delta.logprobs or [], self._length, finish)
+        piece = Piece(text, update.tokens, update.logprobs or [], self._length, finish)
         self._length += len(text)
         return piece
 

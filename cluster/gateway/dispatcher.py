@@ -18,7 +18,7 @@ from ...core.log import logger
 from ...core.messages import Abort, ChildUpdate, Generate, Membership, Message, Moved, Refused, Report, Update
 from ...core.metrics import GatewayMetrics
 from ..router import Placement, Router
-from .live import Attempt, Delta, Held, LiveRequest, Output
+from .live import Attempt, Held, LiveRequest, Output
 
 
 class Dispatcher:
@@ -204,7 +204,7 @@ class Dispatcher:
         live.last_token_s = now_s
         output.tokens.extend(child.tokens)
         attempt.held = None
-        live.push(Delta(child.index, child.tokens, child.logprobs, child.finish))
+        live.push(child)
         self._news(live)
         if child.finish is not None:
             output.finished = True

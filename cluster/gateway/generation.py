@@ -338,19 +338,19 @@ class Generation:
         """What has come for one prompt's choices."""
         live = self._lives[number]
         pieces = []
-        for delta in live.take():
-            index = number * self._n + delta.child
+        for update in live.take():
+            index = number * self._n + update.index
             choice = self._choices[index]
             if choice.finish is not None:
                 continue
-            piece = choice.push(delta)
+            piece = choice.push(update)
             if self._only_prompt:
                 piece = Piece("", [], [], 0, FinishReason.LENGTH)
                 choice.finish, choice.num_tokens = FinishReason.LENGTH, 0
             if piece.finish is not None:
                 self._num_open -= 1
                 self._is_over |= not self._num_open
-                self._dispatcher.finish_output(live, delta.child)
+                self._dispatcher.finish_output(live, update.index)
             pieces.append((index, piece))
         return pieces
 

@@ -5,24 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from msgspec import Struct
-
 from ...core.errors import TandemError
 from ...core.ids import PeerId, RequestId
 from ...core.log import RequestLog
-from ...core.messages import Child, FinishReason, Sampling, Stopping, TokenLogprobs, Usage
+from ...core.messages import Child, ChildUpdate, Sampling, Stopping, TokenLogprobs, Usage
 from ...core.spans import Trace
 from ..router import Placement
 from .timeline import Timeline
-
-
-class Delta(Struct, frozen=True):
-    """New tokens of one output, the ``child``-th."""
-
-    child: int
-    tokens: list[int]
-    logprobs: list[TokenLogprobs] | None
-    finish: FinishReason | None
 
 
 class Held(NamedTuple):
@@ -115,7 +104,7 @@ class LiveRequest:
         self.on_news: Callable[[], None] = nobody
         """Called when there is something to `take`, or an error: once for all that a turn of the loop brought. Raises
         nothing."""
-        self._deltas: dict[int, Delta] = {}
+        self._updates: dict[int, ChildUpdate] = {}
         """By output."""
 
     @property
@@ -123,17 +112,18 @@ class LiveRequest:
         """Whether every prompt token but the first has its log probabilities."""
         return all(value is not None for value in self.prompt_logprobs[1:])
 
-    def push(self, delta: Delta) -> None:
-        """Tokens have come. Those of an output that nobody has taken yet become one delta: a gateway that is busy makes
-        fewer and larger events."""
-        before = self._deltas.get(delta.child)
+    def push(self, update: ChildUpdate) -> None:
+        """Tokens have come. Those of an output that nobody has taken yet become one update: a gateway that is busy
+        makes fewer and larger events."""
+        before = self._updates.get(update.index)
         if before is None:
-            self._deltas[delta.child] = delta
+            self._updates[update.index] = update
             return
         logprobs = None
-        if before.logprobs is not None or delta.logprobs is not None:
-            logprobs = [*(before.logprobs or ()), *(delta.logprobs or ())]
-        self._deltas[delta.child] = Delta(delta.child, before.tokens + delta.tokens, logprobs, delta.finish)
+        if before.logprobs is not None or update.logprobs is not None:
+            logprobs = [*(before.logprobs or ()), *(update.logprobs or ())]
+        tokens = before.tokens + update.tokens
+        self._updates[update.index] = ChildUpdate(update.ticket, update.index, tokens, logprobs, update.finish)
 
     def fail(self, error: TandemError) -> None:
         """The request ends with an error, after the tokens that came before it."""
@@ -145,7 +135,7 @@ class LiveRequest:
         """Nobody listens any more."""
         self.done = True
 
-    def take(self) -> list[Delta]:
-        """New tokens, at most one delta for each output."""
-        deltas, self._deltas = self._deltas, {}
-        return list(deltas.values())
+    def take(self) -> list[ChildUpdate]:
+        """New tokens, at most one update for each output."""
+        updates, self._updates = self._updates, {}
+        return list(updates.values())

@@ -12,12 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from tandem.cluster.gateway.choice import Choice, Piece
-from tandem.cluster.gateway.live import Delta
 from tandem.cluster.gateway.responses import Responses
 from tandem.cluster.gateway.tokenizer import Tokenizer
 from tandem.core.config import load_config, model_folder
 from tandem.core.errors import RequestError
-from tandem.core.messages import FinishReason
+from tandem.core.messages import ChildUpdate, FinishReason
 from tandem.core.tally import Tally
 from tokenizers.decoders import DecodeStream
 
@@ -39,7 +38,9 @@ def said(choice: Choice, tokens: Sequence[int], rng: random.Random) -> str:
     while at < len(tokens) and choice.finish is None:
         size = rng.randrange(1, 4)
         last = at + size >= len(tokens)
-        text += choice.push(Delta(0, list(tokens[at : at + size]), None, FinishReason.LENGTH if last else None)).text
+        text += choice.push(
+            ChildUpdate(1, 0, list(tokens[at : at + size]), None, FinishReason.LENGTH if last else None)
+        ).text
         at += size
     return text
 
@@ -92,13 +93,15 @@ def test_special_tokens_are_not_text(tokenizer: Tokenizer) -> None:
     assert tokenizer.eos_id is not None
     choice = Choice(tokenizer, [5], [])
     assert (
-        choice.push(Delta(0, [*tokenizer._fast.encode("x = 1").ids, tokenizer.eos_id], None, FinishReason.STOP)).text
+        choice.push(
+            ChildUpdate(1, 0, [*tokenizer._fast.encode("x = 1").ids, tokenizer.eos_id], None, FinishReason.STOP)
+        ).text
         == "x = 1"
     )
 
 
 def test_without_a_tokenizer_there_are_only_tokens() -> None:
-    piece = Choice(None, [1], []).push(Delta(0, [5, 6], None, FinishReason.LENGTH))
+    piece = Choice(None, [1], []).push(ChildUpdate(1, 0, [5, 6], None, FinishReason.LENGTH))
     assert (piece.text, piece.tokens) == ("", [5, 6])
 
 

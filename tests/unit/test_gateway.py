@@ -7,7 +7,7 @@ import asyncio
 import pytest
 from prometheus_client import CollectorRegistry
 from tandem.cluster.gateway.dispatcher import Dispatcher
-from tandem.cluster.gateway.live import Delta, LiveRequest
+from tandem.cluster.gateway.live import LiveRequest
 from tandem.cluster.gateway.schema import ChatBody, CompletionBody, parse
 from tandem.cluster.gateway.timeline import Timelines
 from tandem.cluster.router import Router
@@ -129,7 +129,7 @@ async def drain(live: LiveRequest) -> list[tuple[int, int]]:
     told = asyncio.Event()
     live.on_news = told.set
     await asyncio.wait_for(told.wait(), 2)
-    return [(delta.child, token) for delta in live.take() for token in delta.tokens]
+    return [(update.index, token) for update in live.take() for token in update.tokens]
 
 
 def test_tokens_reach_their_request() -> None:
@@ -155,12 +155,15 @@ def test_tokens_that_nobody_has_taken_come_together() -> None:
         gateway = Gateway()
         live = gateway.submit(outputs=2)
         said = [TokenLogprobs(-float(number)) for number in range(3)]
-        live.push(Delta(1, [1], [said[0]], None))
-        live.push(Delta(0, [5], None, None))
-        live.push(Delta(1, [2, 3], said[1:], FinishReason.STOP))
-        assert live.take() == [Delta(1, [1, 2, 3], said, FinishReason.STOP), Delta(0, [5], None, None)]
-        live.push(Delta(0, [6], None, None))
-        assert live.take() == [Delta(0, [6], None, None)]
+        live.push(ChildUpdate(1, 1, [1], [said[0]], None))
+        live.push(ChildUpdate(1, 0, [5], None, None))
+        live.push(ChildUpdate(1, 1, [2, 3], said[1:], FinishReason.STOP))
+        assert live.take() == [
+            ChildUpdate(1, 1, [1, 2, 3], said, FinishReason.STOP),
+            ChildUpdate(1, 0, [5], None, None),
+        ]
+        live.push(ChildUpdate(1, 0, [6], None, None))
+        assert live.take() == [ChildUpdate(1, 0, [6], None, None)]
 
     asyncio.run(run())
 
