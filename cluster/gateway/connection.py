@@ -20,6 +20,8 @@ class Connection(HttpToolsProtocol):
     request may instead begin the response by `send`, `write` unless the client `is_slow`, and end it by `send`.
     """
 
+    is_slow = False
+    """Whether more waits to be sent than a transport should hold: nothing may be written until `on_writable`."""
     on_writable: Callable[[], None] = staticmethod(_nobody)
     """Called when a client is slow no more."""
 
@@ -28,15 +30,16 @@ class Connection(HttpToolsProtocol):
         super().on_message_begin()
         self.scope["state"]["connection"] = self
 
+    def pause_writing(self) -> None:
+        """The transport has no more room."""
+        super().pause_writing()
+        self.is_slow = True
+
     def resume_writing(self) -> None:
         """The transport has room again."""
         super().resume_writing()
+        self.is_slow = False
         self.on_writable()
-
-    @property
-    def is_slow(self) -> bool:
-        """Whether more waits to be sent than a transport should hold: nothing may be written until `on_writable`."""
-        return self.flow.write_paused
 
     def write(self, part: bytes) -> None:
         """Send a part, which is not empty, of a body without a declared length; to a client that is gone, nothing."""

@@ -251,7 +251,12 @@ class Generation:
 
         The response's last are [DONE], or an error. There is none when the client is gone.
         """
-        events = [self._chunk(index, piece) for index, piece in self._pieces(number)]
+        events = []
+        for index, piece in self._pieces(number):
+            if self._is_plain and index in self._started and piece.finish is None and not piece.logprobs:
+                events.append(self._responses.text_chunk(index, piece.text))
+            else:
+                events.append(self._chunk(index, piece))
         error = self._lives[number].error
         if error is not None:
             self._is_over = True
@@ -356,8 +361,6 @@ class Generation:
 
     def _chunk(self, index: int, piece: Piece) -> bytes:
         first = index not in self._started
-        if self._is_plain and not (first or piece.logprobs or piece.finish):
-            return self._responses.text_chunk(index, piece.text)
         self._started.add(index)
         live = self._lives[index // self._n]
         values = list[TokenLogprobs | None](piece.logprobs)
