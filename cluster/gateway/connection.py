@@ -56,8 +56,8 @@ def connection_of(scope: Scope) -> Connection:
 class Outbox:
     """Parts for many connections, written one after the other once all that a turn of the loop makes are there.
 
-    A host that gets a packet whenever one has been made is woken for each, and the writer pays for that: here a third
-    of what it costs to write. Belongs to the event loop.
+    A host that gets a packet whenever one has been made is woken for each, and the writer pays for that. Belongs to
+    the event loop.
     """
 
     def __init__(self) -> None:
