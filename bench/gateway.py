@@ -1,13 +1,15 @@
 """Tokens a second through a gateway to clients that stream, with an engine that computes nothing; and, in turns with
 it, through a bare uvicorn application that sends the same bytes from memory: an event each turn of its loop, as tokens
-come (`raw`), or all in one turn, such that sockets are given many events at once (`raw_bulk`).
+come (`raw`); all in one turn, such that sockets are given many events at once (`raw_bulk`); or an event for each stream
+whenever a byte in a pipe tells that clients want one, as far ahead of them as the engine is (`raw_in_step`).
 
 Usage: python -m tandem.bench.gateway [--streams 64] [--tokens 1000] [--tokens-per-step 1] [--ahead 16] [--repeats 5]
 
 Gateway and baselines are processes of their own on the first core, one of them loaded at a time. On the last core are
 the clients and the engine, a real member of the mesh. Each of its steps has tokens for each stream. It is ahead of the
-clients by some steps, as an engine is that makes more than a gateway can pass on; the baselines are ahead by what
-buffers of sockets hold. With ``--ahead 1`` every token is an event, and a packet, of its own.
+clients by some steps, as an engine is that makes more than a gateway can pass on; `raw` and `raw_bulk` are ahead by
+what buffers of sockets hold, where the system makes larger packets of events. With ``--ahead 1`` every token is an
+event, and a packet, of its own; `raw_in_step` tells what uvicorn and the system alone take for such packets.
 
 On a busy machine the clients may be what is slow: `tokens_per_cpu_s` counts the processor time of who serves.
 """
@@ -84,23 +86,40 @@ def _serve_gateway(port: int, keys: ClusterKeys, pipe: Connection) -> None:
     runtime.stop(1.0)
 
 
-def _serve_raw(port: int, load: Load, in_turns: bool, pipe: Connection) -> None:
+def _serve_raw(port: int, load: Load, in_turns: bool, steps: Connection | None, pipe: Connection) -> None:
     os.sched_setaffinity(0, {0})
     chunk = _CHUNK % (_TEXT * load.tokens_per_step)
 
     all_there, num_there = asyncio.Event(), 0
+    made, waiting = 0, list[asyncio.Future[None]]()
+
+    def step() -> None:
+        nonlocal made, waiting
+        assert steps is not None
+        made += len(os.read(steps.fileno(), 4096))
+        woken, waiting = waiting, []
+        for stream in woken:
+            stream.set_result(None)
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
-        nonlocal all_there, num_there
+        nonlocal all_there, num_there, made
+        loop = asyncio.get_running_loop()
         num_there += 1
         if num_there == load.streams:
             all_there.set()
             all_there, num_there = asyncio.Event(), 0
+            if steps is not None:
+                made = 0
+                loop.add_reader(steps.fileno(), step)
+                steps.send_bytes(b"all there")
         else:
             await all_there.wait()
         headers = [(b"content-type", b"text/event-stream")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
-        for _ in range(load.tokens // load.tokens_per_step):
+        for number in range(load.tokens // load.tokens_per_step):
+            while steps is not None and made <= number:
+                waiting.append(loop.create_future())
+                await waiting[-1]
             await send({"type": "http.response.body", "body": chunk, "more_body": True})
             if in_turns:
                 await asyncio.sleep(0)
@@ -164,6 +183,25 @@ class _Engine:
         self._context.close()
 
 
+class _Steps:
+    """Tells a baseline when to send. Has what `_run` asks of an engine."""
+
+    def __init__(self, load: Load, pipe: Connection) -> None:
+        self._load = load
+        self._pipe = pipe
+        self.tickets: list[int] = []
+        self.left = 0
+
+    async def all_there(self, count: int) -> None:
+        """Until all streams have come."""
+        await asyncio.to_thread(self._pipe.recv_bytes)
+
+    def step(self) -> None:
+        """An event for each stream."""
+        self.left -= self._load.tokens_per_step
+        os.write(self._pipe.fileno(), b"x")
+
+
 class _Client(asyncio.Protocol):
     def __init__(self, head: bytes, got: Callable[[bytes], None], ended: Callable[[], None]) -> None:
         self._head, self._got, self._ended = head, got, ended
@@ -178,8 +216,8 @@ class _Client(asyncio.Protocol):
         self._ended()
 
 
-async def _run(port: int, process: psutil.Process, load: Load, engine: _Engine | None) -> dict[str, float]:
-    """One run, against the gateway or, without an engine, the baseline."""
+async def _run(port: int, process: psutil.Process, load: Load, engine: _Engine | _Steps | None) -> dict[str, float]:
+    """One run, against the gateway or a baseline; without an engine, one that needs not be told when to send."""
     loop = asyncio.get_running_loop()
     body = json.dumps({"prompt": [5, 6, 7], "stream": True, "max_tokens": load.tokens, "temperature": 0}).encode()
     head = (
@@ -229,22 +267,25 @@ async def _run(port: int, process: psutil.Process, load: Load, engine: _Engine |
     return {
         "tokens_per_s": round(tokens / seconds, 1),
         "tokens_per_cpu_s": round(tokens / cpu_s, 1),
+        "cpu_us_per_event": round(cpu_s / events * 1e6, 3),
         "events_per_s": round(events / seconds, 1),
         "tokens_per_event": round(tokens / events, 3),
     }
 
 
 def measure(load: Load, repeats: int) -> dict[str, Any]:
-    """Both arms, in turns; medians over the repetitions, and all of them. Blocks."""
+    """All arms, in turns; medians over the repetitions, and all of them. Blocks."""
     os.sched_setaffinity(0, {(os.cpu_count() or 1) - 1})
     context = multiprocessing.get_context("spawn")
-    keys, ports = make_cluster_keys(), (_free_port(), _free_port(), _free_port())
+    keys, ports = make_cluster_keys(), [_free_port() for _ in range(4)]
     engine = _Engine(keys, load)
+    near, far = context.Pipe()
     pipes, processes = [], []
     servers: list[tuple[Callable[..., None], tuple[Any, ...]]] = [
         (_serve_gateway, (ports[0], keys)),
-        (_serve_raw, (ports[1], load, True)),
-        (_serve_raw, (ports[2], load, False)),
+        (_serve_raw, (ports[1], load, True, None)),
+        (_serve_raw, (ports[2], load, False, None)),
+        (_serve_raw, (ports[3], load, False, far)),
     ]
     for target, arguments in servers:
         pipe, far_end = context.Pipe()
@@ -255,7 +296,7 @@ def measure(load: Load, repeats: int) -> dict[str, Any]:
         pipes[0].send(encode(Membership(1, [engine.member])))
         for pipe in pipes:
             pipe.recv()
-        names, feeds = ("gateway", "raw", "raw_bulk"), (engine, None, None)
+        names, feeds = ("gateway", "raw", "raw_bulk", "raw_in_step"), (engine, None, None, _Steps(load, near))
         arms = dict(zip(names, zip(ports, processes, feeds, strict=True), strict=True))
         runs: dict[str, list[dict[str, float]]] = {name: [] for name in arms}
         for repeat in range(repeats + 1):
@@ -279,7 +320,7 @@ def measure(load: Load, repeats: int) -> dict[str, Any]:
             figure: round(medians["gateway"][figure] / medians[name][figure], 4)
             for figure in ("tokens_per_s", "tokens_per_cpu_s")
         }
-        for name in ("raw", "raw_bulk")
+        for name in ("raw", "raw_bulk", "raw_in_step")
     }
     return {
         "bench": "gateway", **load._asdict(), "repeats": repeats, "median": medians, "runs": runs,

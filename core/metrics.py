@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from .tally import Tally
+
 if TYPE_CHECKING:
     from prometheus_client import Metric
 
@@ -197,7 +199,7 @@ class GatewayMetrics:
         self.prompt_tokens = Counter("tandem_request_prompt_tokens", "Prompt tokens of requests", registry=r)
         self.output_tokens = Counter("tandem_request_output_tokens", "Tokens sent to clients", registry=r)
         self.ttft_s = Histogram("tandem_ttft_seconds", "Time to first token", buckets=_LATENCY_S, registry=r)
-        self.itl_s = Histogram("tandem_itl_seconds", "Time between tokens", buckets=_STEP_S, registry=r)
+        self.itl_s = Tally("tandem_itl_seconds", "Time between tokens", _STEP_S, r)
         self.e2e_s = Histogram("tandem_e2e_seconds", "Request to last token", buckets=_LATENCY_S, registry=r)
         self.stage_s = Histogram(
             "tandem_stage_seconds",

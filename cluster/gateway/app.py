@@ -21,6 +21,7 @@ from ...core.ids import new_request_id
 from ...core.log import logger
 from ...core.metrics import GatewayMetrics
 from ...engine.limits import check_ids
+from .connection import Outbox, connection_of
 from .dispatcher import Dispatcher
 from .generation import Generation, Model
 from .guard import Endpoint, Json, guarded_route, has_key, read_body
@@ -44,25 +45,34 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, generation: Generation, headers: dict[str, str]) -> None:
+    def __init__(self, generation: Generation, headers: dict[str, str], outbox: Outbox) -> None:
         super().__init__(b"", 200, _STREAM_HEADERS | headers)
         del self.headers["content-length"]
         self._generation = generation
+        self._outbox = outbox
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        watcher = asyncio.create_task(_watch(receive, self._generation))
+        connection, generation = connection_of(scope), self._generation
+
+        def write(number: int) -> None:
+            # What comes while a client is slow waits with the request, and becomes one event.
+            if not connection.is_slow and (body := generation.events(number)):
+                self._outbox.put(connection, body)
+
+        watcher = asyncio.create_task(_watch(receive, generation))
+        connection.on_writable = generation.look
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            async for chunk in self._generation.events():
-                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            await generation.follow(write)
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         except Exception:  # noqa: BLE001 - a bug must end the stream as an error, not as silence
             logger.exception("a stream broke")
             body = event(error_body(TandemError("the stream broke inside the gateway")))
             await send({"type": "http.response.body", "body": body, "more_body": False})
         finally:
+            del connection.on_writable
             watcher.cancel()
-            self._generation.close()
+            generation.close()
 
 
 class Api:
@@ -103,6 +113,7 @@ class Api:
         self._ready = ready
         self._scrape = scrape
         self._traces = traces or RequestTraces(None, "", model.name)
+        self._outbox = Outbox()
         self._started_s = int(clock.wall_s())
         self.app = Starlette(
             routes=[
@@ -198,7 +209,7 @@ class Api:
         await generation.begin()
         headers = {"x-request-id": response_id}
         if body.stream:
-            return EventStream(generation, headers)
+            return EventStream(generation, headers, self._outbox)
         watcher = asyncio.create_task(_watch(request.receive, generation))
         try:
             answer = await generation.whole()

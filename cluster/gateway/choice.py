@@ -4,23 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ...core.messages import FinishReason, TokenLogprobs
-from .live import Delta
+from msgspec import Struct
+
+from ...core.messages import ChildUpdate, FinishReason, TokenLogprobs
 from .tokenizer import Tokenizer
 
 
-class Piece:
-    """What one delta adds to an output. ``finish`` is None while more may come."""
+class Piece(Struct):
+    """What one update adds to an output."""
 
-    def __init__(
-        self, text: str, tokens: list[int], logprobs: list[TokenLogprobs], offset: int, finish: FinishReason | None
-    ) -> None:
-        self.text = text
-        self.tokens = tokens
-        self.logprobs = logprobs
-        self.offset = offset
-        """Characters of output before this piece."""
-        self.finish = finish
+    text: str
+    tokens: list[int]
+    logprobs: list[TokenLogprobs]
+    offset: int
+    """Characters of output before this piece."""
+    finish: FinishReason | None
+    """None while more may come."""
 
 
 class Choice:
@@ -41,25 +40,25 @@ class Choice:
         self.finish: FinishReason | None = None
         self.num_tokens = 0
 
-    def push(self, delta: Delta) -> Piece:
+    def push(self, update: ChildUpdate) -> Piece:
         """Take tokens in; returns what can be shown. After the end, nothing more may be pushed."""
-        self.num_tokens += len(delta.tokens)
+        self.num_tokens += len(update.tokens)
         text = self._held
         if self._stream is not None:
-            text += self._stream.push(delta.tokens)
-            if delta.finish is not None:
+            text += self._stream.push(update.tokens)
+            if update.finish is not None:
                 text += self._stream.finish()
-        finish = delta.finish
-        found = [position for stop in self._stops if (position := text.find(stop)) >= 0]
-        if found:
-            text, self._held, finish = text[: min(found)], "", FinishReason.STOP
-        elif finish is not None or not self._stops:
-            self._held = ""
-        else:
-            shown = len(text) - self._stop_prefix(text)
+        finish = update.finish
+        if self._stops:
+            found = [position for stop in self._stops if (position := text.find(stop)) >= 0]
+            shown = len(text)
+            if found:
+                shown, finish = min(found), FinishReason.STOP
+            elif finish is None:
+                shown -= self._stop_prefix(text)
             text, self._held = text[:shown], text[shown:]
         self.finish = finish
-        piece = Piece(text, delta.tokens, delta.logprobs or [], self._length, finish)
+        piece = Piece(text, update.tokens, update.logprobs or [], self._length, finish)
         self._length += len(text)
         return piece
 

@@ -18,7 +18,7 @@ from ...core.log import logger
 from ...core.messages import Abort, ChildUpdate, Generate, Membership, Message, Moved, Refused, Report, Update
 from ...core.metrics import GatewayMetrics
 from ..router import Placement, Router
-from .live import Attempt, Delta, Held, LiveRequest, Output
+from .live import Attempt, Held, LiveRequest, Output
 
 
 class Dispatcher:
@@ -49,6 +49,8 @@ class Dispatcher:
         self._by_ticket: dict[int, LiveRequest] = {}
         self._homeless: dict[LiveRequest, asyncio.TimerHandle] = {}
         """Requests that wait for a worker to appear."""
+        self._with_news: dict[LiveRequest, None] = {}
+        """Requests whose readers are told when this turn of the loop is over, in order."""
         self._tickets = itertools.count(1)
         self.on_finish: Callable[[LiveRequest], None] = lambda live: None
         """Called with each request when the client has everything, or is gone."""
@@ -87,6 +89,7 @@ class Dispatcher:
         if live not in self._live:
             return
         live.cancel()
+        self._news(live)
         self._end(live)
 
     def _displace(self, live: LiveRequest) -> None:
@@ -95,7 +98,7 @@ class Dispatcher:
         live.timeline.mark("gateway.displaced")
         limit = self._config.max_queued
         message = f"more urgent requests have come, and gateway.max_queued is {limit}"
-        live.fail(CapacityError(message, retry_after_s=1.0))
+        self._fail(live, CapacityError(message, retry_after_s=1.0))
         self._end(live)
 
     def _end(self, live: LiveRequest) -> None:
@@ -221,7 +224,8 @@ class Dispatcher:
         live.last_token_s = now_s
         output.tokens.extend(child.tokens)
         attempt.held = None
-        live.push(Delta(child.index, child.tokens, child.logprobs, child.finish))
+        live.push(child)
+        self._news(live)
         if child.finish is not None:
             output.finished = True
             self._child_done(live, attempt, child.index)
@@ -230,7 +234,7 @@ class Dispatcher:
         live = self._of(sender, message.ticket)
         if live is not None:
             self._close(live, live.attempts[message.ticket])
-            live.fail(_error_of(message))
+            self._fail(live, _error_of(message))
 
     def _of(self, sender: PeerId, ticket: int) -> LiveRequest | None:
         """The request of a ticket, if the worker that holds it is the one that speaks."""
@@ -238,6 +242,23 @@ class Dispatcher:
         if live is None or live.attempts[ticket].placement.decode != sender:
             return None
         return live
+
+    # ---- to the readers ---------------------------------------------------------------------------------------------
+
+    def _news(self, live: LiveRequest) -> None:
+        """Tell a request's reader, soon: once, whatever comes before."""
+        if not self._with_news:
+            asyncio.get_running_loop().call_soon(self._tell)
+        self._with_news[live] = None
+
+    def _tell(self) -> None:
+        lives, self._with_news = self._with_news, {}
+        for live in lives:
+            live.on_news()
+
+    def _fail(self, live: LiveRequest, error: TandemError) -> None:
+        live.fail(error)
+        self._news(live)
 
     # ---- to the workers ---------------------------------------------------------------------------------------------
 
@@ -316,7 +337,7 @@ class Dispatcher:
     def _give_up(self, live: LiveRequest) -> None:
         self._homeless.pop(live, None)
         timeout_s = self._config.failover_timeout_s
-        live.fail(WorkerError(f"no decode worker appeared within {timeout_s:g} s", status=503))
+        self._fail(live, WorkerError(f"no decode worker appeared within {timeout_s:g} s", status=503))
 
     def _child_done(self, live: LiveRequest, attempt: Attempt, index: int) -> None:
         attempt.children.discard(index)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from ...core.bounds import FILE_SUFFIX
 from ...core.clock import Clock
-from ...core.errors import RequestError, TandemError
+from ...core.errors import RequestError
 from ...core.ids import RequestId
 from ...core.messages import Child, FinishReason, Stopping, TokenLogprobs
 from ...core.metrics import GatewayMetrics
@@ -18,7 +19,7 @@ from ...core.spans import Trace
 from ...engine.limits import check_ids, check_prompt
 from .choice import Choice, Piece
 from .dispatcher import Dispatcher
-from .live import LiveRequest
+from .live import LiveRequest, nobody
 from .responses import DONE, Responses, error_body, event
 from .schema import ChatBody, CompletionBody
 from .timeline import Timelines
@@ -96,13 +97,22 @@ class Generation:
         self._echo = isinstance(body, CompletionBody) and bool(body.echo)
         self._lives: list[LiveRequest] = []
         self._choices: dict[int, Choice] = {}
+        self._num_open = 0
+        """Choices that go on."""
+        self._started: set[int] = set()
+        """Choices of which something was sent."""
+        self._is_over = False
         self._only_prompt = False
+        self._is_plain = not (self._echo or body.return_token_ids)
+        """Whether events are about text alone, but for a choice's first and last, and those with log probabilities."""
+        self._with_usage = body.stream_options is not None and body.stream_options.include_usage
         self._responses = Responses(
             response_id,
             model.name,
             model.tokenizer,
             chat=isinstance(body, ChatBody),
             token_ids=bool(body.return_token_ids),
+            with_usage=self._with_usage,
         )
 
     async def begin(self) -> None:
@@ -145,11 +155,13 @@ class Generation:
             for index in range(self._n):
                 self._choices[number * self._n + index] = Choice(self._model.tokenizer, tokens, body.stops)
             self._lives.append(live)
+        self._num_open = len(self._choices)
         for live in self._lives:
             self._dispatcher.submit(live)
 
     def cancel(self) -> None:
         """The client is gone."""
+        self._is_over = True
         for live in self._lives:
             if any(not output.finished for output in live.outputs.values()):
                 live.timeline.mark("gateway.client_gone")
@@ -179,18 +191,15 @@ class Generation:
         tokens: dict[int, list[int]] = {index: [] for index in self._choices}
         logprobs: dict[int, list[TokenLogprobs]] = {index: [] for index in self._choices}
 
-        async def collect(number: int) -> None:
-            async for index, piece in self._pieces(number):
+        def collect(number: int) -> None:
+            for index, piece in self._pieces(number):
                 texts[index].append(piece.text)
                 tokens[index].extend(piece.tokens)
                 logprobs[index].extend(piece.logprobs)
+            if (error := self._lives[number].error) is not None:
+                raise error
 
-        tasks = [asyncio.create_task(collect(number)) for number in range(len(self._lives))]
-        try:
-            await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
+        await self.follow(collect)
         if any(live.done for live in self._lives):
             return None
         choices = []
@@ -207,26 +216,58 @@ class Generation:
             choices.append(body | _hidden_states(live))
         return self._responses.whole(choices, self._usage())
 
-    async def events(self) -> AsyncIterator[bytes]:
-        """The answer as server-sent events; ends early, without [DONE], when the client is gone.
+    async def follow(self, take: Callable[[int], None]) -> None:
+        """Until all outputs are over, or the client is gone. What ``take`` raises is raised here.
 
-        A failure after the first byte is an error event, the last one.
+        Args:
+            take: called in the event loop with a prompt's number when it has news.
         """
-        options = self._body.stream_options
-        with_usage = options is not None and options.include_usage
-        started: set[int] = set()
+        over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def news(number: int) -> None:
+            if over.done():
+                return
+            try:
+                take(number)
+                if self._is_over:
+                    over.set_result(None)
+            except Exception as error:  # noqa: BLE001 - whatever it is, it is raised where it can be handled
+                over.set_exception(error)
+
+        for number, live in enumerate(self._lives):
+            live.on_news = partial(news, number)
+        self.look()
         try:
-            # A single prompt, as nearly all are, needs no task and no queue between it and its reader.
-            async for batch in self._batches(0) if len(self._lives) == 1 else self._merged():
-                yield b"".join(self._chunk(index, piece, started, with_usage) for index, piece in batch)
-        except TandemError as error:
-            yield event(error_body(error))
-            return
-        if any(live.done for live in self._lives):
-            return
-        if with_usage:
-            yield self._responses.chunk([], self._usage(), with_usage=True)
-        yield DONE
+            await over
+        finally:
+            for live in self._lives:
+                live.on_news = nobody
+
+    def look(self) -> None:
+        """Have whoever follows take what there is."""
+        for live in self._lives:
+            live.on_news()
+
+    def events(self, number: int) -> bytes:
+        """What has come for a prompt, as server-sent events; b"" if nothing has.
+
+        The response's last are [DONE], or an error. There is none when the client is gone.
+        """
+        events = []
+        for index, piece in self._pieces(number):
+            if self._is_plain and index in self._started and piece.finish is None and not piece.logprobs:
+                events.append(self._responses.text_chunk(index, piece.text))
+            else:
+                events.append(self._chunk(index, piece))
+        error = self._lives[number].error
+        if error is not None:
+            self._is_over = True
+            events.append(event(error_body(error)))
+        elif not self._num_open:
+            if self._with_usage:
+                events.append(self._responses.chunk([], self._usage()))
+            events.append(DONE)
+        return b"".join(events)
 
     # ---- the request ------------------------------------------------------------------------------------------------
 
@@ -300,66 +341,32 @@ class Generation:
 
     # ---- the response -----------------------------------------------------------------------------------------------
 
-    async def _merged(self) -> AsyncIterator[list[tuple[int, Piece]]]:
-        """`_batches` of all prompts, as they come."""
-        queue: asyncio.Queue[list[tuple[int, Piece]] | TandemError | None] = asyncio.Queue()
-
-        async def collect(number: int) -> None:
-            try:
-                async for batch in self._batches(number):
-                    queue.put_nowait(batch)
-            except TandemError as error:
-                queue.put_nowait(error)
-            queue.put_nowait(None)
-
-        tasks = [asyncio.create_task(collect(number)) for number in range(len(self._lives))]
-        try:
-            running = len(tasks)
-            while running:
-                batch = await queue.get()
-                if isinstance(batch, TandemError):
-                    raise batch
-                if batch is None:
-                    running -= 1
-                else:
-                    yield batch
-        finally:
-            for task in tasks:
-                task.cancel()
-
-    async def _batches(self, number: int) -> AsyncIterator[list[tuple[int, Piece]]]:
-        """Pieces of one prompt's choices, as they come together."""
+    def _pieces(self, number: int) -> list[tuple[int, Piece]]:
+        """What has come for one prompt's choices."""
         live = self._lives[number]
-        open_choices = set(range(self._n))
-        while open_choices:
-            batch = []
-            deltas = await live.next_deltas()
-            if not deltas:
-                return
-            for delta in deltas:
-                if delta.child not in open_choices:
-                    continue
-                index = number * self._n + delta.child
-                piece = self._choices[index].push(delta)
-                if self._only_prompt:
-                    piece = Piece("", [], [], 0, FinishReason.LENGTH)
-                    self._choices[index].finish, self._choices[index].num_tokens = FinishReason.LENGTH, 0
-                if piece.finish is not None:
-                    open_choices.discard(delta.child)
-                    self._dispatcher.finish_output(live, delta.child)
-                batch.append((index, piece))
-            yield batch
+        pieces = []
+        for update in live.take():
+            index = number * self._n + update.index
+            choice = self._choices[index]
+            if choice.finish is not None:
+                continue
+            piece = choice.push(update)
+            if self._only_prompt:
+                piece = Piece("", [], [], 0, FinishReason.LENGTH)
+                choice.finish, choice.num_tokens = FinishReason.LENGTH, 0
+            if piece.finish is not None:
+                self._num_open -= 1
+                self._is_over |= not self._num_open
+                self._dispatcher.finish_output(live, update.index)
+            pieces.append((index, piece))
+        return pieces
 
-    async def _pieces(self, number: int) -> AsyncIterator[tuple[int, Piece]]:
-        async for batch in self._batches(number):
-            for pair in batch:
-                yield pair
-
-    def _chunk(self, index: int, piece: Piece, started: set[int], with_usage: bool) -> bytes:
+    def _chunk(self, index: int, piece: Piece) -> bytes:
+        first = index not in self._started
+        self._started.add(index)
         live = self._lives[index // self._n]
         values = list[TokenLogprobs | None](piece.logprobs)
-        tokens, offset, first = piece.tokens, piece.offset, index not in started
-        started.add(index)
+        tokens, offset = piece.tokens, piece.offset
         prompt_text = self._prompt_text(live) if self._echo else ""
         if self._echo and first:
             piece.text = prompt_text + piece.text
@@ -371,7 +378,7 @@ class Generation:
         part = self._responses.part(index, piece, listed, first=first)
         if first:
             part |= _hidden_states(live)
-        return self._responses.chunk([part], None, with_usage=with_usage)
+        return self._responses.chunk([part], None)
 
     def _prompt_text(self, live: LiveRequest) -> str:
         return self._model.tokenizer.decode(live.tokens) if self._model.tokenizer else ""

@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
+from collections.abc import Callable
 from typing import NamedTuple
 
 from ...core.errors import TandemError
 from ...core.ids import PeerId, RequestId
 from ...core.log import RequestLog
-from ...core.messages import Child, FinishReason, Sampling, Stopping, TokenLogprobs, Usage
+from ...core.messages import Child, ChildUpdate, Sampling, Stopping, TokenLogprobs, Usage
 from ...core.spans import Trace
 from ..router import Placement
 from .timeline import Timeline
-
-
-class Delta(NamedTuple):
-    """New tokens of one output, the ``child``-th."""
-
-    child: int
-    tokens: list[int]
-    logprobs: list[TokenLogprobs] | None
-    finish: FinishReason | None
 
 
 class Held(NamedTuple):
@@ -55,6 +46,10 @@ class Attempt:
         self.children = set(children)
         self.prompt_tokens = prompt_tokens
         self.held = held
+
+
+def nobody() -> None:
+    """Hears no news."""
 
 
 class LiveRequest:
@@ -107,53 +102,43 @@ class LiveRequest:
         self.first_token_s = 0.0
         self.last_token_s = 0.0
         self.done = False
-        self._deltas: dict[int, Delta] = {}
+        self.error: TandemError | None = None
+        """Why no more tokens come than there are to `take`."""
+        self.on_news: Callable[[], None] = nobody
+        """Called when there is something to `take`, or an error: once for all that a turn of the loop brought. Raises
+        nothing."""
+        self._updates: dict[int, ChildUpdate] = {}
         """By output."""
-        self._error: TandemError | None = None
-        self._news = asyncio.Event()
 
     @property
     def prompt_logprobs_known(self) -> bool:
         """Whether every prompt token but the first has its log probabilities."""
         return all(value is not None for value in self.prompt_logprobs[1:])
 
-    def push(self, delta: Delta) -> None:
-        """Tokens have come. Those of an output that nobody has taken yet become one delta: a gateway that is busy makes
-        fewer and larger events."""
-        before = self._deltas.get(delta.child)
+    def push(self, update: ChildUpdate) -> None:
+        """Tokens have come. Those of an output that nobody has taken yet become one update: a gateway that is busy
+        makes fewer and larger events."""
+        before = self._updates.get(update.index)
         if before is None:
-            self._deltas[delta.child] = delta
-            self._news.set()
+            self._updates[update.index] = update
             return
         logprobs = None
-        if before.logprobs is not None or delta.logprobs is not None:
-            logprobs = [*(before.logprobs or ()), *(delta.logprobs or ())]
-        self._deltas[delta.child] = Delta(delta.child, before.tokens + delta.tokens, logprobs, delta.finish)
+        if before.logprobs is not None or update.logprobs is not None:
+            logprobs = [*(before.logprobs or ()), *(update.logprobs or ())]
+        tokens = before.tokens + update.tokens
+        self._updates[update.index] = ChildUpdate(update.ticket, update.index, tokens, logprobs, update.finish)
 
     def fail(self, error: TandemError) -> None:
         """The request ends with an error, after the tokens that came before it."""
         if self.trace is not None:
             self.trace.error = error.message
-        self._error = error
-        self._news.set()
+        self.error = error
 
     def cancel(self) -> None:
-        """Nobody listens any more: `next_deltas` returns nothing from now on."""
+        """Nobody listens any more."""
         self.done = True
-        self._news.set()
 
-    async def next_deltas(self) -> list[Delta]:
-        """New tokens, at most one delta for each output; empty when the client is gone.
-
-        Raises:
-            TandemError: the request failed.
-        """
-        while not self._deltas:
-            if self.done:
-                return []
-            if self._error is not None:
-                raise self._error
-            self._news.clear()
-            await self._news.wait()
-        deltas, self._deltas = self._deltas, {}
-        return list(deltas.values())
+    def take(self) -> list[ChildUpdate]:
+        """New tokens, at most one update for each output."""
+        updates, self._updates = self._updates, {}
+        return list(updates.values())

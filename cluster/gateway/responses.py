@@ -52,26 +52,46 @@ class Responses:
         chat: chat completions rather than completions.
         tokenizer: shows tokens in log probabilities.
         token_ids: whether choices carry them.
+        with_usage: whether a stream's events have a place for usage.
     """
 
     def __init__(
-        self, response_id: str, model: str, tokenizer: Tokenizer | None, *, chat: bool, token_ids: bool
+        self,
+        response_id: str,
+        model: str,
+        tokenizer: Tokenizer | None,
+        *,
+        chat: bool,
+        token_ids: bool,
+        with_usage: bool,
     ) -> None:
         self._head = {"id": response_id, "created": int(time.time()), "model": model}
         self._chat = chat
         self._tokenizer = tokenizer
         self._token_ids = token_ids
+        self._with_usage = with_usage
+        self._frames: dict[int, tuple[bytes, bytes]] = {}
+        """By choice: what is before and behind the text in its events."""
 
     def whole(self, choices: list[dict[str, Any]], usage: dict[str, Any]) -> dict[str, Any]:
         """The answer to a request without streaming."""
         kind = "chat.completion" if self._chat else "text_completion"
         return {**self._head, "object": kind, "choices": choices, "usage": usage}
 
-    def chunk(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None, *, with_usage: bool) -> bytes:
-        """One event of a stream; ``usage`` is null until the last if the client asked for it."""
+    def chunk(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None) -> bytes:
+        """One event of a stream; ``usage`` is None until the last."""
         kind = "chat.completion.chunk" if self._chat else "text_completion"
         body = {**self._head, "object": kind, "choices": choices}
-        return event({**body, "usage": usage} if with_usage else body)
+        return event({**body, "usage": usage} if self._with_usage else body)
+
+    def text_chunk(self, index: int, text: str) -> bytes:
+        """What `chunk` makes of `part` for a piece that is text alone, neither a choice's first nor its last."""
+        frame = self._frames.get(index)
+        if frame is None:
+            nothing = self.part(index, Piece("", [], [], 0, None), None, first=False)
+            before, _, after = self.chunk([nothing], None).rpartition(b'""')
+            frame = self._frames[index] = before, after
+        return frame[0] + _encoder.encode(text) + frame[1]
 
     def choice(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import threading
 from collections.abc import Callable
@@ -31,6 +32,7 @@ from ..mesh import Mesh
 from ..router import Router
 from ..tls import is_loopback, tls_context
 from .app import Api
+from .connection import Connection
 from .dispatcher import Dispatcher
 from .gather import Gather
 from .generation import Model
@@ -155,6 +157,7 @@ class GatewayRuntime:
         self._server = uvicorn.Server(
             uvicorn.Config(
                 api.app,
+                http=Connection,
                 log_config=None,
                 access_log=False,
                 lifespan="off",
@@ -166,6 +169,10 @@ class GatewayRuntime:
                 ssl_keyfile=key or None,
             )
         )
+        # The libraries' hundreds of thousands of objects stay. To look through them for garbage, as Python does now and
+        # then, would stop all streams for a quarter of a second.
+        gc.collect()
+        gc.freeze()
         self._mesh.start()
         self._thread.start()
         self._progress("ready")

@@ -7,13 +7,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tokenizers.decoders import DecodeStream
+from tokenizers.decoders import ByteLevel, DecodeStream
 
 from ...core.errors import ConfigError, RequestError
 from ...core.log import logger
 
 _INLINE_CHARACTERS = 20_000
 _PRIMING_TOKENS = 8
+_PARTIAL = "\ufffd"
+"""What bytes that are no character are shown as."""
 _T = TypeVar("_T")
 
 
@@ -53,6 +55,7 @@ class Tokenizer:
         self.eos_id: int | None = self._tokenizer.eos_token_id
         self._longest_token = max(len(token.encode()) for token in self._fast.get_vocab())
         self._special = set(self._tokenizer.all_special_ids)
+        self._texts = TokenTexts(self._fast) if isinstance(self._fast.decoder, ByteLevel) else None
 
     def too_long(self, text: str, max_tokens: int) -> bool:
         """Whether ``text`` cannot have fewer than ``max_tokens`` tokens, by its length alone."""
@@ -100,37 +103,74 @@ class Tokenizer:
 
     def stream(self, prompt: Sequence[int]) -> TextStream:
         """A decoder of one output that continues ``prompt``."""
-        return TextStream(self._fast, prompt)
+        return TextStream(self._fast, prompt, self._texts)
+
+
+class TokenTexts(dict[int, str]):
+    """Tokens' texts, "" for special ones; filled when they are asked for.
+
+    A token of byte-level BPE stands for the same bytes wherever it is. So it adds this text to an output that ends with
+    a whole character, if the text has no U+FFFD: then the bytes are whole characters, too.
+    """
+
+    def __init__(self, fast: Any) -> None:
+        super().__init__()
+        self._fast = fast
+
+    def __missing__(self, token: int) -> str:
+        text = self[token] = str(self._fast.decode([token], skip_special_tokens=True))
+        return text
 
 
 class TextStream:
-    """Decodes an output token by token; holds back what is not yet whole characters."""
+    """Decodes an output token by token; holds back what is not yet whole characters.
 
-    def __init__(self, fast: Any, prompt: Sequence[int]) -> None:
+    Args:
+        fast: the tokenizer.
+        prompt: what the output continues.
+        texts: of tokens, if a token's does not depend on those before.
+    """
+
+    def __init__(self, fast: Any, prompt: Sequence[int], texts: TokenTexts | None) -> None:
         self._fast = fast
+        self._texts = texts
         # The text of a token can depend on what comes before it: start from the end of the prompt.
         self._prompt_end = list(prompt[-_PRIMING_TOKENS:])
-        self._stream = DecodeStream(ids=self._prompt_end, skip_special_tokens=True)
+        self._stream: DecodeStream | None = DecodeStream(ids=self._prompt_end, skip_special_tokens=True)
+        """None: all tokens so far are whole characters, and what comes has a text of its own."""
+        if texts is not None and not self._decode(self._prompt_end).endswith(_PARTIAL):
+            self._stream = None
         self._ids: list[int] = []
         self._length = 0
 
     def push(self, tokens: Sequence[int]) -> str:
         """The text that these tokens complete."""
-        pieces = []
-        for token in tokens:
-            self._ids.append(token)
-            piece = self._stream.step(self._fast, token)
-            if piece:
-                pieces.append(piece)
-        text = "".join(pieces)
+        self._ids.extend(tokens)
+        text = ""
+        if self._stream is None and self._texts is not None:
+            text = "".join(map(self._texts.__getitem__, tokens))
+        if self._stream is not None or _PARTIAL in text:
+            text = "".join(map(self._step, tokens))
         self._length += len(text)
+        return text
+
+    def _step(self, token: int) -> str:
+        if self._stream is None:
+            self._stream = DecodeStream(skip_special_tokens=True)
+        text = self._stream.step(self._fast, token) or ""
+        if text and self._texts is not None:
+            self._stream = None
         return text
 
     def finish(self) -> str:
         """What was held back."""
-        before = self._fast.decode(self._prompt_end, skip_special_tokens=True)
-        whole = self._fast.decode([*self._prompt_end, *self._ids], skip_special_tokens=True)
-        return str(whole[len(before) + self._length :])
+        if self._stream is None:
+            return ""
+        before, whole = self._decode(self._prompt_end), self._decode([*self._prompt_end, *self._ids])
+        return whole[len(before) + self._length :]
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self._fast.decode(ids, skip_special_tokens=True))
 
 
 async def _in_thread(work: Callable[[], _T], size: int) -> _T:

@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import random
-from collections.abc import Sequence
 
 import pytest
-import transformers
-from hypothesis import given
-from hypothesis import strategies as st
 from support.dispatching import Gateway
-from tandem.cluster.gateway.choice import Choice
-from tandem.cluster.gateway.live import Delta, LiveRequest
+from tandem.cluster.gateway.live import LiveRequest
 from tandem.cluster.gateway.schema import ChatBody, CompletionBody, parse
 from tandem.cluster.gateway.timeline import Timelines
-from tandem.cluster.gateway.tokenizer import Tokenizer
-from tandem.core.checkpoint import model_folder
 from tandem.core.clock import ManualClock
-from tandem.core.config import load_config
 from tandem.core.errors import CapacityError, NotFoundError, RequestError, TandemError, WorkerError
 from tandem.core.messages import (
     Abort,
@@ -37,96 +28,6 @@ from tandem.core.messages import (
     Update,
     Usage,
 )
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return Tokenizer(model_folder(load_config()))
-
-
-@pytest.fixture(scope="module")
-def plain() -> transformers.PreTrainedTokenizerFast:
-    return transformers.AutoTokenizer.from_pretrained(model_folder(load_config()))
-
-
-# ---- text -----------------------------------------------------------------------------------------------------------
-
-
-def said(choice: Choice, tokens: Sequence[int], rng: random.Random) -> str:
-    """Push tokens in pieces of random size, as steps would, until the choice ends."""
-    text = ""
-    at = 0
-    while at < len(tokens) and choice.finish is None:
-        size = rng.randrange(1, 4)
-        last = at + size >= len(tokens)
-        text += choice.push(Delta(0, list(tokens[at : at + size]), None, FinishReason.LENGTH if last else None)).text
-        at += size
-    return text
-
-
-@given(st.text(min_size=1, max_size=40), st.text(max_size=20), st.randoms())
-def test_pieces_make_the_whole(text: str, prompt: str, rng: random.Random) -> None:
-    tokenizer = Tokenizer.__new__(Tokenizer)
-    tokenizer.__dict__ = _shared().__dict__
-    fast = tokenizer._fast
-    tokens, before = fast.encode(text).ids, fast.encode(prompt).ids
-    assert said(Choice(tokenizer, before, []), tokens, rng) == fast.decode(tokens)
-
-
-_cache: list[Tokenizer] = []
-
-
-def _shared() -> Tokenizer:
-    if not _cache:
-        _cache.append(Tokenizer(model_folder(load_config())))
-    return _cache[0]
-
-
-@given(
-    st.text("ab\n", min_size=1, max_size=30),
-    st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3),
-    st.randoms(),
-)
-def test_text_ends_before_the_first_stop_string(text: str, stops: list[str], rng: random.Random) -> None:
-    tokenizer = _shared()
-    tokens = tokenizer._fast.encode(text).ids
-    choice = Choice(tokenizer, [5, 6], stops)
-    got = said(choice, tokens, rng)
-    ends = [position for stop in stops if (position := text.find(stop)) >= 0]
-    # Tokens come in pieces: of two stop strings in one piece the earlier wins, as in the whole text.
-    assert got == (text[: min(ends)] if ends else text)
-    assert choice.finish == (FinishReason.STOP if ends else FinishReason.LENGTH)
-
-
-def test_special_tokens_are_not_text(tokenizer: Tokenizer) -> None:
-    assert tokenizer.eos_id is not None
-    choice = Choice(tokenizer, [5], [])
-    assert (
-        choice.push(Delta(0, [*tokenizer._fast.encode("x = 1").ids, tokenizer.eos_id], None, FinishReason.STOP)).text
-        == "x = 1"
-    )
-
-
-def test_without_a_tokenizer_there_are_only_tokens() -> None:
-    piece = Choice(None, [1], []).push(Delta(0, [5, 6], None, FinishReason.LENGTH))
-    assert (piece.text, piece.tokens) == ("", [5, 6])
-
-
-def test_bytes_of_tokens(tokenizer: Tokenizer) -> None:
-    text = "é☃🎉 naïve\n\tx"
-    tokens = tokenizer._fast.encode(text).ids
-    assert b"".join(tokenizer.token_bytes(token) for token in tokens).decode() == text
-
-
-def test_long_texts_are_told_by_their_length(tokenizer: Tokenizer) -> None:
-    assert tokenizer.too_long("x" * 10**6, 1000)
-    assert not tokenizer.too_long("x" * 100, 1000)
-
-
-def test_a_template_that_raises_is_the_clients_fault(tokenizer: Tokenizer) -> None:
-    with pytest.raises(RequestError):
-        asyncio.run(tokenizer.encode_chat([{"content": "no role"}], add_generation_prompt=True))  # type: ignore[list-item]
-
 
 # ---- bodies ---------------------------------------------------------------------------------------------------------
 
@@ -171,8 +72,10 @@ def test_complaints_name_the_field(body: bytes, message: str, param: str | None)
 
 async def drain(live: LiveRequest) -> list[tuple[int, int]]:
     """What has come so far: (output, token)."""
-    deltas = await asyncio.wait_for(live.next_deltas(), 1)
-    return [(delta.child, token) for delta in deltas for token in delta.tokens]
+    told = asyncio.Event()
+    live.on_news = told.set
+    await asyncio.wait_for(told.wait(), 2)
+    return [(update.index, token) for update in live.take() for token in update.tokens]
 
 
 def test_tokens_reach_their_request() -> None:
@@ -198,12 +101,15 @@ def test_tokens_that_nobody_has_taken_come_together() -> None:
         gateway = Gateway()
         live = gateway.submit(outputs=2)
         said = [TokenLogprobs(-float(number)) for number in range(3)]
-        live.push(Delta(1, [1], [said[0]], None))
-        live.push(Delta(0, [5], None, None))
-        live.push(Delta(1, [2, 3], said[1:], FinishReason.STOP))
-        assert await live.next_deltas() == [Delta(1, [1, 2, 3], said, FinishReason.STOP), Delta(0, [5], None, None)]
-        live.push(Delta(0, [6], None, None))
-        assert await live.next_deltas() == [Delta(0, [6], None, None)]
+        live.push(ChildUpdate(1, 1, [1], [said[0]], None))
+        live.push(ChildUpdate(1, 0, [5], None, None))
+        live.push(ChildUpdate(1, 1, [2, 3], said[1:], FinishReason.STOP))
+        assert live.take() == [
+            ChildUpdate(1, 1, [1, 2, 3], said, FinishReason.STOP),
+            ChildUpdate(1, 0, [5], None, None),
+        ]
+        live.push(ChildUpdate(1, 0, [6], None, None))
+        assert live.take() == [ChildUpdate(1, 0, [6], None, None)]
 
     asyncio.run(run())
 
@@ -355,9 +261,10 @@ def test_a_request_does_not_wait_for_ever() -> None:
         gateway = Gateway()
         gateway.follow()
         live = gateway.submit()
-        with pytest.raises(WorkerError, match="no decode worker appeared") as caught:
-            await asyncio.wait_for(live.next_deltas(), 2)
-        assert caught.value.status == 503
+        assert await drain(live) == []
+        assert isinstance(live.error, WorkerError)
+        assert "no decode worker appeared" in live.error.message
+        assert live.error.status == 503
         gateway.dispatcher.finish(live)
         gateway.check_idle()
 
@@ -396,9 +303,8 @@ def test_refusals_keep_their_status_and_come_after_the_tokens(status: int, kind:
         gateway.tokens(sent.ticket, 0, 7)
         gateway.dispatcher.receive("decode-0#1", Refused(sent.ticket, status, "because"))
         assert await drain(live) == [(0, 7)]
-        with pytest.raises(kind, match="because") as caught:
-            await live.next_deltas()
-        assert caught.value.status == status
+        assert type(live.error) is kind
+        assert (live.error.message, live.error.status) == ("because", status)
         gateway.dispatcher.finish(live)
         gateway.check_idle()
 
