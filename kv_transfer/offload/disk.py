@@ -37,7 +37,7 @@ from .threaded import BadBlock, Frames, Lost, Outcome, Record, ThreadedTier, out
 PAGE_BYTES = 4096
 """Of which O_DIRECT wants multiples, everywhere."""
 THREADS_PER_PATH = 8
-_BATCH_BYTES = 512 << 10
+_BATCH_BYTES = 4 << 20
 _BATCH_BLOCKS = 16
 """Which a thread reads or writes at a time, at most: as many as have so many bytes, and at least one."""
 _SUPERBLOCK = struct.Struct("<8sIQQ")
