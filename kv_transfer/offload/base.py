@@ -85,6 +85,9 @@ def addresses_of(arrays: Sequence[np.ndarray]) -> np.ndarray:
     return np.array([array.ctypes.data for array in arrays], np.int64)
 
 
+_SMALL_BYTES = 128 << 10
+
+
 class HostBlocks:
     """Blocks that lie one after the other in host memory.
 
@@ -100,7 +103,8 @@ class HostBlocks:
         # Imported here: a keeper has no blocks of its own, and does without compiled code.
         from ...kernels import copy_blocks
 
-        self._copy = copy_blocks.native
+        # Large blocks take longer than a way through Python, and threads that copy them one by one take turns.
+        self._copy = copy_blocks.native if block_bytes <= _SMALL_BYTES else copy_blocks.reference
         # What is compiled for copies is compiled now, not when the first block is wanted.
         self._copy(self._addresses([]), self._addresses([]), block_bytes)
 
