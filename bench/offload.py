@@ -2,8 +2,8 @@
 and what they give, as JSON lines.
 
 lookup: 1,000 keys in one tier of the node's memory, and over three tiers, as an engine asks. disk: blocks stored and
-loaded in random order, in turns with what fio(1) does with the same file, block size and number of threads, or, where
-there is none, a bare loop. memory: what a host tier that is full takes. remote: see `offload_remote`. copies: scattered
+loaded in random order, in turns with what fio(1) does with the same file, block size and depth, or, where there is
+none, a bare loop. memory: what a host tier that is full takes. remote: see `offload_remote`. copies: scattered
 ranges between a GPU and the host's memory, either way and both at once, beside memcpy. chat, misses: see `tiers`.
 """
 
@@ -29,7 +29,8 @@ import psutil
 from ..core.clock import SystemClock
 from ..core.units import parse_bytes
 from ..kv_transfer.offload.base import HostBlocks, LoadJob, Lookup, Spill, StoreJob, Tier
-from ..kv_transfer.offload.disk import THREADS_PER_PATH, open_disk, slot_bytes
+from ..kv_transfer.offload.disk import PAGE_BYTES, THREADS_PER_PATH, batch_blocks, open_disk
+from ..kv_transfer.offload.folders import SLOT_FILE
 from ..kv_transfer.offload.host import HostTier
 from ..kv_transfer.offload.keeper import start_keeper
 from ..kv_transfer.offload.keys import KEY_BYTES, TierKey
@@ -42,8 +43,8 @@ from .summary import percentile
 from .tiers import measure_chat, measure_misses
 
 _JOB_BLOCKS = 16
-_JOBS = 4
-"""In flight at a time."""
+_JOBS = 8
+"""In flight at a time: more blocks than the disk is given, or the tier would wait for us."""
 _TIERS = "[{kind: host, capacity: 256MiB}, {kind: disk, capacity: 256MiB, path: FOLDER/disk}]"
 
 
@@ -193,18 +194,20 @@ def measure_disk(folder: Path, capacity_bytes: int, block_bytes: int, seconds: f
     tier = open_disk([folder], capacity_bytes, block_bytes, "lru", SystemClock(), 60.0, news.set)
     try:
         _wait_ready(tier)
-        size, rng = slot_bytes(block_bytes), np.random.default_rng(0)
+        # Of bytes that are stored, as fio counts; what headers take of the disk's time is the tier's loss.
+        size, rng = -(-block_bytes // PAGE_BYTES) * PAGE_BYTES, np.random.default_rng(0)
         keys = [rng.bytes(KEY_BYTES) for _ in range(tier.stats().num_slots)]
         num_blocks = _JOBS * _JOB_BLOCKS
         memory = HostBlocks(rng.integers(0, 256, num_blocks * block_bytes, dtype=np.uint8), block_bytes)
         result: dict[str, Any] = {
-            "block_bytes": block_bytes, "slots": len(keys), "threads": THREADS_PER_PATH, "seconds": seconds,
+            "block_bytes": block_bytes, "slots": len(keys), "threads": THREADS_PER_PATH,
+            "depth": THREADS_PER_PATH * batch_blocks(block_bytes), "bare_block_bytes": size, "seconds": seconds,
         }  # fmt: skip
         for kind in ("store", "load"):
             ours, bare = [], []
             for _ in range(repeats):
                 ours.append(_run(tier, kind, keys, memory, news, seconds))
-                name, rate = _bare(folder / "blocks.tandem", kind, size, seconds)
+                name, rate = _bare(folder / SLOT_FILE, kind, size, batch_blocks(block_bytes), seconds)
                 bare.append(rate)
             if kind == "store":
                 tier.clear()
@@ -234,7 +237,8 @@ def _run(
     least_blocks: int = 0,
 ) -> float:
     """Jobs without a pause; bytes a second of what was good."""
-    rng = np.random.default_rng(1)
+    rng = np.random.default_rng()
+    order = [keys[n] for n in rng.permutation(len(keys)).tolist()]
     number, good, start_s = 0, 0, time.perf_counter()
     open_: dict[int, int] = {}
     free = list(range(_JOBS))
@@ -242,14 +246,15 @@ def _run(
         while free and (time.perf_counter() - start_s < seconds or number * _JOB_BLOCKS < least_blocks):
             place = free.pop()
             blocks = range(place * _JOB_BLOCKS, (place + 1) * _JOB_BLOCKS)
+            first = number * _JOB_BLOCKS
             if kind == "load":
-                wanted = [keys[n] for n in rng.choice(len(keys), _JOB_BLOCKS, replace=False).tolist()]
+                wanted = [order[n % len(order)] for n in range(first, first + _JOB_BLOCKS)]
                 open_[tier.submit_load(LoadJob(wanted, memory, blocks))] = place
             else:
-                first = number * _JOB_BLOCKS
-                wanted = [
-                    keys[n % len(keys)] if least_blocks else rng.bytes(KEY_BYTES) for n in range(first, first + 16)
-                ]
+                octets = rng.bytes(_JOB_BLOCKS * KEY_BYTES)
+                wanted = [octets[n : n + KEY_BYTES] for n in range(0, len(octets), KEY_BYTES)]
+                if least_blocks:
+                    wanted = [keys[n % len(keys)] for n in range(first, first + _JOB_BLOCKS)]
                 open_[tier.submit_store(StoreJob(wanted, memory, blocks))] = place
             number += 1
         if not open_:
@@ -263,14 +268,14 @@ def _run(
     return good * memory.block_bytes / (time.perf_counter() - start_s)
 
 
-def _bare(file: Path, kind: str, block_bytes: int, seconds: float) -> tuple[str, float]:
+def _bare(file: Path, kind: str, block_bytes: int, depth: int, seconds: float) -> tuple[str, float]:
     """What the disk does without us: (how measured, bytes a second)."""
     if shutil.which("fio") is None:
         return "loop", _loop(file, kind, block_bytes, seconds)
     command = [
         "fio", "--name=bare", f"--filename={file}", "--direct=1", f"--rw=rand{'read' if kind == 'load' else 'write'}",
-        f"--bs={block_bytes}", f"--size={file.stat().st_size // block_bytes * block_bytes}", "--ioengine=psync",
-        "--thread", f"--numjobs={THREADS_PER_PATH}", "--group_reporting", "--time_based",
+        f"--bs={block_bytes}", f"--size={file.stat().st_size // block_bytes * block_bytes}", "--ioengine=libaio",
+        f"--iodepth={depth}", "--thread", f"--numjobs={THREADS_PER_PATH}", "--group_reporting", "--time_based",
         f"--runtime={max(1, round(seconds))}", "--fallocate=none", "--output-format=json",
     ]  # fmt: skip
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -85,6 +85,9 @@ def addresses_of(arrays: Sequence[np.ndarray]) -> np.ndarray:
     return np.array([array.ctypes.data for array in arrays], np.int64)
 
 
+_SMALL_BYTES = 128 << 10
+
+
 class HostBlocks:
     """Blocks that lie one after the other in host memory.
 
@@ -96,16 +99,28 @@ class HostBlocks:
     def __init__(self, array: np.ndarray, block_bytes: int) -> None:
         self.block_bytes = block_bytes
         self.array = array.reshape(-1, block_bytes)
+        self._address = self.array.ctypes.data
+        # Imported here: a keeper has no blocks of its own, and does without compiled code.
+        from ...kernels import copy_blocks
+
+        # Large blocks take longer than a way through Python, and threads that copy them one by one take turns.
+        self._copy = copy_blocks.native if block_bytes <= _SMALL_BYTES else copy_blocks.reference
+        # What is compiled for copies is compiled now, not when the first block is wanted.
+        self._copy(self._addresses([]), self._addresses([]), block_bytes)
 
     def read(self, blocks: Sequence[int], targets: Sequence[np.ndarray]) -> None:
         """See `BlockMemory`."""
-        for block, target in zip(blocks, targets, strict=True):
-            target[:] = self.array[block]
+        self._copy(self._addresses(blocks), addresses_of(targets), self.block_bytes)
 
     def write(self, blocks: Sequence[int], sources: Sequence[np.ndarray]) -> None:
         """See `BlockMemory`."""
-        for block, source in zip(blocks, sources, strict=True):
-            self.array[block] = source
+        self._copy(addresses_of(sources), self._addresses(blocks), self.block_bytes)
+
+    def _addresses(self, blocks: Sequence[int]) -> np.ndarray:
+        places = np.asarray(blocks, np.int64)
+        if len(places) and not 0 <= places.min() <= places.max() < len(self.array):
+            raise IndexError(f"blocks {places.min()} to {places.max()} of {len(self.array)}")
+        return self._address + places * self.block_bytes
 
 
 class Spill:

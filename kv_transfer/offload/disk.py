@@ -13,7 +13,7 @@ import fcntl
 import mmap
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,18 +23,24 @@ from ...core.clock import Clock
 from ...core.errors import ConfigError
 from ...core.log import logger
 from ...core.units import format_bytes
+from . import slot_moves
 from .base import Notify, Tier
 from .folders import LOCK_FILE, SLOT_FILE, claim
 from .index import TierIndex
 from .keys import TierKey
 from .policies import make_policy
 from .record import HEADER_BYTES, check, read_header, seal
+from .slot_moves import Batch, Mover
 from .striped import StripedTier
-from .threaded import BadBlock, Frame, Lost, ThreadedTier
+from .threaded import BadBlock, Frames, Lost, Outcome, Record, ThreadedTier, outcome_of
 
 PAGE_BYTES = 4096
 """Of which O_DIRECT wants multiples, everywhere."""
 THREADS_PER_PATH = 8
+_BATCH_BLOCKS = 16
+_BATCHED_BYTES = 128 << 10
+"""A thread moves so many slots at a time, where they are no larger than this: two to three times as fast. Of larger
+ones each thread moves one, and copies while others wait for the disk: up to 1.5 times as fast as batches (measured)."""
 _SUPERBLOCK = struct.Struct("<8sIQQ")
 _MAGIC = b"tandemKV"
 _VERSION = 1
@@ -95,6 +101,11 @@ def slot_bytes(block_bytes: int) -> int:
     return -(-(HEADER_BYTES + block_bytes) // PAGE_BYTES) * PAGE_BYTES
 
 
+def batch_blocks(block_bytes: int) -> int:
+    """How many blocks a thread reads or writes at a time."""
+    return _BATCH_BLOCKS if slot_bytes(block_bytes) <= _BATCHED_BYTES and slot_moves.available() else 1
+
+
 class SlotFile:
     """See `BlockIO`: one folder's file.
 
@@ -117,6 +128,7 @@ class SlotFile:
         self._slot_bytes = slot_bytes(block_bytes)
         self._num_slots = num_slots
         self._num_bytes = PAGE_BYTES + num_slots * self._slot_bytes
+        slot_moves.prepare()
         self._descriptor = self._lock = self._claim = -1
         try:
             self._lock = self._take_folder(cluster)
@@ -124,23 +136,25 @@ class SlotFile:
             self.close()
             raise
 
-    def frame(self) -> Frame:
+    def frames(self) -> Frames:
         """See `BlockIO`. Pages of its own, as O_DIRECT wants them aligned."""
-        whole = np.frombuffer(mmap.mmap(-1, self._slot_bytes), np.uint8)
-        return Frame(whole, whole[HEADER_BYTES : HEADER_BYTES + self._block_bytes])
+        num_blocks = batch_blocks(self._block_bytes)
+        whole = np.frombuffer(mmap.mmap(-1, num_blocks * self._slot_bytes), np.uint8)
+        return _SlotFrames(whole.reshape(num_blocks, self._slot_bytes), self._block_bytes)
 
-    def write(self, slot: int, key: TierKey, generation: int, frame: Frame) -> None:
+    def write(self, records: Sequence[Record], frames: Frames) -> Sequence[Outcome]:
         """See `BlockIO`."""
-        seal(frame.whole, key, generation, self._block_bytes)
-        self._write(frame.whole.data, self._offset(slot))
+        mover = self._mover(frames)
+        if mover is None:
+            return [outcome_of(self._write_one, records[0], frames.whole[0])]
+        return self._move(mover.write, self._write_one, records, frames)
 
-    def read(self, slot: int, key: TierKey, generation: int, frame: Frame) -> None:
+    def read(self, records: Sequence[Record], frames: Frames) -> Sequence[Outcome]:
         """See `BlockIO`."""
-        if self._read(frame.whole.data, self._offset(slot)) < len(frame.whole):
-            raise BadBlock("truncated", f"{self._path} is shorter than it was")
-        cause, detail = check(frame.whole, key, generation, self._block_bytes)
-        if cause:
-            raise BadBlock(cause, f"{self._path}: {detail}")
+        mover = self._mover(frames)
+        if mover is None:
+            return [outcome_of(self._read_one, records[0], frames.whole[0])]
+        return self._move(mover.read, self._read_one, records, frames)
 
     def erase(self, slot: int, key: TierKey) -> None:
         """See `BlockIO`."""
@@ -180,6 +194,44 @@ class SlotFile:
             if descriptor >= 0:
                 os.close(descriptor)
         self._descriptor = self._lock = self._claim = -1
+
+    def _mover(self, frames: Frames) -> Mover | None:
+        """What moves several slots at a time; None: nothing does. Through the page cache, each would wait its turn."""
+        return frames.mover if isinstance(frames, _SlotFrames) and self.direct and slot_moves.available() else None
+
+    def _move(
+        self,
+        together: Callable[[int, Batch, int], np.ndarray],
+        alone: Callable[[Record, np.ndarray], None],
+        records: Sequence[Record],
+        frames: Frames,
+    ) -> Sequence[Outcome]:
+        """All at once; then one by one those with which something was wrong, to find out what."""
+        try:
+            self._exists()
+        except OSError as error:
+            return [error] * len(records)
+        slots, keys, generations = zip(*records, strict=True)
+        offsets = PAGE_BYTES + np.array(slots, np.int64) * self._slot_bytes
+        batch = Batch.of(offsets, keys, generations, self._block_bytes, frames.whole.view(np.uint64))
+        states = together(self._descriptor, batch, self._block_bytes)
+        if states.all():
+            return [None] * len(states)
+        return [
+            None if good else outcome_of(alone, records[place], frames.whole[place])
+            for place, good in enumerate(states.tolist())
+        ]
+
+    def _write_one(self, record: Record, whole: np.ndarray) -> None:
+        seal(whole, record.key, record.generation, self._block_bytes)
+        self._write(whole.data, self._offset(record.slot))
+
+    def _read_one(self, record: Record, whole: np.ndarray) -> None:
+        if self._read(whole.data, self._offset(record.slot)) < len(whole):
+            raise BadBlock("truncated", f"{self._path} is shorter than it was")
+        cause, detail = check(whole, record.key, record.generation, self._block_bytes)
+        if cause:
+            raise BadBlock(cause, f"{self._path}: {detail}")
 
     def _take_folder(self, cluster: str) -> int:
         lock = -1
@@ -265,3 +317,23 @@ def _complete(count: int, least: int) -> int:
     if count < least:
         raise OSError(errno.ENOSPC, "a write ended early")
     return count
+
+
+class _SlotFrames(Frames):
+    """A thread's frames, and what moves them.
+
+    Args:
+        whole: [blocks, slot_bytes] uint8, aligned.
+        block_bytes: of a payload.
+    """
+
+    def __init__(self, whole: np.ndarray, block_bytes: int) -> None:
+        super().__init__(whole, HEADER_BYTES, block_bytes)
+        self.mover: Mover | None = None
+        if len(whole) > 1:
+            with contextlib.suppress(OSError):
+                self.mover = Mover(len(whole))
+
+    def __del__(self) -> None:
+        if self.mover is not None:
+            self.mover.close()

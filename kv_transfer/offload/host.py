@@ -24,7 +24,8 @@ import numpy as np
 from ...core.clock import Clock
 from ...core.log import RateLimited, logger
 from .base import Change, JobResult, LoadJob, Lookup, Notify, Spilled, StoreJob, TierStats
-from .indexed import OpenJob
+from .forgetting import Forgetting, forgotten
+from .jobs import Jobs, OpenJob
 from .keeper_wire import (
     KNOWN,
     MAX_BYTES,
@@ -44,7 +45,7 @@ from .keeper_wire import (
     answers,
     encode,
 )
-from .keys import TierKey, tenant_of
+from .keys import TierKey
 from .pool import MappedPool, Places
 
 _COPY_BLOCKS = 64
@@ -52,19 +53,6 @@ _COPY_BLOCKS = 64
 copies of a few."""
 _RETRY_S = 0.2
 _WARN_PERIOD_S = 300.0
-
-
-class _Forget:
-    """Keys that are not to be found, although the keeper may not know yet."""
-
-    def __init__(self, keys: frozenset[TierKey] | None, tenant: bytes | None) -> None:
-        self.keys = keys
-        self.tenant = tenant
-
-    def covers(self, key: TierKey) -> bool:
-        if self.keys is not None:
-            return key in self.keys
-        return self.tenant is None or tenant_of(key) == self.tenant
 
 
 class HostTier:
@@ -101,18 +89,16 @@ class HostTier:
         self._notify = notify
         self._pin_memory = pin
         self._stats = TierStats()
-        self._jobs: dict[int, OpenJob] = {}
-        self._ended: list[JobResult] = []
-        self._number = 0
-        self._forgets: list[_Forget] = []
+        self._jobs = Jobs(name, clock, timeout_s, self._stats)
+        self._forgettings: list[Forgetting] = []
         self._log = RateLimited(_WARN_PERIOD_S)
         self._closed = False
         # Of threads and owner: replaced, never changed.
         self._pool: MappedPool | None = None
         self._changes: deque[Change] | None = None
-        self._done: queue.SimpleQueue[OpenJob | _Forget] = queue.SimpleQueue()
+        self._done: queue.SimpleQueue[OpenJob | Forgetting] = queue.SimpleQueue()
         self._loads: queue.SimpleQueue[tuple[OpenJob, MappedPool, Places] | None] = queue.SimpleQueue()
-        self._errands: queue.SimpleQueue[OpenJob | _Forget | Touch | Pin | None] = queue.SimpleQueue()
+        self._errands: queue.SimpleQueue[OpenJob | Forgetting | Touch | Pin | None] = queue.SimpleQueue()
         self._bell, self._bell_end = socket.socketpair()
         self._bell.setblocking(False)
         # Of the thread that talks.
@@ -133,7 +119,7 @@ class HostTier:
     @property
     def num_forgetting(self) -> int:
         """Calls of `remove` and `clear` that the keeper has yet to hear of."""
-        return len(self._forgets)
+        return len(self._forgettings)
 
     # ---- the owner's side -------------------------------------------------------------------------------------------
 
@@ -143,13 +129,13 @@ class HostTier:
         if pool is None or self._closed or not keys:
             return [Lookup.MISS] * len(keys)
         answers = pool.find(keys).lookups()
-        for place in self._forgotten(keys):
+        for place in forgotten(self._forgettings, keys):
             answers[place] = Lookup.MISS
         return answers
 
     def submit_store(self, job: StoreJob) -> int:
         """See `Tier`."""
-        open_job = self._open(job, len(job.keys))
+        open_job = self._jobs.open(job)
         if self._pool is None or self._closed or not job.keys:
             return self._refuse(open_job)
         self._send(open_job)
@@ -157,12 +143,12 @@ class HostTier:
 
     def submit_load(self, job: LoadJob) -> int:
         """See `Tier`."""
-        open_job = self._open(job, len(job.keys))
+        open_job = self._jobs.open(job)
         pool = self._pool
         if pool is None or self._closed or not job.keys:
             return self._refuse(open_job)
         places = pool.find(job.keys)
-        for place in self._forgotten(job.keys):
+        for place in forgotten(self._forgettings, job.keys):
             places.states[place] = 0
         self._loads.put((open_job, pool, places))
         self.touch(job.keys)
@@ -175,18 +161,14 @@ class HostTier:
                 done = self._done.get_nowait()
             except queue.Empty:
                 break
-            if isinstance(done, _Forget):
-                self._forgets.remove(done)
+            if isinstance(done, Forgetting):
+                self._forgettings.remove(done)
             elif not done.ended:
                 self._end(done)
-        now_s = self._clock.monotonic_s()
-        for job in [job for job in self._jobs.values() if job.deadline_s <= now_s]:
-            job.error = f"{self.name} took longer than {self._timeout_s:g} s"
-            self._stats.failures["slow"] += len(job.good) - sum(job.good)
+        for job in self._jobs.late():
             self._log.warning("slow", "%s: a job took longer than %g s", self.name, self._timeout_s)
             self._end(job)
-        ended, self._ended = self._ended, []
-        return ended
+        return self._jobs.take_ended()
 
     def touch(self, keys: Sequence[TierKey]) -> None:
         """See `Tier`."""
@@ -207,11 +189,11 @@ class HostTier:
     def remove(self, keys: Sequence[TierKey]) -> None:
         """See `Tier`."""
         for start in range(0, len(keys), MAX_KEYS):
-            self._forget(_Forget(frozenset(keys[start : start + MAX_KEYS]), None))
+            self._forget(Forgetting(frozenset(keys[start : start + MAX_KEYS]), None))
 
     def clear(self, tenant: bytes | None = None) -> None:
         """See `Tier`. Of the whole node's engines."""
-        self._forget(_Forget(None, tenant))
+        self._forget(Forgetting(None, tenant))
 
     def watch(self) -> list[TierKey]:
         """See `Tier`."""
@@ -236,7 +218,7 @@ class HostTier:
 
     def next_event_s(self) -> float | None:
         """See `Tier`."""
-        return min((job.deadline_s for job in self._jobs.values()), default=None)
+        return self._jobs.next_deadline_s()
 
     def close(self) -> None:
         """See `Tier`."""
@@ -252,17 +234,9 @@ class HostTier:
             done = self._done.get_nowait()
             if isinstance(done, OpenJob) and not done.ended:
                 self._end(done)
-        for job in list(self._jobs.values()):
-            job.error = f"{self.name} is closed"
+        for job in self._jobs.left():
             self._end(job)
         self._pool = None
-
-    def _open(self, job: StoreJob | LoadJob, num_keys: int) -> OpenJob:
-        self._number += 1
-        open_job = OpenJob(self._number, job, num_keys, self._clock.monotonic_s() + self._timeout_s)
-        self._jobs[self._number] = open_job
-        self._stats.job_began(job, self._clock.monotonic_s())
-        return open_job
 
     def _refuse(self, job: OpenJob) -> int:
         job.error = f"{self.name} is away" if job.good else ""
@@ -270,29 +244,18 @@ class HostTier:
         return job.number
 
     def _end(self, job: OpenJob) -> None:
-        with job.lock:
-            job.ended = True
-        del self._jobs[job.number]
-        if job.job is not None:
-            self._stats.job_ended(job.job, self._clock.monotonic_s())
+        self._jobs.end(job)
         good = sum(job.good)
         if isinstance(job.job, LoadJob):
             self._stats.loaded += good
         elif not job.error:
             self._stats.refused += len(job.good) - good
-        self._ended.append(JobResult(job.number, tuple(job.good), job.error, tuple(job.spilled)))
 
-    def _forgotten(self, keys: Sequence[TierKey]) -> list[int]:
-        """The places of keys that were removed, and that the keeper may still have."""
-        if not self._forgets:
-            return []
-        return [place for place, key in enumerate(keys) if any(forget.covers(key) for forget in self._forgets)]
+    def _forget(self, forgetting: Forgetting) -> None:
+        self._forgettings.append(forgetting)
+        self._send(forgetting)
 
-    def _forget(self, forget: _Forget) -> None:
-        self._forgets.append(forget)
-        self._send(forget)
-
-    def _send(self, errand: OpenJob | _Forget | Touch | Pin | None) -> None:
+    def _send(self, errand: OpenJob | Forgetting | Touch | Pin | None) -> None:
         self._errands.put(errand)
         # A full bell rings already.
         with contextlib.suppress(OSError):
@@ -363,12 +326,12 @@ class HostTier:
             # Nobody asked anything: it can only be the end.
             self._detach("it is gone")
 
-    def _run(self, errand: OpenJob | _Forget | Touch | Pin) -> None:
+    def _run(self, errand: OpenJob | Forgetting | Touch | Pin) -> None:
         try:
             if isinstance(errand, OpenJob):
                 if isinstance(errand.job, StoreJob):
                     self._store(errand, errand.job)
-            elif isinstance(errand, _Forget):
+            elif isinstance(errand, Forgetting):
                 if self._socket is not None:
                     self._note_forgotten(errand)
                     self._ask(Clear(errand.tenant) if errand.keys is None else Remove(list(errand.keys)))
@@ -378,7 +341,7 @@ class HostTier:
             self._detach(str(error) or type(error).__name__)
             if isinstance(errand, OpenJob):
                 errand.error = f"{self.name}: the keeper is gone"
-        if isinstance(errand, OpenJob | _Forget):
+        if isinstance(errand, OpenJob | Forgetting):
             self._done.put(errand)
             self._notify()
 
@@ -458,7 +421,7 @@ class HostTier:
         if self._changes is not None:
             self._changes.append(Change(key, found))
 
-    def _note_forgotten(self, forget: _Forget) -> None:
+    def _note_forgotten(self, forget: Forgetting) -> None:
         if self._changes is None or self._pool is None:
             return
         for key in self._pool.stored_keys() if forget.keys is None else forget.keys:

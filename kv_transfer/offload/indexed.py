@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import abc
 import enum
-import threading
 from collections.abc import Iterable, Sequence
 
 from ...core.clock import Clock
 from ...core.log import RateLimited, logger
 from .base import Change, JobResult, LoadJob, Lookup, Spilled, StoreJob, TierStats
 from .index import Evicted, TierIndex
+from .jobs import Jobs, OpenJob
 from .keys import TierKey
 
 FIRST_AWAY_S = 1.0
@@ -29,36 +29,6 @@ class Kind(enum.Enum):
     STORE = "store"
     ERASE = "erase"
     RECOVER = "recover"
-
-
-class OpenJob:
-    """A job whose result has not been told."""
-
-    def __init__(self, number: int, job: StoreJob | LoadJob | None, num_keys: int, deadline_s: float) -> None:
-        self.number = number
-        self.job = job
-        self.deadline_s = deadline_s
-        self.good = [False] * num_keys
-        self.remaining = 0
-        self.error = ""
-        self.spilled: list[Spilled] = []
-        self.held: list[tuple[int, int]] = []
-        """Position and slot of items that are done, and whose slots are released with the job's end."""
-        self.lock = threading.Lock()
-        """Held while a thread touches the caller's blocks, and while ``ended`` is set."""
-        self.ended = False
-        """Its caller has been told: nobody may touch the caller's blocks any more."""
-        self._num_unfinished = num_keys
-
-    def expect(self, num_items: int) -> None:
-        """It is made of so many items."""
-        self.remaining = self._num_unfinished = num_items
-
-    def finish_one(self) -> bool:
-        """An item has been carried out; whether it was the last. Thread-safe."""
-        with self.lock:
-            self._num_unfinished -= 1
-            return self._num_unfinished == 0
 
 
 class Item:
@@ -102,9 +72,7 @@ class IndexedTier(abc.ABC):
         self._timeout_s = timeout_s
         self._stats = TierStats()
         self._stats.num_slots = index.num_slots
-        self._jobs: dict[int, OpenJob] = {}
-        self._ended: list[JobResult] = []
-        self._number = 0
+        self._jobs = Jobs(name, clock, timeout_s, self._stats)
         self._away_until_s = 0.0
         self._away_for_s = 0.0
         self._retry_s: float | None = None
@@ -126,7 +94,7 @@ class IndexedTier(abc.ABC):
 
     def submit_store(self, job: StoreJob) -> int:
         """See `Tier`."""
-        open_job = self._open(job, len(job.keys))
+        open_job = self._jobs.open(job)
         if self.away:
             return self._refuse(open_job)
         items = []
@@ -157,7 +125,7 @@ class IndexedTier(abc.ABC):
 
     def submit_load(self, job: LoadJob) -> int:
         """See `Tier`."""
-        open_job = self._open(job, len(job.keys))
+        open_job = self._jobs.open(job)
         if self.away:
             return self._refuse(open_job)
         items = []
@@ -173,20 +141,15 @@ class IndexedTier(abc.ABC):
         """See `Tier`."""
         for item in self._finished():
             self._settle(item)
-        now_s = self._clock.monotonic_s()
-        late = [job for job in self._jobs.values() if job.deadline_s <= now_s]
+        late = self._jobs.late()
         for job in late:
-            job.error = f"{self.name} took longer than {self._timeout_s:g} s"
             self._end(job)
-        if late:
-            self._stats.failures["slow"] += sum(not good for job in late for good in job.good)
         # Loads go first: one that is late has not merely waited for its turn.
         if any(isinstance(job.job, LoadJob) for job in late):
             self._go_away("slow", f"a load took longer than {self._timeout_s:g} s")
         if self._retry_s is not None and not self._backing_off:
             self._retry_s = None
-        ended, self._ended = self._ended, []
-        return ended
+        return self._jobs.take_ended()
 
     def touch(self, keys: Sequence[TierKey]) -> None:
         """See `Tier`."""
@@ -237,18 +200,15 @@ class IndexedTier(abc.ABC):
 
     def next_event_s(self) -> float | None:
         """See `Tier`."""
-        times = [job.deadline_s for job in self._jobs.values()]
-        if self._retry_s is not None:
-            times.append(self._retry_s)
-        return min(times, default=None)
+        times = (self._jobs.next_deadline_s(), self._retry_s)
+        return min((at_s for at_s in times if at_s is not None), default=None)
 
     def close(self) -> None:
         """See `Tier`."""
         self._stop()
         for item in self._finished():
             self._settle(item)
-        for job in list(self._jobs.values()):
-            job.error = job.error or f"{self.name} is closed"
+        for job in self._jobs.left():
             self._end(job)
         self._away_until_s, self._retry_s = float("inf"), None
 
@@ -263,13 +223,6 @@ class IndexedTier(abc.ABC):
     @abc.abstractmethod
     def _stop(self) -> None:
         """Finish or drop all items, and start no more. Idempotent."""
-
-    def _open(self, job: StoreJob | LoadJob, num_keys: int) -> OpenJob:
-        self._number += 1
-        open_job = OpenJob(self._number, job, num_keys, self._clock.monotonic_s() + self._timeout_s)
-        self._jobs[self._number] = open_job
-        self._stats.job_began(job, self._clock.monotonic_s())
-        return open_job
 
     def _refuse(self, job: OpenJob) -> int:
         job.error = f"{self.name} is away"
@@ -329,14 +282,9 @@ class IndexedTier(abc.ABC):
             item.job.job.spill.give(item.place)
 
     def _end(self, job: OpenJob) -> None:
-        with job.lock:
-            job.ended = True
+        self._jobs.end(job)
         for _, slot in sorted(job.held, reverse=True):
             self._index.release(slot)
-        del self._jobs[job.number]
-        if job.job is not None:
-            self._stats.job_ended(job.job, self._clock.monotonic_s())
-        self._ended.append(JobResult(job.number, tuple(job.good), job.error, tuple(job.spilled)))
 
     def _fail(self, item: Item) -> None:
         if item.error == "dropped":

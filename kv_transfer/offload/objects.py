@@ -23,7 +23,7 @@ from .index import TierIndex
 from .keys import KEY_BYTES, TierKey
 from .policies import make_policy
 from .record import HEADER_BYTES, check, seal
-from .threaded import BadBlock, Frame, ThreadedTier
+from .threaded import BadBlock, Frames, Outcome, Record, ThreadedTier, outcome_of
 
 THREADS = 16
 _NAME = re.compile(rf"(\d+)/([0-9a-f]{{16}})-([0-9a-f]{{{2 * KEY_BYTES}}})")
@@ -109,30 +109,17 @@ class ObjectIO:
         # The object of each slot; a slot has one thread at a time.
         self._names: dict[int, str] = {}
 
-    def frame(self) -> Frame:
-        """See `BlockIO`."""
-        whole = np.zeros(HEADER_BYTES + self._block_bytes, np.uint8)
-        return Frame(whole, whole[HEADER_BYTES:])
+    def frames(self) -> Frames:
+        """See `BlockIO`. For one object: a request takes long enough."""
+        return Frames(np.zeros((1, HEADER_BYTES + self._block_bytes), np.uint8), HEADER_BYTES, self._block_bytes)
 
-    def write(self, slot: int, key: TierKey, generation: int, frame: Frame) -> None:
-        """See `BlockIO`. What the slot had goes first: the capacity holds at every moment."""
-        self._delete(slot)
-        seal(frame.whole, key, generation, self._block_bytes)
-        name = self._name(slot, key, generation)
-        # Also an object whose writing failed may be there.
-        self._names[slot] = name
-        self._try(lambda: self._client.put_object(Bucket=self._bucket, Key=name, Body=frame.whole.tobytes()))
-
-    def read(self, slot: int, key: TierKey, generation: int, frame: Frame) -> None:
+    def write(self, records: Sequence[Record], frames: Frames) -> Sequence[Outcome]:
         """See `BlockIO`."""
-        name = self._name(slot, key, generation)
-        body = self._try(lambda: self._client.get_object(Bucket=self._bucket, Key=name)["Body"].read())
-        if len(body) != len(frame.whole):
-            raise BadBlock("truncated", f"{name} has {len(body)} bytes, expected {len(frame.whole)}")
-        frame.whole[:] = np.frombuffer(body, np.uint8)
-        cause, detail = check(frame.whole, key, generation, self._block_bytes)
-        if cause:
-            raise BadBlock(cause, f"{name}: {detail}")
+        return [outcome_of(self._write, records[0], frames.whole[0])]
+
+    def read(self, records: Sequence[Record], frames: Frames) -> Sequence[Outcome]:
+        """See `BlockIO`."""
+        return [outcome_of(self._read, records[0], frames.whole[0])]
 
     def erase(self, slot: int, key: TierKey) -> None:
         """See `BlockIO`."""
@@ -164,6 +151,25 @@ class ObjectIO:
     def close(self) -> None:
         """See `BlockIO`."""
         self._client.close()
+
+    def _write(self, record: Record, whole: np.ndarray) -> None:
+        """What the slot had goes first: the capacity holds at every moment."""
+        self._delete(record.slot)
+        seal(whole, record.key, record.generation, self._block_bytes)
+        name = self._name(*record)
+        # Also an object whose writing failed may be there.
+        self._names[record.slot] = name
+        self._try(lambda: self._client.put_object(Bucket=self._bucket, Key=name, Body=whole.tobytes()))
+
+    def _read(self, record: Record, whole: np.ndarray) -> None:
+        name = self._name(*record)
+        body = self._try(lambda: self._client.get_object(Bucket=self._bucket, Key=name)["Body"].read())
+        if len(body) != len(whole):
+            raise BadBlock("truncated", f"{name} has {len(body)} bytes, expected {len(whole)}")
+        whole[:] = np.frombuffer(body, np.uint8)
+        cause, detail = check(whole, record.key, record.generation, self._block_bytes)
+        if cause:
+            raise BadBlock(cause, f"{name}: {detail}")
 
     def _name(self, slot: int, key: TierKey, generation: int) -> str:
         return f"{self._prefix}/{slot}/{generation:016x}-{key.hex()}"

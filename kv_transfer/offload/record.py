@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
@@ -22,7 +23,7 @@ except ImportError:
     xxhash = None  # type: ignore[assignment]
 
 HEADER_BYTES = 128
-_MAGIC = b"tandemKV"
+MAGIC = b"tandemKV"
 _FIELDS = struct.Struct("<8s32sQQQ")
 _CHECK = struct.Struct("<Q")
 
@@ -36,6 +37,11 @@ class Header(NamedTuple):
     checksum: int
 
 
+def digest_library() -> ModuleType | None:
+    """Whose XXH3 checksums are; None: there is none, and they are BLAKE2b."""
+    return xxhash
+
+
 def seal(record: np.ndarray, key: TierKey, generation: int, num_bytes: int) -> None:
     """Write the header of a record whose payload is in place.
 
@@ -46,7 +52,7 @@ def seal(record: np.ndarray, key: TierKey, generation: int, num_bytes: int) -> N
         num_bytes: of the payload.
     """
     payload = record[HEADER_BYTES : HEADER_BYTES + num_bytes]
-    fields = _FIELDS.pack(_MAGIC, key, generation, num_bytes, _digest(payload.data))
+    fields = _FIELDS.pack(MAGIC, key, generation, num_bytes, _digest(payload.data))
     fields += _CHECK.pack(_digest(fields))
     record[:HEADER_BYTES] = np.frombuffer(fields.ljust(HEADER_BYTES, b"\0"), np.uint8)
 
@@ -54,7 +60,7 @@ def seal(record: np.ndarray, key: TierKey, generation: int, num_bytes: int) -> N
 def read_header(record: bytes | np.ndarray) -> Header | None:
     """The header at the beginning of a record, or None: there is none that is whole."""
     head = bytes(record[: _FIELDS.size + _CHECK.size])
-    if len(head) < _FIELDS.size + _CHECK.size or not head.startswith(_MAGIC):
+    if len(head) < _FIELDS.size + _CHECK.size or not head.startswith(MAGIC):
         return None
     fields = head[: _FIELDS.size]
     if _CHECK.unpack_from(head, _FIELDS.size)[0] != _digest(fields):

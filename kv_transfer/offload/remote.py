@@ -12,10 +12,11 @@ from collections.abc import Sequence
 
 from ...core.clock import Clock
 from .base import Change, JobResult, LoadJob, Lookup, Notify, StoreJob, TierStats
-from .indexed import OpenJob
-from .keys import TierKey, tenant_of
+from .forgetting import Forgetting, forgotten
+from .jobs import Jobs, OpenJob
+from .keys import TierKey
 from .network import Network
-from .remote_reader import Forgetting, RemoteReader
+from .remote_reader import RemoteReader
 from .remote_wire import MAX_KEYS
 from .replica import look_up
 
@@ -38,13 +39,9 @@ class RemoteTier:
         self, network: Network, block_bytes: int, clock: Clock, timeout_s: float, notify: Notify, name: str = "remote"
     ) -> None:
         self.name = name
-        self._clock = clock
-        self._timeout_s = timeout_s
         self._notify = notify
         self._stats = TierStats()
-        self._jobs: dict[int, OpenJob] = {}
-        self._ended: list[JobResult] = []
-        self._number = 0
+        self._jobs = Jobs(name, clock, timeout_s, self._stats)
         self._forgettings: list[Forgetting] = []
         self._closed = False
         self._done: queue.SimpleQueue[OpenJob | Forgetting] = queue.SimpleQueue()
@@ -58,21 +55,19 @@ class RemoteTier:
     def lookup(self, keys: Sequence[TierKey]) -> list[Lookup]:
         """See `Tier`."""
         answers = look_up(keys, () if self._closed else self._reader.replicas)
-        for forgetting in self._forgettings:
-            for place, key in enumerate(keys):
-                if _covers(forgetting, key):
-                    answers[place] = Lookup.MISS
+        for place in forgotten(self._forgettings, keys):
+            answers[place] = Lookup.MISS
         return answers
 
     def submit_store(self, job: StoreJob) -> int:
         """See `Tier`. It has no room for anything."""
-        open_job = self._open(job, len(job.keys))
+        open_job = self._jobs.open(job)
         self._end(open_job)
         return open_job.number
 
     def submit_load(self, job: LoadJob) -> int:
         """See `Tier`."""
-        open_job = self._open(job, len(job.keys))
+        open_job = self._jobs.open(job)
         if self._closed or Lookup.HIT not in self.lookup(job.keys):
             self._end(open_job)
         else:
@@ -82,13 +77,9 @@ class RemoteTier:
     def poll(self) -> list[JobResult]:
         """See `Tier`."""
         self._take_done()
-        now_s = self._clock.monotonic_s()
-        for job in [job for job in self._jobs.values() if job.deadline_s <= now_s]:
-            job.error = f"{self.name} took longer than {self._timeout_s:g} s"
-            self._stats.failures["slow"] += len(job.good) - sum(job.good)
+        for job in self._jobs.late():
             self._end(job)
-        ended, self._ended = self._ended, []
-        return ended
+        return self._jobs.take_ended()
 
     def touch(self, keys: Sequence[TierKey]) -> None:
         """See `Tier`. What is used here is kept here."""
@@ -126,7 +117,7 @@ class RemoteTier:
 
     def next_event_s(self) -> float | None:
         """See `Tier`."""
-        return min((job.deadline_s for job in self._jobs.values()), default=None)
+        return self._jobs.next_deadline_s()
 
     def close(self) -> None:
         """See `Tier`."""
@@ -135,26 +126,13 @@ class RemoteTier:
         self._closed = True
         self._reader.close()
         self._take_done()
-        for job in list(self._jobs.values()):
-            job.error = f"{self.name} is closed"
+        for job in self._jobs.left():
             self._end(job)
 
-    def _open(self, job: StoreJob | LoadJob, num_keys: int) -> OpenJob:
-        self._number += 1
-        open_job = OpenJob(self._number, job, num_keys, self._clock.monotonic_s() + self._timeout_s)
-        self._jobs[self._number] = open_job
-        self._stats.job_began(job, self._clock.monotonic_s())
-        return open_job
-
     def _end(self, job: OpenJob) -> None:
-        with job.lock:
-            job.ended = True
-        del self._jobs[job.number]
-        if job.job is not None:
-            self._stats.job_ended(job.job, self._clock.monotonic_s())
+        self._jobs.end(job)
         if isinstance(job.job, LoadJob):
             self._stats.loaded += sum(job.good)
-        self._ended.append(JobResult(job.number, tuple(job.good), job.error))
 
     def _take_done(self) -> None:
         while not self._done.empty():
@@ -172,9 +150,3 @@ class RemoteTier:
     def _put_done(self, done: OpenJob | Forgetting) -> None:
         self._done.put(done)
         self._notify()
-
-
-def _covers(forgetting: Forgetting, key: TierKey) -> bool:
-    if forgetting.keys is not None:
-        return key in forgetting.keys
-    return forgetting.tenant is None or tenant_of(key) == forgetting.tenant

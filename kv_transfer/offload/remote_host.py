@@ -16,7 +16,7 @@ from ...core.errors import TransferError
 from ...core.wire import SecureContext
 from ..transports import PREFERENCE, Transport
 from ..transports.pieces import integers
-from .indexed import OpenJob
+from .jobs import OpenJob
 from .keys import TierKey
 from .remote_wire import Answer, Ask, News, Question, answers, encode
 from .replica import Changes, IndexReplica

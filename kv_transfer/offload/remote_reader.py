@@ -26,8 +26,8 @@ from ..memory import Buffer
 from ..transports import Read, Region, TransferResult, Transport
 from ..transports.pieces import octets
 from .base import LoadJob, TierStats
-from .indexed import OpenJob
-from .keys import TierKey
+from .forgetting import Forgetting
+from .jobs import OpenJob
 from .network import Network, open_transports
 from .pool import unchanged
 from .remote_host import Batch, RemoteHost
@@ -42,14 +42,6 @@ _TICK_MS = 100
 _IDLE_MS = 1000
 _WARN_PERIOD_S = 300.0
 _MAX_MESSAGES_AT_ONCE = 256
-
-
-class Forgetting:
-    """Keys that are not to be found, although other nodes may not know yet."""
-
-    def __init__(self, keys: frozenset[TierKey] | None, tenant: bytes | None) -> None:
-        self.keys = keys
-        self.tenant = tenant
 
 
 class RemoteReader:

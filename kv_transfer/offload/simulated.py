@@ -74,9 +74,9 @@ class SimulatedTier(IndexedTier):
         """See `Tier`."""
         # What waits for a lane arrives after what is in it, and `_go_on` starts it as of when the lane was free.
         times = [self._under_way[0][0]] if self._under_way else []
-        if self._jobs and self._timeout_s != math.inf:
-            # All jobs have as long: the oldest is the first to be late.
-            times.append(next(iter(self._jobs.values())).deadline_s)
+        deadline_s = self._jobs.next_deadline_s()
+        if deadline_s is not None and deadline_s != math.inf:
+            times.append(deadline_s)
         if self._retry_s is not None:
             times.append(self._retry_s)
         return min(times, default=None)

@@ -1,7 +1,10 @@
-"""A tier that does its I/O on a few threads, each with a buffer of its own.
+"""A tier that does its I/O on a few threads, each with buffers of its own.
 
 All bytes go through the buffers. So a caller's blocks are touched only while its job is open, under a lock, never by a
 read or a write that hangs in the system: a job can end in time although its I/O does not.
+
+A thread takes as many slots of a job at a time as its buffers have room for: Python's part is then of a batch, not of a
+block.
 """
 
 from __future__ import annotations
@@ -11,18 +14,20 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from ...core.clock import Clock
-from .base import JobResult, LoadJob, Notify, StoreJob
+from .base import BlockMemory, JobResult, LoadJob, Notify, SomeRows, StoreJob
 from .index import TierIndex
-from .indexed import IndexedTier, Item, Kind, OpenJob
+from .indexed import IndexedTier, Item, Kind
+from .jobs import OpenJob
 from .keys import TierKey
 
 _STOP_S = 10.0
+_BATCHED = (Kind.LOAD, Kind.STORE)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -34,36 +39,71 @@ class Lost(OSError):
     """The place where the blocks were is gone, with all of them."""
 
 
-class Frame(NamedTuple):
-    """A thread's memory for one block and what is written with it."""
+class Frames:
+    """A thread's memory for some blocks and what is written with them.
 
-    whole: np.ndarray
-    """[n] uint8."""
-    payload: np.ndarray
-    """[block_bytes] uint8, a part of ``whole``."""
+    Args:
+        whole: [blocks, n] uint8.
+        first: where in a row a block's payload begins.
+        block_bytes: of a payload.
+    """
+
+    def __init__(self, whole: np.ndarray, first: int, block_bytes: int) -> None:
+        self.whole = whole
+        self._payloads = whole[:, first : first + block_bytes]
+        self._rows = np.arange(len(whole))
+
+    def __len__(self) -> int:
+        return len(self.whole)
+
+    def payloads(self, places: Sequence[int] | range) -> SomeRows:
+        """Some blocks' payloads: [block_bytes] uint8 each, parts of ``whole``."""
+        if isinstance(places, range):
+            return SomeRows(self._payloads, self._rows[places.start : places.stop])
+        return SomeRows(self._payloads, self._rows[places])
+
+
+class Record(NamedTuple):
+    """What a slot holds, or is to hold."""
+
+    slot: int
+    key: TierKey
+    generation: int
+
+
+Outcome = BadBlock | OSError | None
+"""Why a block was not read or written; None: it was."""
+
+
+def outcome_of(move: Callable[[Record, np.ndarray], None], record: Record, whole: np.ndarray) -> Outcome:
+    """How it went to read or write one record, of what raises where it went wrong."""
+    try:
+        move(record, whole)
+    except (BadBlock, OSError) as error:
+        return error
+    return None
 
 
 class BlockIO(Protocol):
     """Reads and writes slots. Called by several threads at a time, never two for one slot."""
 
-    def frame(self) -> Frame:
-        """Memory for one thread, which gives it to `write` and `read`."""
+    def frames(self) -> Frames:
+        """Memory for one thread, which gives it to `write` and `read`: for as many blocks as it takes at a time."""
         ...
 
-    def write(self, slot: int, key: TierKey, generation: int, frame: Frame) -> None:
-        """Write a block. Blocks.
+    def write(self, records: Sequence[Record], frames: Frames) -> Sequence[Outcome]:
+        """Write blocks, the first from the first frame, and so on. Blocks.
 
-        Raises:
-            OSError: it could not.
+        Returns:
+            how it went with the first, and with as many more of them as were tried.
         """
         ...
 
-    def read(self, slot: int, key: TierKey, generation: int, frame: Frame) -> None:
-        """Read a block, and check it. Blocks.
+    def read(self, records: Sequence[Record], frames: Frames) -> Sequence[Outcome]:
+        """Read blocks, each into a frame, and check them. Blocks.
 
-        Raises:
-            BadBlock: it is not there any more, or not whole.
-            OSError: it could not be read.
+        Returns:
+            as of `write`; a `BadBlock` where it is not there any more, or not whole.
         """
         ...
 
@@ -123,12 +163,16 @@ class ThreadedTier(IndexedTier):
         self._ready = False
         self._stats.away = "starting"
         self._recovering = False
-        # Loads first: somebody waits for them. For each item there is a turn, and as many as threads at the end.
+        # Loads first: somebody waits for them. Threads take items one after the other.
         self._loads: deque[Item] = deque()
         self._others: deque[Item] = deque()
+        self._taking = threading.Lock()
+        # Threads that are idle wait for turns. One says that it is before it looks for items, and is told after there
+        # are some: so none is missed, and a turn too many makes one look in vain.
+        self._idle = [False] * num_threads
         self._turns: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._stopping = False
-        self._done: queue.SimpleQueue[Item | _Found] = queue.SimpleQueue()
+        self._done: queue.SimpleQueue[Sequence[Item] | _Found] = queue.SimpleQueue()
         self._since_s: list[float | None] = [None] * num_threads
         self._threads = [
             threading.Thread(target=self._run, args=(number,), name=f"{name}-{number}", daemon=True)
@@ -161,6 +205,7 @@ class ThreadedTier(IndexedTier):
     def _start(self, items: Sequence[Item]) -> None:
         for item in items:
             (self._loads if item.kind is Kind.LOAD else self._others).append(item)
+        for _ in range(min(sum(self._idle), len(items))):
             self._turns.put(None)
 
     def _finished(self) -> Iterable[Item]:
@@ -170,8 +215,8 @@ class ThreadedTier(IndexedTier):
                 done = self._done.get_nowait()
             except queue.Empty:
                 return items
-            if isinstance(done, Item):
-                items.append(done)
+            if not isinstance(done, _Found):
+                items.extend(done)
                 continue
             self._recovering = False
             if done.error:
@@ -201,19 +246,23 @@ class ThreadedTier(IndexedTier):
     # ---- on the threads ---------------------------------------------------------------------------------------------
 
     def _run(self, number: int) -> None:
-        frame = self._io.frame()
-        while (item := self._next()) is not None:
-            self._since_s[number] = self._clock.monotonic_s()
-            if item.kind is Kind.RECOVER:
-                self._since_s[number] = None
+        frames = self._io.frames()
+        while items := self._next(number, len(frames)):
+            if items[0].kind is Kind.RECOVER:
                 self._done.put(self._find())
                 self._notify()
-            else:
-                self._carry_out(item, frame)
-                self._done.put(item)
-                # The owner has nothing to tell before: one that is woken for every block does little else.
-                if item.job.finish_one():
-                    self._notify()
+                continue
+            self._since_s[number] = self._clock.monotonic_s()
+            done = self._carry_out(items, frames)
+            if len(done) < len(items):
+                # Before the others of the job. This thread looks again itself.
+                with self._taking:
+                    queue_ = self._loads if items[0].kind is Kind.LOAD else self._others
+                    queue_.extendleft(reversed(items[len(done) :]))
+            self._done.put(done)
+            # The owner has nothing to tell before: one that is woken for every block does little else.
+            if items[0].job.finish(len(done)):
+                self._notify()
             self._since_s[number] = None
 
     def _find(self) -> _Found:
@@ -222,68 +271,120 @@ class ThreadedTier(IndexedTier):
         except OSError as error:
             return _Found([], str(error))
 
-    def _next(self) -> Item | None:
-        self._turns.get()
+    def _next(self, number: int, most: int) -> Sequence[Item]:
+        """Items of one kind and job, or, when the tier stops, none. Waits."""
         while True:
+            self._idle[number] = True
+            items = self._take(most)
+            if items and not self._stopping:
+                self._idle[number] = False
+                return items
+            if items and items[0].kind is not Kind.RECOVER:
+                _drop(items)
+                self._done.put(items)
+            elif self._stopping and not items:
+                return ()
+            elif not items:
+                self._turns.get()
+
+    def _take(self, most: int) -> list[Item]:
+        """What is next: of one kind and job, if it can be done together."""
+        items: list[Item] = []
+        with self._taking:
+            queue_ = self._loads or self._others
+            while queue_ and len(items) < most:
+                if items and not (
+                    queue_[0].job is items[0].job and queue_[0].kind is items[0].kind and queue_[0].kind in _BATCHED
+                ):
+                    break
+                items.append(queue_.popleft())
+        return items
+
+    def _carry_out(self, items: Sequence[Item], frames: Frames) -> Sequence[Item]:
+        """Do as many of them as there is time for, and tell in each how it went; returns those."""
+        kind, job = items[0].kind, items[0].job
+        if kind is Kind.ERASE:
+            [item] = items
             try:
-                item = (self._loads or self._others).popleft()
-            except IndexError:  # another thread took it, or it is the end
-                if self._loads or self._others:
-                    continue
-                return None
-            if not self._stopping:
-                return item
-            item.error = "dropped"
-            if item.kind is not Kind.RECOVER:
-                self._done.put(item)
-
-    def _carry_out(self, item: Item, frame: Frame) -> None:
-        try:
-            if item.kind is Kind.ERASE:
                 self._io.erase(item.slot, item.key)
-            elif item.job.ended:
-                item.error = "dropped"
-            elif item.kind is Kind.LOAD:
-                self._load(item, frame)
-            else:
-                self._store(item, frame)
-        except BadBlock as bad:
-            item.error, item.detail = bad.args
-            item.harmless = True
-        except Lost as lost:
-            item.error, item.detail = "lost", str(lost)
-        except OSError as error:
-            item.error = "full" if error.errno in _FULL else "io"
-            item.detail = str(error)
-
-    def _load(self, item: Item, frame: Frame) -> None:
-        job = item.job.job
-        self._io.read(item.slot, item.key, item.generation, frame)
-        with item.job.lock:
-            if item.job.ended:
-                item.error = "dropped"
-            elif isinstance(job, LoadJob) and job.memory is not None:
-                job.memory.write([job.blocks[item.position]], [frame.payload])
-
-    def _store(self, item: Item, frame: Frame) -> None:
-        job = item.job.job
-        if not isinstance(job, StoreJob) or job.memory is None:
-            return
-        self._save(item, job, frame)
-        with item.job.lock:
-            if item.job.ended:
-                item.error = "dropped"
-                return
-            job.memory.read([job.blocks[item.position]], [frame.payload])
-        self._io.write(item.slot, item.key, item.generation, frame)
-
-    def _save(self, item: Item, job: StoreJob, frame: Frame) -> None:
-        """Bring what was evicted to its place in the spill; what cannot be read is lost, and nothing else."""
-        if item.evicted is None or item.place is None or job.spill is None or job.spill.memory is None:
-            return
+            except OSError as error:
+                _note(item, error)
+            return items
+        if job.ended:
+            _drop(items)
+            return items
         try:
-            self._io.read(item.slot, item.evicted.key, item.evicted.generation, frame)
-        except BadBlock:
+            if isinstance(job.job, LoadJob):
+                return self._load(items, job.job, frames)
+            if isinstance(job.job, StoreJob) and job.job.memory is not None:
+                return self._store(items, job.job, job.job.memory, frames)
+        except OSError as error:
+            for item in items:
+                _note(item, error)
+        return items
+
+    def _load(self, items: Sequence[Item], load: LoadJob, frames: Frames) -> Sequence[Item]:
+        items = self._transfer(self._io.read, items, frames)
+        good = [place for place, item in enumerate(items) if not item.error]
+        job = items[0].job
+        with job.lock:
+            if job.ended:
+                _drop(items)
+            elif good and load.memory is not None:
+                load.memory.write([load.blocks[items[place].position] for place in good], frames.payloads(good))
+        return items
+
+    def _store(self, items: Sequence[Item], store: StoreJob, memory: BlockMemory, frames: Frames) -> Sequence[Item]:
+        self._save([item for item in items if item.place is not None and not item.saved], store, frames)
+        job = items[0].job
+        with job.lock:
+            if job.ended:
+                _drop(items)
+                return items
+            memory.read([store.blocks[item.position] for item in items], frames.payloads(range(len(items))))
+        return self._transfer(self._io.write, items, frames)
+
+    def _save(self, items: Sequence[Item], store: StoreJob, frames: Frames) -> None:
+        """Bring what was evicted to its place in the spill; what cannot be read is lost, and nothing else."""
+        if store.spill is None or store.spill.memory is None:
             return
-        job.spill.memory.write([item.place], [frame.payload])
-        item.saved = True
+        while items:
+            records = [Record(item.slot, *item.evicted) for item in items if item.evicted is not None]
+            outcomes = self._io.read(records, frames)
+            for outcome in outcomes:
+                if isinstance(outcome, OSError):
+                    raise outcome
+            good = [place for place, outcome in enumerate(outcomes) if outcome is None]
+            if good:
+                places = [place for n in good if (place := items[n].place) is not None]
+                store.spill.memory.write(places, frames.payloads(good))
+            for n in good:
+                items[n].saved = True
+            items = items[len(outcomes) :]
+
+    def _transfer(
+        self, move: Callable[[Sequence[Record], Frames], Sequence[Outcome]], items: Sequence[Item], frames: Frames
+    ) -> Sequence[Item]:
+        outcomes = move([Record(item.slot, item.key, item.generation) for item in items], frames)
+        for item, outcome in zip(items, outcomes, strict=False):
+            if outcome is not None:
+                _note(item, outcome)
+        return items[: len(outcomes)]
+
+
+def _drop(items: Sequence[Item]) -> None:
+    """Nobody wants these any more."""
+    for item in items:
+        item.error = "dropped"
+
+
+def _note(item: Item, outcome: BadBlock | OSError) -> None:
+    """What went wrong with an item."""
+    if isinstance(outcome, BadBlock):
+        item.error, item.detail = outcome.args
+        item.harmless = True
+    elif isinstance(outcome, Lost):
+        item.error, item.detail = "lost", str(outcome)
+    else:
+        item.error = "full" if outcome.errno in _FULL else "io"
+        item.detail = str(outcome)

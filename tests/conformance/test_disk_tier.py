@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,14 +19,13 @@ import pytest
 from support.tiers import BLOCK_BYTES, Engine, content_of, keys_of, ready
 from tandem.core.clock import SystemClock
 from tandem.core.errors import ConfigError
-from tandem.kv_transfer.offload import record, threaded
+from tandem.kv_transfer.offload import record, slot_moves, threaded
 from tandem.kv_transfer.offload.base import HostBlocks, LoadJob, Lookup, Tier
 from tandem.kv_transfer.offload.disk import PAGE_BYTES, SlotFile, open_disk, slot_bytes
 from tandem.kv_transfer.offload.index import TierIndex
-from tandem.kv_transfer.offload.keys import TierKey
 from tandem.kv_transfer.offload.policies import make_policy
 from tandem.kv_transfer.offload.record import HEADER_BYTES
-from tandem.kv_transfer.offload.threaded import Frame, ThreadedTier
+from tandem.kv_transfer.offload.threaded import Frames, Outcome, Record, ThreadedTier
 
 SLOTS = 16
 CAPACITY = PAGE_BYTES + SLOTS * slot_bytes(BLOCK_BYTES)
@@ -115,8 +114,11 @@ sys.path.insert(0, sys.argv[2])
 from pathlib import Path
 from support.tiers import BLOCK_BYTES, Engine, keys_of
 from tandem.core.clock import SystemClock
-from tandem.kv_transfer.offload import record
+from tandem.kv_transfer.offload import slot_moves
 from tandem.kv_transfer.offload.disk import open_disk
+# What is compiled is loaded once, not in each child.
+slot_moves.prepare()
+Engine(None, threading.Event())
 for line in sys.stdin:
     child = os.fork()
     if child == 0:
@@ -272,13 +274,14 @@ class SluggishFile(SlotFile):
         self.gate = threading.Event()
         self.gate.set()
 
-    def read(self, slot: int, key: TierKey, generation: int, frame: Frame) -> None:
+    def read(self, records: Sequence[Record], frames: Frames) -> Sequence[Outcome]:
         self.gate.wait(30)
-        super().read(slot, key, generation, frame)
+        return super().read(records, frames)
 
-    def write(self, slot: int, key: TierKey, generation: int, frame: Frame) -> None:
+    def write(self, records: Sequence[Record], frames: Frames) -> Sequence[Outcome]:
+        """One after the other, as a disk does that is busy."""
         time.sleep(self.write_s)
-        super().write(slot, key, generation, frame)
+        return super().write(records[:1] if self.write_s else records, frames)
 
 
 def test_a_slow_disk(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -418,6 +421,37 @@ def test_without_the_library_for_checksums(kit: Kit, monkeypatch: pytest.MonkeyP
     assert engine.tier.lookup(keys_of(1)) == [Lookup.MISS]
     engine.store(keys_of(2))
     assert engine.load(keys_of(2)).good == (True,)
+
+
+def test_without_asynchronous_io(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the kernel refuses io_setup(2), blocks go one by one, and mean the same."""
+    keys = keys_of(*range(SLOTS))
+    engine = kit.open()
+    engine.store(keys)
+    engine.tier.close()
+    with monkeypatch.context() as refusing:
+        refusing.setitem(slot_moves._CALLS, "io_setup", 100_000)
+        engine = kit.open()
+        assert engine.load(keys).good == (True,) * SLOTS
+        others = keys_of(*range(SLOTS, 2 * SLOTS))
+        assert engine.store(others).good == (True,) * SLOTS
+        engine.tier.close()
+    engine = kit.open()
+    assert engine.load(others).good == (True,) * SLOTS
+
+
+def test_one_bad_block_of_a_batch(kit: Kit) -> None:
+    """Those that were read with it are good."""
+    engine = kit.open()
+    keys = keys_of(*range(SLOTS))
+    engine.store(keys)
+    slots = slots_on_disk(kit.folder)
+    slots[3, 8] ^= 1
+    slots[7] = slots[6]
+    slots.flush()
+    good = engine.load(keys).good
+    assert sum(good) == SLOTS - 2
+    assert engine.tier.stats().failures == {"torn": 1, "replaced": 1}
 
 
 def test_loads_go_before_stores(tmp_path: Path) -> None:

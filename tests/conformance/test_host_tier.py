@@ -136,6 +136,7 @@ from support.tiers import BLOCK_BYTES, Engine, keys_of, ready
 from tandem.core.clock import SystemClock
 from tandem.kv_transfer.offload.host import HostTier
 keys = keys_of(*range(40))
+Engine(None, threading.Event())  # what is compiled for it is loaded once, not in each child
 for line in sys.stdin:
     child = os.fork()
     if child == 0:
@@ -201,7 +202,7 @@ def test_a_keeper_that_is_killed(kit: Kit, caplog: pytest.LogCaptureFixture) -> 
         ready(engine.tier)
         ready(other.tier)
         # What was to be forgotten meanwhile is forgotten before anything new is stored.
-        until(lambda: not other.tier.poll() and not other.tier._forgets)
+        until(lambda: not other.tier.poll() and not other.tier.num_forgetting)
     assert len([record for record in caplog.records if record.levelno >= logging.WARNING]) == 2
     assert engine.tier.lookup(keys) == [Lookup.MISS] * 4
     assert engine.store(keys).good == (True,) * 4

@@ -183,8 +183,8 @@ def test_a_load(folder: Path, golden: dict[tuple[int, int], list[int]], pools: s
     assert 0 < busy <= 12
     if how == "removed":
         slow.tiers[node.peer]._content = {slot: content * 0 for slot, content in slow.tiers[node.peer]._content.items()}
-        slow.tiers[node.peer]._timeout_s = 0
-        for job in slow.tiers[node.peer]._jobs.values():
+        slow.tiers[node.peer]._jobs._timeout_s = 0
+        for job in slow.tiers[node.peer]._jobs._open.values():
             job.deadline_s = 0.0
     if how == "abort":
         pair.abort(ticket)
