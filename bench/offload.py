@@ -213,6 +213,7 @@ def measure_disk(folder: Path, capacity_bytes: int, block_bytes: int, seconds: f
                 tier.clear()
                 while tier.stats().num_used:
                     tier.poll()
+                    time.sleep(0.01)  # threads that erase need the GIL
                 # Writing past the tier has left it nothing.
                 _run(tier, "store", keys, memory, news, 0.0, len(keys))
             shares = [one / other for one, other in zip(ours, bare, strict=True)]

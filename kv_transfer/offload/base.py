@@ -85,9 +85,6 @@ def addresses_of(arrays: Sequence[np.ndarray]) -> np.ndarray:
     return np.array([array.ctypes.data for array in arrays], np.int64)
 
 
-_SMALL_BYTES = 128 << 10
-
-
 class HostBlocks:
     """Blocks that lie one after the other in host memory.
 
@@ -103,8 +100,7 @@ class HostBlocks:
         # Imported here: a keeper has no blocks of its own, and does without compiled code.
         from ...kernels import copy_blocks
 
-        # Large blocks take longer than a way through Python, and threads that copy them one by one take turns.
-        self._copy = copy_blocks.native if block_bytes <= _SMALL_BYTES else copy_blocks.reference
+        self._copy = copy_blocks.native
         # What is compiled for copies is compiled now, not when the first block is wanted.
         self._copy(self._addresses([]), self._addresses([]), block_bytes)
 
