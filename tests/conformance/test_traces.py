@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import pytest
 from support.collector import Collector, Received
-from support.gateway import wait_for
 from support.processes import Processes
 
 CLIENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
@@ -123,20 +121,21 @@ def test_several_outputs_have_a_span_each(traced: Traced) -> None:
 
 def test_a_request_that_outlives_its_worker_shows_both(traced: Traced) -> None:
     processes = traced.processes
-    answers = []
-    thread = threading.Thread(target=lambda: answers.append(processes.complete(**body(max_tokens=3000))))
-    thread.start()
-    steps = wait_for(lambda: [w for w in ("decode-0", "decode-1") if _running(processes, w)], 30, "the request to run")
-    processes.kill(steps[0])
-    thread.join(60)
-    spans = traced.collector.trace(answers[0]["id"], whole)
+    with processes.client.stream("POST", "/v1/completions", json=body(max_tokens=3000, stream=True)) as stream:
+        request_id, lines = stream.headers["x-request-id"], stream.iter_lines()
+        next(lines)
+        stages = processes.client.get(f"/debug/requests/{request_id}").json()["stages"]
+        [sent] = [stage["detail"] for stage in stages if stage["stage"] == "gateway.sent"]
+        victim = sent.removeprefix("to ").partition("#")[0]
+        processes.kill(victim)
+        assert "data: [DONE]" in list(lines)
+    spans = traced.collector.trace(request_id, whole)
     root = named(spans, "text_completion tandem-demo")
     assert root.events.count("gateway.replay") == 1
     assert root.events.count("gateway.sent") == 2
     decode = named(spans, "decode")
     assert decode.parent_id == root.span_id
-    assert not decode.process.startswith(steps[0])
-    assert len(answers[0]["choices"]) == 1
+    assert not decode.process.startswith(victim)
 
 
 def test_without_a_collector_requests_are_served_and_spans_counted_as_lost(traced: Traced) -> None:
@@ -150,7 +149,3 @@ def test_without_a_collector_requests_are_served_and_spans_counted_as_lost(trace
 
 def _count(spans: list[Received], name: str) -> int:
     return sum(span.name == name for span in spans)
-
-
-def _running(processes: Processes, worker: str) -> bool:
-    return processes.metric("tandem_sequences_running", worker=worker) > 0

@@ -31,6 +31,9 @@ def wait_for(condition: Callable[[], Any], timeout_s: float, what: str) -> Any:
         time.sleep(0.05)
 
 
+_SILENT = re.compile(r'^tandem_worker_up\{worker="([^"]*)"\} 0', re.MULTILINE)
+
+
 class Gateway:
     """The gateway that listens on a port of this host."""
 
@@ -38,6 +41,8 @@ class Gateway:
         self.port = port
         self.url = f"http://{host}:{port}"
         self.client = httpx.Client(base_url=self.url, timeout=60, trust_env=False)
+        self._silent: set[str] = set()
+        """Workers that did not give their metrics when they were last asked."""
 
     def complete(self, **body: Any) -> dict[str, Any]:
         """POST /v1/completions; must succeed."""
@@ -57,11 +62,13 @@ class Gateway:
         return total
 
     def _metrics(self) -> str:
-        """All workers' metrics, but of those who do not answer, as they stand still."""
-        for _ in range(3):
+        """All workers' metrics, but of those who stand still: who was merely too busy to answer within a gateway's second
+        is asked again, once in a row."""
+        text = self.client.get("/metrics").text
+        silent = set(_SILENT.findall(text))
+        if silent - self._silent:
             text = self.client.get("/metrics").text
-            if not re.search(r"^tandem_worker_up\{.*\} 0", text, re.MULTILINE):
-                break  # nobody was merely too busy to answer within a gateway's second
+        self._silent = silent
         return text
 
     def stages(self, request_id: str) -> list[str]:
