@@ -92,7 +92,7 @@ class Sources:
 
     def prefills(self) -> list[PeerId]:
         """The prefill workers that can be asked for prompts."""
-        return [peer for peer in self._connector.peers() if peer not in self._ending | self._leaving]
+        return [peer for peer in self._connector.peers() if peer not in self._ending and peer not in self._leaving]
 
     def holds(self, peer: PeerId) -> bool:
         """Whether a peer has KV of what ran on it, and nothing to compute."""
