@@ -163,11 +163,25 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, plan: Gemv | Tile, 
         num_stages=max(1, min(plan.stages, room)), **follows(x.device),
     )  # fmt: skip
     if splits > 1:
-        _sum_kernel[(blocks, tokens)](
-            target, biased[1], out, tokens, outputs, splits, biased[0], gated, next_power_of_2(splits), rows,
-            num_warps=1, **follows(x.device),
-        )  # fmt: skip
+        sum_splits(target, bias, out, rows, gated)
     return out
+
+
+def sum_splits(parts: Tensor, bias: Tensor | None, out: Tensor, rows: int, gated: bool = False) -> None:
+    """Add what programs have made that shared the columns of a weight, always in the same order.
+
+    Args:
+        parts: [splits, tokens, outputs, or twice as many if ``gated``, up to a multiple of ``rows``] float32.
+        bias: of all outputs, or None.
+        out: [tokens, outputs], which is written.
+        rows: of the weight, of a program; a power of two.
+        gated: as in `multiply`.
+    """
+    splits, tokens, width = parts.shape
+    _sum_kernel[(width // rows, tokens)](
+        parts, out if bias is None else bias, out, tokens, out.shape[1], splits, bias is not None, gated,
+        next_power_of_2(splits), rows, num_warps=1, **follows(out.device),
+    )  # fmt: skip
 
 
 @kernel

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tandem.kernels import activation, decode_inputs, moe, on_gpu, rms_norm, rotary
+from tandem.kernels import activation, decode_inputs, host_copy, moe, on_gpu, rms_norm, rotary
 
 pytestmark = pytest.mark.skipif(not on_gpu.AVAILABLE, reason="Triton is not installed")
 
@@ -39,6 +39,16 @@ def test_rms_norm(rng: torch.Generator, tokens: int, hidden: int, dtype: torch.d
         got = rms_norm.fused(x.clone(), None if before is None else before.clone(), weight, 1e-5)
         close(got[0], want[0])
         close(got[1], want[1])
+
+
+@pytest.mark.parametrize("count", [0, 1, 1024, 2500])
+def test_host_copy(rng: torch.Generator, count: int) -> None:
+    source = torch.randint(-(1 << 62), 1 << 62, (count + 1,), generator=rng, device=DEVICE)
+    got = torch.full((count + 2,), -1, device=DEVICE)
+    host_copy.fused(source[1:], got[1:-1])
+    want = torch.full_like(got, -1)
+    host_copy.reference(source[1:], want[1:-1])
+    assert got.tolist() == want.tolist()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

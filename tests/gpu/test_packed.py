@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from tandem.kernels import moe, moe_packed, on_gpu, packed_linear
+from tandem.kernels import moe, moe_packed, on_gpu, packed_linear, packed_quads
 from tandem.kernels.expert_weights import ExpertWeights
-from tandem.kernels.packed_linear import Gemv, Tile, multiply, plan_for
+from tandem.kernels.moe_packed import ByColumns, ByRows
+from tandem.kernels.moe_sorted import Entry
+from tandem.kernels.packed_linear import Gemv, QuadTile, Tile, multiply, plan_for
 from tandem.kernels.schemes.fp8 import Fp8
 from tandem.kernels.schemes.gptq import Gptq
 from tandem.kernels.schemes.mxfp4 import Mxfp4
@@ -26,6 +28,16 @@ DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if CUDA else [])]
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 
 PLANS = [Gemv(1, 16, 64, 4), Gemv(2, 8, 128, 2), Tile(16, 32, 64, 1, 4, 3), Tile(16, 16, 128, 2, 4, 3)]
+QUADS = [
+    QuadTile(16, 32, 64, True, 1, 4, 3, 8),
+    QuadTile(16, 16, 128, True, 2, 2, 4, 0),
+    QuadTile(16, 64, 64, False, 1, 4, 3, 2),
+    QuadTile(32, 128, 128, False, 2, 4, 3, 0),
+]
+ENTRIES = [
+    Entry(1 << 40, ByColumns(16, 16, 64, 2, 3), ByColumns(16, 32, 64, 4, 3)),
+    Entry(1 << 40, ByRows(16, 64, 64, 4, 3), ByRows(16, 64, 64, 4, 4)),
+]
 EXACT = {
     "fp8 blocks": (Fp8("block", (16, 64)), (21, 16), 200),
     "fp8 small blocks": (Fp8("block", (32, 16)), (32, 7), 97),
@@ -35,6 +47,8 @@ EXACT = {
     "zeros": (Gptq(128, False, False), (40,), 256),
     "whole rows": (Gptq(-1, False, False), (40,), 104),
     "odd groups": (Gptq(24, False, False), (16,), 120),
+    "wide groups": (Gptq(64, True, False, scale_dtype=torch.float16), (24, 16), 448),
+    "wide rows": (Gptq(-1, False, False), (40,), 160),
     "any order": (Gptq(16, False, True), (24, 8), 96),
     "mxfp4": (Mxfp4(), (19, 20), 224),
 }
@@ -99,6 +113,54 @@ def test_every_scheme_and_plan(rng: torch.Generator, name: str, dtype: torch.dty
         close(got, exact.to(dtype))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["zeros", "wide groups", "wide rows", "mxfp4"])
+def test_quads(rng: torch.Generator, name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By each plan, and with Triton's own operations instead of instructions for pairs, where a GPU has them."""
+    weight = random_weight(rng, name)
+    assert packed_quads.serves(weight)
+    for number, plan in enumerate(QUADS):
+        tokens = (1, 18, 5, 33)[number]
+        x = torch.full((tokens, weight.columns + 16), torch.nan, dtype=dtype, device=DEVICE)[:, : weight.columns]
+        x.copy_(torch.randn(x.shape, generator=rng, device=DEVICE))
+        bias = torch.randn(weight.rows, generator=rng, device=DEVICE).to(dtype) if number % 2 else None
+        exact = x.double() @ weight.dequantize(torch.float64).T + (0 if bias is None else bias.double())
+        close(multiply(x, weight, bias, plan), exact.to(dtype))
+        with monkeypatch.context() as patched:
+            patched.setattr(packed_quads, "pairs", lambda x, mxfp4: packed_quads.PLAIN)
+            close(multiply(x, weight, bias, plan), exact.to(dtype))
+
+
+@pytest.mark.parametrize("low", [66, 110, 180])
+def test_powers_far_from_one(rng: torch.Generator, low: int) -> None:
+    """Beyond what a product of all at once would have room for."""
+    dtype = torch.bfloat16 if CUDA else torch.float32
+    weight = random_weight(rng, "mxfp4")
+    weight.scales.random_(low, low + 10, generator=rng)
+    x = torch.randn(3, weight.columns, generator=rng, device=DEVICE).to(dtype)
+    exact = x.double() @ weight.dequantize(torch.float64).T
+    for plan in QUADS:
+        got = multiply(x, weight, None, plan).double()
+        assert (got - exact).norm() <= TOLERANCE[dtype] * exact.norm()
+
+
+def test_whom_quads_serve(rng: torch.Generator) -> None:
+    served = [name for name in EXACT if packed_quads.serves(random_weight(rng, name))]
+    assert served == ["zeros", "wide groups", "wide rows", "mxfp4"]
+
+
+def test_steps_of_quads(rng: torch.Generator) -> None:
+    """They divide the columns if any do, and have one group each."""
+    weight = random_weight(rng, "wide groups")  # 448 columns, groups of 64
+    assert packed_quads.step_depth(weight, 256, 1) == 64
+    weight = random_weight(rng, "zeros")  # 256 columns, groups of 128
+    assert packed_quads.step_depth(weight, 256, 1) == packed_quads.step_depth(weight, 256, 2) == 128
+    assert packed_quads.step_depth(weight, 256, 4) == 64
+    weight = random_weight(rng, "mxfp4")  # 224 columns
+    assert packed_quads.step_depth(weight, 128, 1) == 128
+    assert packed_quads.step_depth(weight, 512, 1) == 256
+
+
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 @pytest.mark.parametrize("name", EXACT)
 def test_experts(rng: torch.Generator, name: str, dtype: torch.dtype) -> None:
@@ -118,6 +180,8 @@ def test_experts(rng: torch.Generator, name: str, dtype: torch.dtype) -> None:
         router = ((order.double() - 2).T / 4 @ basis / hidden**0.5).to(dtype).contiguous()
         given = x, router, gate_up, down, 2, name == "zeros"
         close(moe_packed.fused(*given), moe.reference(*given))
+        for entry in ENTRIES:
+            close(moe_packed.fused(*given, entry), moe.reference(*given))
     biases = [torch.randn(5, rows, generator=rng, device=DEVICE).to(dtype) for rows in (2 * inner, hidden)]
     own = ExpertWeights(gate_up, down)
     if name == "mxfp4":  # as gpt-oss has them, of which some go beyond the unit's clamps
@@ -136,6 +200,26 @@ def test_experts(rng: torch.Generator, name: str, dtype: torch.dtype) -> None:
     close(moe_packed.fused_batched(placed, counts, own)[inside], want[inside])
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_experts_of_quads_alone(rng: torch.Generator, dtype: torch.dtype) -> None:
+    """Gate, up and down, so that the second product's programs start before the first has ended."""
+    gate_up: Any = random_weight(rng, "mxfp4", 5)
+    inner, hidden = gate_up.parts[0], gate_up.columns
+    down: Any = Mxfp4().allocate(
+        lambda shape, dtype: torch.empty((5, *shape), dtype=dtype, device=DEVICE), [hidden], inner, inner
+    )
+    down.codes.random_(0, 256, generator=rng)
+    down.scales.random_(122, 126, generator=rng)
+    own = ExpertWeights(gate_up, down)
+    x = torch.randn(9, hidden, generator=rng, device=DEVICE).to(dtype) / 16
+    ids = torch.randint(-1, 5, (9, 2), generator=rng, device=DEVICE)
+    weights = torch.rand(9, 2, generator=rng, device=DEVICE)
+    want = moe.reference_experts(x, weights, ids, own)
+    assert moe_packed._products(gate_up, down) is moe_packed._QUADS
+    for entry in (None, *ENTRIES):
+        close(moe_packed.fused_experts(x, weights, ids, own, entry), want)
+
+
 @pytest.mark.parametrize("tokens", [0, 1, 2, 7, 40, 130])
 def test_the_operation(rng: torch.Generator, tokens: int) -> None:
     """Whatever plan the table gives."""
@@ -146,9 +230,9 @@ def test_the_operation(rng: torch.Generator, tokens: int) -> None:
 
 
 def test_the_same_bits(rng: torch.Generator) -> None:
-    weight = random_weight(rng, "whole rows")
+    weight = random_weight(rng, "wide rows")
     x = torch.randn(4, weight.columns, generator=rng, device=DEVICE).half()
-    for plan in PLANS:
+    for plan in (*PLANS, *QUADS):
         first = multiply(x, weight, None, plan)
         for _ in range(10 if CUDA else 2):
             assert multiply(x, weight, None, plan).equal(first)
@@ -158,3 +242,14 @@ def test_the_table() -> None:
     assert isinstance(plan_for(1, 4096, torch.bfloat16), Gemv)
     assert plan_for(100_000, 4096, torch.bfloat16) == packed_linear.PLANS[-1].plan
     assert plan_for(100_000, 4096, torch.float32) != packed_linear.PLANS[-1].plan
+
+
+def test_the_table_of_quads(rng: torch.Generator) -> None:
+    weight = random_weight(rng, "mxfp4")
+    for dtype, quads in ((torch.float16, True), (torch.bfloat16, True), (torch.float32, False)):
+        for tokens in (1, 17, 100_000):
+            plan = packed_linear.plan_of(torch.empty(tokens, 1, dtype=dtype), weight)
+            assert isinstance(plan, QuadTile) == (quads and tokens < 100_000)
+            assert isinstance(plan, QuadTile) or plan == plan_for(tokens, weight.rows, dtype)
+    x = torch.empty(1, 1, dtype=torch.float16)
+    assert packed_linear.plan_of(x, random_weight(rng, "any order")) == plan_for(1, 24, torch.float16)

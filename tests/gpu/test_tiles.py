@@ -16,7 +16,7 @@ DEVICE = torch.device("cuda" if CUDA else "cpu")
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_tables(dtype: torch.dtype) -> None:
-    for products in (moe_sorted.PLAIN, moe_packed._PACKED):
+    for products in (moe_sorted.PLAIN, moe_packed._PACKED, moe_packed._QUADS):
         for pairs in (1, 7, 64, 500, 5000, 100_000):
             for tile in products.entry(pairs, 8, dtype)[1:]:
                 assert min(tile.rows, tile.columns, tile.depth) >= LEAST
@@ -24,6 +24,7 @@ def test_tables(dtype: torch.dtype) -> None:
         for outputs in (1, 100, 10_000):
             plan = packed_linear.plan_for(tokens, outputs, dtype)
             assert isinstance(plan, packed_linear.Gemv) or min(plan.tokens, plan.rows, plan.depth) >= LEAST
+    assert all(min(plan.tokens, plan.rows, plan.depth // 4) >= LEAST for *_, plan in packed_linear.QUADS)
     plans = [entry.plan for entry in small_linear.PLANS]
     assert all(min(plan.rows, plan.depth) >= LEAST for plan in plans if isinstance(plan, small_linear.Tile))
     assert small_linear.step_depth(3, 1024) >= LEAST

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tandem.bench import packed
+from tandem.bench import latents, packed
 from tandem.bench.kernels import MODELS, Figure, Product, main, plans, products, summary
 from tandem.core.errors import ConfigError
 from tandem.engine.models.spec import parse_spec
@@ -63,6 +63,47 @@ def test_quantised_weights_to_measure(scheme: str) -> None:
         assert all(plan.tokens >= 16 or isinstance(plan, packed.Gemv) for plan in packed.plans(tokens))
 
 
+@pytest.mark.parametrize("shape", [(4096, 4096), (6144, 4096), (24576, 4096), (4096, 12288), (96, 128)])
+@pytest.mark.parametrize("tokens", [1, 16, 17, 64])
+def test_plans_for_quads(shape: tuple[int, int], tokens: int) -> None:
+    """No plan has more programs than steps, and large weights keep all processors busy."""
+    outputs, inputs = shape
+    found = packed.quad_plans(tokens, outputs, inputs, 132)
+    assert bool(found) == (outputs > 96)
+    assert len(set(found)) == len(found)
+    for plan in found:
+        assert isinstance(plan, packed.QuadTile)
+        assert plan.tokens >= max(16, tokens)
+        assert plan.splits * plan.depth * (plan.warps if plan.by_columns else 1) <= inputs
+        assert outputs / plan.rows * plan.splits * plan.warps >= 4 * 132
+    assert not packed.quad_plans(65, outputs, inputs, 132)
+
+
+def test_the_best_tiles_together() -> None:
+    entries = packed.moe_entries(True)
+    us = {repr(entry): 100.0 - i for i, entry in enumerate(entries)}
+    us[repr(entries[3])] = us[repr(entries[-2])] = 1.0
+    us[repr(entries[0])] = 0.5  # one of another kind
+    best = packed.together(entries, us)
+    assert best.gate_up is entries[3].gate_up
+    assert best.down is entries[-2].down
+    assert packed.together(entries, {}) == entries[0]
+    assert not any(isinstance(entry.gate_up, packed.ByColumns) for entry in packed.moe_entries(False))
+
+
+def test_shares_of_the_memory_rate() -> None:
+    figures = [Figure("cuBLAS", 1.0, 0.0), Figure("a", 30.0, 0.0), Figure("b", 20.0, 0.0), Figure("c", None, None)]
+    lines = packed.shares([(Product("o", 1, 1), 4, 30_000_000, figures), (Product("o", 1, 1), 8, 1, figures[3:])])
+    assert [line.split() for line in lines] == [["o", "4", "20.00us", "1500", "GB/s,", "50%", "b"]]
+
+
+def test_operations_of_a_prompt() -> None:
+    """A token sees itself and what precedes it."""
+    pair = 2 * (2 * latents.RANK + latents.ROPE)
+    assert latents.operations(1, 1, 1) == pair
+    assert latents.operations(3, 2, 10) == 3 * (9 + 10) * pair
+
+
 def test_what_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     for arguments, said in ((["moe", "--model", "qwen3-8b"], "no experts"), (["linear", "--tp", "5"], "--tp")):
         with pytest.raises(ConfigError, match=said):
@@ -72,5 +113,7 @@ def test_what_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
         main(["linear"])
     with pytest.raises(ConfigError, match="GPU"):
         packed.main(["linear"])
+    with pytest.raises(ConfigError, match="GPU"):
+        latents.main([])
     with pytest.raises(ConfigError, match="no experts"):
         packed.main(["moe", "--model", "qwen3-8b"])
