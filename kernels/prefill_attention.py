@@ -176,7 +176,9 @@ def fused(
         out[run.start : run.start + run.sequences * run.length] = _attend_directly(q, k, v, run, scale)
     if any(rest):
         step = _DIRECT_STEP if direct else 0
-        attend(q, cache, layer, spans.table, spans.blocks, rest, step, DIRECT_LEAST, scale, window, sinks, out)
+        longest = max(span.context_len for span, tokens in zip(spans.each, rest, strict=True) if tokens)
+        how = longest, step, DIRECT_LEAST, scale, window, sinks, out
+        attend(q, cache, layer, spans.table, spans.blocks, rest, *how)
     return out
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from tandem.kernels import decode_attention, on_gpu, prefill_attention
+from tandem.kernels import decode_attention, on_gpu, paged_prefill, prefill_attention
 from tandem.kernels.prefill_attention import Run, Span, Spans, plan
 from torch.nn.attention import SDPBackend
 
@@ -155,6 +155,39 @@ def test_prefill_attention(
     nothing = torch.full_like(k, torch.nan)
     got = prefill_attention.fused(q, nothing, nothing, paged.poisoned(window), *how)
     close(got[3:], want[3:])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES if CUDA else SHAPES[:1], ids=str)
+@pytest.mark.parametrize(("window", "sink", "splits"), [(0, True, 2), (17, True, 5), (100, False, 3)])
+def test_contexts_of_few_queries_are_split(
+    rng: torch.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+    shape: tuple[int, ...],
+    window: int,
+    sink: bool,
+    splits: int,
+    dtype: torch.dtype,
+) -> None:
+    """More parts than some contexts have tiles, and rows that see nothing of most parts."""
+    monkeypatch.setattr(paged_prefill, "num_splits", lambda *_: splits)
+    heads, _, head_dim, _ = shape
+    paged = Paged(rng, [(5, 5), (33, 290), (2, 130)], shape, dtype)
+    q, k, _ = projected(rng, 3 + 40, shape, dtype)
+    sinks = random(rng, heads, dtype=dtype, scale=3.0) if sink else None
+    how = 1, paged.spans(3), head_dim**-0.5, window, sinks
+    want = prefill_attention.reference(q, None, None, paged.cache, *how)
+    nothing = torch.full_like(k, torch.nan)
+    got = prefill_attention.fused(q, nothing, nothing, paged.poisoned(window), *how)
+    close(got[3:], want[3:])
+
+
+def test_a_gpu_has_work_for_all_its_processors() -> None:
+    assert paged_prefill.num_splits(8, 32768, 132) == 16
+    assert paged_prefill.num_splits(1, 1 << 20, 132) == 32
+    assert paged_prefill.num_splits(8, 1024, 132) == 2
+    assert paged_prefill.num_splits(8, 300, 132) == 1
+    assert paged_prefill.num_splits(200, 32768, 132) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, *([torch.bfloat16] if CUDA else [])])

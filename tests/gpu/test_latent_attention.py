@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tandem.kernels import latent_attention, on_gpu
+from tandem.kernels import latent_attention, latent_prefill, on_gpu
 from tandem.kernels.latent_attention import LatentNorm
 from tandem.kernels.prefill_attention import Span, Spans
 
@@ -100,6 +100,59 @@ def test_prefill(limit: int, dtype: torch.dtype, rng: torch.Generator, monkeypat
     got = latent_attention.reference_prefill(q, paged.cache, LAYER, spans, 0.2, 20)
     close(got[2:14], exact(q[2:14], paged.rows[0], 0.2, 20), TOLERANCE[dtype])
     close(got[14:], exact(q[14:], paged.rows[1], 0.2, 20), TOLERANCE[dtype])
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "rank", "rope", "block_tokens"), [(5, 20, 6, 8), (16, 32, 16, 16), (33, 24, 8, 32)])
+def test_prefill_by_tiles(
+    dtype: torch.dtype, heads: int, rank: int, rope: int, block_tokens: int, rng: torch.Generator
+) -> None:
+    """A chunk after a context and whole prompts, in one launch; tiles of which a token has several, and that have
+    several tokens."""
+    lengths = [37, 9, *[3] * 6]
+    paged = Paged(rng, lengths, rank + rope, block_tokens, dtype)
+    width, each, row = rank + rope, [], 2
+    for i, (fresh, length) in enumerate(zip([12, 9, *[2] * 6], lengths, strict=True)):
+        each.append(Span(row, row + fresh, paged.tables[i, : -(-length // block_tokens)], length))
+        row += fresh
+    spans = Spans.of(each)
+    q = random(rng, row, heads, width, dtype=dtype)
+    for tile in (None, latent_prefill.Tile(16, 16, 4, 2), latent_prefill.Tile(64, 32, 8, 1)):
+        got = latent_prefill.fused(q, paged.cache, LAYER, spans, 0.2, rank, tile)
+        assert got.dtype == dtype
+        for span, rows in zip(each, paged.rows, strict=True):
+            want = exact(q[span.start : span.stop], rows, 0.2, rank)
+            close(got[span.start : span.stop], want, TOLERANCE[dtype])
+
+
+def test_a_tile_has_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An H100 lets a program have 227 KiB, smaller GPUs 99."""
+    q = torch.empty(1, 16, 576, dtype=torch.bfloat16)
+    for kib, rows in ((227, latent_prefill.TILE.rows), (99, 32)):
+        monkeypatch.setattr(latent_prefill, "shared_memory_bytes", lambda device, kib=kib: kib << 10)
+        assert latent_prefill.tile_for(q).rows == rows
+        assert latent_prefill.tile_for(q.float()).rows == 16
+
+
+@needs_triton
+def test_prefill_of_many_spans(rng: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than the kernel looks at together."""
+    monkeypatch.setattr(latent_prefill, "_SPANS_AT_ONCE", 4)
+    lengths = [5, 2, 7, 3, 2, 11, 4, 2, 6]
+    paged = Paged(rng, lengths, 26, 8, torch.float32)
+    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    spans = Spans.of(
+        [
+            Span(start, start + length, table, length)
+            for start, length, table in zip(starts, lengths, paged.tables, strict=True)
+        ]
+    )
+    q = random(rng, sum(lengths), 5, 26)
+    got = latent_prefill.fused(q, paged.cache, LAYER, spans, 0.2, 20)
+    for start, rows in zip(starts, paged.rows, strict=True):
+        close(got[start : start + len(rows)], exact(q[start : start + len(rows)], rows, 0.2, 20), 2e-5)
+    assert not len(latent_prefill.fused(q[:0], paged.cache, LAYER, spans._replace(each=[]), 0.2, 20))
 
 
 @needs_triton

@@ -28,7 +28,7 @@ def test_deepseek_v2(changes: dict[str, object], num_ranks: tuple[int, int], tmp
         return Config.model_validate(
             {
                 "model": {"path": str(tmp_path)},
-                "kv": {"block_tokens": block_tokens, "capacity": "2MiB", "checksums": num_ranks == (1, 1)},
+                "kv": {"block_tokens": block_tokens, "capacity": "2MiB", "checksums": True},
                 "pools": {
                     "prefill": {"max_batched_tokens": 16, "tensor_parallel": num_ranks[0]},
                     "decode": {"tensor_parallel": num_ranks[1]},

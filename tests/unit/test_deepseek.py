@@ -84,10 +84,9 @@ def test_what_cannot_be_served_says_why(changes: dict[str, Any], message: str) -
 
 
 def test_who_serves_latents_is_explained() -> None:
-    for device, decode in (("cpu", "torch"), ("h100", "triton")):
+    for device, backend in (("cpu", "torch"), ("h100", "triton")):
         choices = choices_for(Config(), parse_spec(V3, {}), PRESETS[device])
-        assert choices["latent_decode"].backend == decode
-        assert choices["latent_prefill"].backend == "torch"
+        assert choices["latent_decode"].backend == choices["latent_prefill"].backend == backend
         assert "decode_attention" not in choices
 
 
