@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .packing import count_replicas
+from .pairs import raise_for_pairs
 from .placement import Placement, Topology, check_fits, check_load
 
 _Floats = NDArray[np.float64]
@@ -67,7 +68,8 @@ def least_fullest(load: _Floats, topology: Topology) -> _Floats:
 
     If groups are kept in nodes, of the best way to spread those. For the ranks of a node, the largest of three: the
     mean; the largest share, as small as it can be, with the lightest that can lie beside it; and what must meet
-    somewhere because there are more experts without a second replica than ranks.
+    somewhere because there are more experts without a second replica than ranks. Of ranks with two slots, more is
+    known (`pairs`).
 
     Args:
         load: [layers, logical].
@@ -103,7 +105,8 @@ def least_fullest(load: _Floats, topology: Topology) -> _Floats:
     if size <= num_logical:
         for layer, weights in enumerate(load):
             least[layer] = max(least[layer], _with_the_lightest(weights, largest[layer], num_slots, num_ranks))
-    return np.asarray(least, dtype=np.float64)
+    least = np.asarray(least, dtype=np.float64)
+    return raise_for_pairs(load, num_slots, least) if size == 2 else least
 
 
 def _best_spread(floors: dict[tuple[int, ...], _Floats], groups: tuple[int, ...]) -> _Floats:
@@ -124,13 +127,14 @@ def _with_the_lightest(weights: _Floats, largest: float, num_slots: int, num_ran
     if largest <= 0:
         return 0.0
     others = num_slots // num_ranks - 1
-    lightest = np.sort(weights)[:others].sum()
+    lightest = others * weights.min()
     candidates = np.unique(weights[:, None] / np.arange(1, num_ranks + 1))
     candidates = candidates[(candidates >= largest * (1 - 1e-12)) & (candidates <= largest + lightest)]
     if not 0 < len(candidates) <= 1000:
         return 0.0
-    # Experts need so many replicas at least; what is left could all go to one, and make that light.
+    # Experts need so many replicas at least; what is left could all go to one, and make that light. All of the others
+    # could be its replicas.
     needed = np.maximum(np.ceil(weights / candidates[:, None] - 1e-9), 1)
     left = num_slots - needed.sum(-1, keepdims=True)
-    beside = np.sort(weights / (needed + left), axis=-1)[:, :others].sum(-1)
+    beside = others * (weights / (needed + left)).min(-1)
     return float((candidates + beside).min())

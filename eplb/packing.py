@@ -22,7 +22,7 @@ def count_replicas(weights: Floats, num_slots: int, most: int, counts: Ints) -> 
     """Give each expert a number of slots such that the largest share is the least possible.
 
     One for each, and then one at a time to the largest share: any other choice leaves a larger one, because shares only
-    shrink. A heap finds it.
+    shrink. A heap finds it. Of equal ones the first expert's comes first, as in greedy packing by arrays.
 
     Args:
         weights: [problems, experts] load.
@@ -56,9 +56,9 @@ def _sift_down(heap: Ints, keys: Floats, start: int) -> None:
         child = 2 * place + 1
         if child >= size:
             break
-        if child + 1 < size and keys[heap[child + 1]] > keys[heap[child]]:
+        if child + 1 < size and _heavier(keys, heap[child + 1], heap[child]):
             child += 1
-        if keys[heap[child]] <= keys[entry]:
+        if not _heavier(keys, heap[child], entry):
             break
         heap[place] = heap[child]
         place = child
@@ -66,11 +66,31 @@ def _sift_down(heap: Ints, keys: Floats, start: int) -> None:
 
 
 @compiled
-def pack(shares: Floats, counts: Ints, order: Ints, bounds: Floats, max_swaps: int, slots: Ints) -> None:
+def _heavier(keys: Floats, one: int, other: int) -> bool:
+    """Whether an entry comes first, the largest key before the others; of equal keys the lower number."""
+    return keys[one] > keys[other] or (keys[one] == keys[other] and one < other)
+
+
+@compiled
+def _lighter(keys: Floats, one: int, other: int) -> bool:
+    """Likewise, the least key before the others."""
+    return keys[one] < keys[other] or (keys[one] == keys[other] and one < other)
+
+
+@compiled
+def pack(
+    shares: Floats,
+    counts: Ints,
+    order: Ints,
+    bounds: Floats,
+    max_swaps: int,
+    apart: bool,
+    slots: Ints,
+    met: NDArray[np.bool_],
+) -> None:
     """Put replicas on ranks: heaviest first onto the lightest rank with room, and then swaps while one helps.
 
-    A swap takes from the fullest rank and helps if both ranks are then less full than that was. Replicas of an expert
-    lie on different ranks, as far as there are ranks.
+    A swap takes from the fullest rank and helps if both ranks are then less full than that was.
 
     Args:
         shares: [problems, experts] load of one replica.
@@ -78,16 +98,20 @@ def pack(shares: Floats, counts: Ints, order: Ints, bounds: Floats, max_swaps: i
         order: [problems, experts] the experts, largest share first.
         bounds: [problems] a load that is good enough for the fullest rank.
         max_swaps: after so many swaps in a problem it stays as it is.
+        apart: whether replicas of an expert lie on different ranks, as far as there are ranks.
         slots: [problems, ranks, slots of a rank], written: the expert of each slot, largest share of a rank first.
+        met: [problems], written: whether replicas would lie on one rank if they did not have to lie apart; where not,
+            no rank is fuller than the fullest of greedy packing.
     """
     num_problems, num_experts = shares.shape
     num_ranks = slots.shape[1]
     loads = np.empty(num_ranks)
     held = np.empty((num_ranks, num_experts), dtype=np.uint16)
     for problem in range(num_problems):
-        pack_one(
-            shares[problem], counts[problem], order[problem], slots[problem], loads, held, bounds[problem], max_swaps
-        )
+        met[problem] = pack_one(
+            shares[problem], counts[problem], order[problem], slots[problem], loads, held, bounds[problem], max_swaps,
+            apart,
+        )  # fmt: skip
 
 
 @compiled
@@ -100,15 +124,49 @@ def pack_one(
     held: Held,
     bound: float,
     max_swaps: int,
-) -> None:
-    """`pack` of one problem; ``loads`` [ranks] and ``held`` are written."""
+    apart: bool,
+) -> bool:
+    """`pack` of one problem; ``loads`` [ranks] and ``held`` are written. Says whether replicas would have met."""
     held[:] = 0
-    _pack_greedily(shares, counts, order, slots, loads, held)
+    met = _pack_greedily(shares, counts, order, slots, loads, held, apart)
     _swap(shares, slots, loads, held, bound, max_swaps)
+    return met
 
 
 @compiled
-def _pack_greedily(shares: Floats, counts: Ints, order: Ints, slots: Ints, loads: Floats, held: Held) -> None:
+def fullest_of_greedy(shares: Floats, size: int, fullest: Floats) -> None:
+    """What the fullest rank has if replicas go, heaviest first, to the lightest with room, wherever others are.
+
+    Args:
+        shares: [problems, replicas], the largest first.
+        size: slots of a rank.
+        fullest: [problems], written.
+    """
+    num_problems, num_slots = shares.shape
+    num_ranks = num_slots // size
+    loads = np.empty(num_ranks)
+    filled = np.empty(num_ranks, dtype=np.int32)
+    heap = np.empty(num_ranks, dtype=np.int32)
+    for problem in range(num_problems):
+        for rank in range(num_ranks):
+            loads[rank], filled[rank], heap[rank] = 0.0, 0, rank
+        with_room = num_ranks
+        for share in shares[problem]:
+            rank = heap[0]
+            loads[rank] += share
+            filled[rank] += 1
+            if filled[rank] == size:
+                with_room -= 1
+                heap[0] = heap[with_room]
+            _sink(heap, loads, with_room)
+        fullest[problem] = loads.max()
+
+
+@compiled
+def _pack_greedily(
+    shares: Floats, counts: Ints, order: Ints, slots: Ints, loads: Floats, held: Held, apart: bool
+) -> bool:
+    """Says whether replicas would have met on the lightest rank, which they do if they need not lie apart."""
     num_ranks, size = slots.shape
     filled = np.zeros(num_ranks, dtype=np.int32)
     loads[:] = 0.0
@@ -117,19 +175,34 @@ def _pack_greedily(shares: Floats, counts: Ints, order: Ints, slots: Ints, loads
     heap = np.arange(num_ranks).astype(np.int32)
     taken = np.empty(num_ranks, dtype=np.int32)
     with_room = num_ranks
+    met = False
     for expert in order:
         left = counts[expert]
+        if left == 1 or not apart:
+            for _ in range(left):
+                rank = heap[0]
+                _put(shares, expert, rank, slots, loads, held, filled)
+                if filled[rank] == size:
+                    with_room -= 1
+                    heap[0] = heap[with_room]
+                _sink(heap, loads, with_room)
+            continue
         # One round, unless there are more replicas than ranks.
         while left > 0:
             wanted = min(left, num_ranks)
             num_taken = min(wanted, with_room)
+            met |= num_taken < left
+            lightest = -1
             for number in range(num_taken):
                 rank = heap[0]
                 with_room -= 1
                 heap[0] = heap[with_room]
                 _sink(heap, loads, with_room)
                 taken[number] = rank
+                met |= lightest >= 0 and _lighter(loads, lightest, rank)
                 _put(shares, expert, rank, slots, loads, held, filled)
+                if filled[rank] < size and (lightest < 0 or _lighter(loads, rank, lightest)):
+                    lightest = rank
             for number in range(num_taken):
                 rank = taken[number]
                 if filled[rank] < size:
@@ -145,6 +218,7 @@ def _pack_greedily(shares: Floats, counts: Ints, order: Ints, slots: Ints, loads
                     heap[0] = heap[with_room]
                 _sink(heap, loads, with_room)
             left -= wanted
+    return met
 
 
 @compiled
@@ -165,9 +239,9 @@ def _sink(heap: Ints, keys: Floats, size: int) -> None:
         child = 2 * place + 1
         if child >= size:
             break
-        if child + 1 < size and keys[heap[child + 1]] < keys[heap[child]]:
+        if child + 1 < size and _lighter(keys, heap[child + 1], heap[child]):
             child += 1
-        if keys[heap[child]] >= keys[entry]:
+        if not _lighter(keys, heap[child], entry):
             break
         heap[place] = heap[child]
         place = child
@@ -180,7 +254,7 @@ def _rise(heap: Ints, keys: Floats, place: int) -> None:
     entry = heap[place]
     while place > 0:
         parent = (place - 1) // 2
-        if keys[heap[parent]] <= keys[entry]:
+        if not _lighter(keys, entry, heap[parent]):
             break
         heap[place] = heap[parent]
         place = parent

@@ -19,7 +19,7 @@ from ..core.errors import PlacementError
 from .alignment import keep_slots, relabel
 from .descent import descend
 from .grouping import regroup
-from .packing import Floats, Ints, count_replicas, pack
+from .packing import Floats, Ints, count_replicas, fullest_of_greedy, pack
 from .recounting import recount
 
 Policy = Literal["auto", "global", "hierarchical", "incremental"]
@@ -28,6 +28,8 @@ _DONE = 1 + 1e-5
 """A fullest rank that is within this of what it cannot be below is left alone."""
 _GOOD = 1 + 1e-3
 """Likewise where more than swaps would be needed."""
+_SAME = 1 + 1e-9
+"""Loads that differ by less are equal."""
 _MAX_CHANGES = 1000
 """Of a layer. A number, not a time: all ranks that plan from the same loads come to the same placement."""
 
@@ -110,7 +112,8 @@ class Placement:
         if len(missing):
             layer, expert = divmod(int(missing[0]), num_logical)
             raise PlacementError(f"layer {layer}: no slot holds expert {expert}, and each needs one")
-        order = np.argsort(keys, kind="stable")
+        # Numbers of 16 bits are sorted by their digits.
+        order = np.argsort(keys.astype(np.uint16) if counts.size <= 1 << 16 else keys, kind="stable")
         experts = keys[order]
         nth = np.arange(len(keys)) - (np.cumsum(counts) - counts)[experts]
         places = np.full((num_layers * num_logical, num_physical - num_logical + 1), -1, dtype=np.int32)
@@ -149,7 +152,8 @@ def plan(
 
     Replicas are counted such that the largest share of load is the least possible, packed heaviest first (as in
     DeepSeek's EPLB, https://github.com/deepseek-ai/EPLB), and then improved by swaps and by other numbers of replicas
-    until nothing helps. Replicas of an expert lie on different ranks if it has no more of them than there are.
+    until nothing helps: no layer is less even than by packing alone. Replicas of an expert lie on different ranks if it
+    has no more of them than there are, and only then on one where that is the more even.
 
     Args:
         load: [layers, logical] float64, in tokens or any other unit.
@@ -172,8 +176,8 @@ def plan(
         check_fits(current, topology, num_layers, num_logical)
     grouped = topology.num_groups % topology.num_nodes == 0
     num_nodes = topology.num_nodes if policy != "global" and grouped else 1
-    # In units of the largest, no sum or square is too large for a float.
-    load = load / (load.max() or 1.0)
+    # No sum or square is too large for a float then; by a power of two, so that what is equal stays so.
+    load = np.ldexp(load, -np.frexp(load.max())[1])
     slots = _solve(load, topology, num_nodes)
     if current is not None:
         now = np.ascontiguousarray(current.physical_to_logical, dtype=np.int32).reshape(shape)
@@ -201,7 +205,7 @@ def initial_placement(num_layers: int, num_logical: int, topology: Topology) -> 
 
 def _solve(load: Floats, topology: Topology, num_nodes: int) -> Ints:
     """[layers, ranks, slots of a rank] the expert of each slot; groups stay in one of so many nodes."""
-    if num_nodes == 1:
+    if num_nodes == 1 and (topology.num_groups == 1 or topology.num_nodes > 1):
         return _pack_ranks(load, topology.num_physical, topology.num_ranks)
     num_layers = len(load)
     weights = load.reshape(num_layers, topology.num_groups, -1)
@@ -209,8 +213,10 @@ def _solve(load: Floats, topology: Topology, num_nodes: int) -> Ints:
     once = np.ones(totals.shape, dtype=np.int32)
     groups = np.empty((num_layers, num_nodes, topology.num_groups // num_nodes), dtype=np.int32)
     floor = totals.mean(-1) * groups.shape[-1]
-    pack(totals, once, _descending(totals), floor * _DONE, 0, groups)
+    pack(totals, once, _descending(totals), floor, 0, True, groups, np.empty(num_layers, dtype=np.bool_))
     packed = _pack_nodes(load, topology, groups)
+    if num_nodes == 1:  # groups only say which of equal experts comes first, as in greedy packing
+        return packed
     # What a node's ranks come to is known when they are packed: the better of two, in each layer.
     regroup(weights, groups, topology.num_physical // num_nodes, topology.ranks_per_node, _MAX_CHANGES)
     regrouped = _pack_nodes(load, topology, groups)
@@ -239,11 +245,45 @@ def _pack_ranks(weights: Floats, num_slots: int, num_ranks: int) -> Ints:
     shares = weights / counts
     floor = np.maximum(weights.sum(-1) / num_ranks, shares.max(-1))
     slots = np.empty((num_problems, num_ranks, num_slots // num_ranks), dtype=np.int32)
-    pack(shares, counts, _descending(shares), floor * _DONE, _MAX_CHANGES, slots)
+    met = np.empty(num_problems, dtype=np.bool_)
+    pack(shares, counts, _descending(shares), floor * _DONE, _MAX_CHANGES, True, slots, met)
+    # Greedy packing gives one that is on every rank yet more replicas, if its share is still the largest.
+    met |= ((counts == most) & (shares == shares.max(-1, keepdims=True))).any(-1)
     nobody = np.zeros((num_problems, num_ranks, num_experts), dtype=np.bool_)
     descend(weights, counts, slots, nobody, floor * _GOOD, 1, _MAX_CHANGES, False)
     recount(weights, counts, slots, floor * _GOOD, _MAX_CHANGES)
+    _let_meet(weights, floor, met, slots)
     return slots
+
+
+def _let_meet(weights: Floats, floor: Floats, met: NDArray[np.bool_], slots: Ints) -> None:
+    """Put replicas of an expert on one rank, as greedy packing does, where that is more even.
+
+    Args:
+        weights: [problems, experts].
+        floor: [problems] the load that no fullest rank can be below.
+        met: [problems] where greedy packing does so.
+        slots: [problems, ranks, slots of a rank] the expert of each slot; updated.
+    """
+    fullest = _fullest(weights, slots)
+    problems = np.flatnonzero(met & (fullest > floor * _SAME))
+    weights, floor, fullest = weights[problems], floor[problems], fullest[problems]
+    _, num_ranks, size = slots.shape
+    num_slots = num_ranks * size
+    counts = np.empty(weights.shape, dtype=np.int32)
+    count_replicas(weights, num_slots, num_slots, counts)
+    shares = weights / counts
+    reached = np.empty(len(problems))
+    each = np.repeat(-shares.ravel(), counts.ravel()).reshape(len(problems), num_slots)
+    # Also for none: so whoever has planned once compiles nothing later.
+    fullest_of_greedy(-np.sort(each, axis=-1), size, reached)
+    better = np.flatnonzero(reached * _SAME < fullest)
+    if len(better):
+        shares, counts = shares[better], counts[better]
+        found = np.empty((len(better), num_ranks, size), dtype=np.int32)
+        floor = floor[better] * _DONE
+        pack(shares, counts, _descending(shares), floor, _MAX_CHANGES, False, found, met[: len(better)])
+        slots[problems[better]] = found
 
 
 def _improve(load: Floats, topology: Topology, current: Placement, fresh: Ints, num_nodes: int, wanted: float) -> Ints:

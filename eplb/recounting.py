@@ -42,17 +42,19 @@ def recount(weights: Floats, counts: Ints, slots: Ints, bounds: Floats, max_swap
         count = counts[problem]
         for expert in range(num_experts):
             shares[expert] = weights[problem, expert] / count[expert]
+        most = _fullest(slots[problem], shares)
+        if most <= bounds[problem]:
+            continue
+        for expert in range(num_experts):
             order[expert] = expert
             for place in range(expert, 0, -1):
                 if shares[order[place - 1]] >= shares[order[place]]:
                     break
                 order[place - 1], order[place] = order[place], order[place - 1]
-        most = _fullest(slots[problem], shares)
-        if most > bounds[problem]:
-            left = _spend_less(
-                weights[problem], count, shares, order, slots[problem], trial, loads, held, most, bounds[problem],
-                max_swaps, left,
-            )  # fmt: skip
+        left = _spend_less(
+            weights[problem], count, shares, order, slots[problem], trial, loads, held, most, bounds[problem],
+            max_swaps, left,
+        )  # fmt: skip
         better = True
         while better and left > 0:
             better = False
@@ -67,7 +69,7 @@ def recount(weights: Floats, counts: Ints, slots: Ints, bounds: Floats, max_swap
                     left -= 1
                     _change_count(weights[problem], count, shares, order, giver, -1)
                     _change_count(weights[problem], count, shares, order, taker, 1)
-                    pack_one(shares, count, order, trial, loads, held, bounds[problem], max_swaps)
+                    pack_one(shares, count, order, trial, loads, held, bounds[problem], max_swaps, True)
                     if loads.max() < most * (1.0 - 1e-9):
                         slots[problem] = trial
                         better = True
@@ -112,7 +114,7 @@ def _spend_less(
         lightest[taker] = True
         _change_count(weights, counts, shares, order, giver, -1)
         _change_count(weights, counts, shares, order, taker, 1)
-        pack_one(shares, counts, order, trial, loads, held, bound, max_swaps)
+        pack_one(shares, counts, order, trial, loads, held, bound, max_swaps, True)
         if loads.max() < most * (1.0 - 1e-9):
             most = loads.max()
             slots[:] = trial
