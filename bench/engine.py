@@ -21,6 +21,7 @@ from prometheus_client import CollectorRegistry
 from ..core.clock import SystemClock
 from ..core.config import ColocatedPool, Config
 from ..core.errors import ConfigError
+from ..core.garbage import settle
 from ..core.hashing import root_hash
 from ..core.messages import Child, Generate, Message, Refused, Sampling, Stopping, Update
 from ..core.metrics import WorkerMetrics
@@ -117,6 +118,7 @@ class EngineBench:
         warm_up(built.engine, pool.max_batched_tokens, lambda *_: None)
         self._engine: Engine = built.engine
         built.engine.runner.serve()
+        settle()
         self._max_model_len = built.max_model_len
         self._fingerprint = built.fingerprint
         self._rng = random.Random(0)

@@ -24,6 +24,7 @@ from ..core.config import Config
 from ..core.environment import cache_folder
 from ..core.errors import CapacityError, ConfigError, RequestError, TandemError, WorkerError
 from ..core.expert_messages import LoadEntries
+from ..core.garbage import settle
 from ..core.health import Vitals
 from ..core.ids import PeerId
 from ..core.kv_messages import KVClear, KVControlled, KVPin, KVReport, KVUnpin, KVWatch
@@ -33,6 +34,7 @@ from ..core.metrics import WorkerMetrics, render
 from ..core.wire import ClusterKeys
 from ..engine.expert_balancer import Balancer
 from ..kv_transfer.offload.network import Servers
+from .expert_worker import Legacy
 from .heartbeat import Heartbeat
 from .worker_parts import WorkerParts
 
@@ -70,6 +72,7 @@ class WorkerRuntime:
         meet: called with a rendezvous of which this worker may be the first rank, where workers share experts: blocks
             until all of them have called, and returns the first's.
         note: told, on any thread, what operators want to know.
+        legacy: of the workers that shared experts before.
     """
 
     def __init__(
@@ -84,6 +87,7 @@ class WorkerRuntime:
         host_tier: Callable[[int], Path] = lambda block_bytes: cache_folder(),
         meet: Callable[[str], str] = lambda rendezvous: rendezvous,
         note: Callable[[str], object] = lambda text: None,
+        legacy: Legacy = Legacy(),
     ) -> None:
         self.peer = peer
         self._role = role
@@ -95,6 +99,7 @@ class WorkerRuntime:
         self._host_tier = host_tier
         self._meet = meet
         self._note = note
+        self._legacy = legacy
         self._metrics = WorkerMetrics(CollectorRegistry())
         self._clock = SystemClock()
         self._heartbeat = Heartbeat(self._clock)
@@ -224,6 +229,7 @@ class WorkerRuntime:
             self._host_tiers,
             self._meet,
             self._note,
+            self._legacy,
             self._nudge,
             self._on_message,
             lambda peer: self._put(_Lost(peer)),
@@ -231,6 +237,7 @@ class WorkerRuntime:
         self._balancer = self._parts.balancer
         self._update_report()
         self._parts.mesh.start()
+        settle()
         self._progress("ready")
         logger.info("ready at %s", self._parts.mesh.endpoint)
 

@@ -15,11 +15,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+from prometheus_client import CollectorRegistry
 
+from ..core.clock import SystemClock
 from ..core.config import Config, KVConfig
 from ..core.errors import TandemError, WorkerError
 from ..core.frames import send_frame
+from ..core.garbage import settle
 from ..core.log import logger
+from ..core.metrics import ExpertMetrics
 from ..core.wire import SecureContext
 from ..kv_transfer.ends import BLOCKS, open_transports
 from ..kv_transfer.memory import Buffer
@@ -28,8 +32,10 @@ from ..kv_transfer.transports.base import Notify
 from ..kv_transfer.transports.mover import Mover
 from .build import build_engine, use_threads
 from .engine import Engine
+from .open_balancer import open_balancer
 from .rank_wire import (
     Accompany,
+    Balance,
     Built,
     Capture,
     Compute,
@@ -67,8 +73,12 @@ def main(connection: socket.socket, orders: socket.socket) -> None:
         blocks = engine.cache.blocks
         holds = Holds(blocks.shared) if isinstance(blocks, Buffer) else Holds(None, blocks.handle)
         send_frame(connection, encode(holds))
-        kv = Config.model_validate_json(task.config).kv
-        follower = Follower(engine.runner, lambda access: _move(engine, kv, access, orders))
+        config = Config.model_validate_json(task.config)
+        follower = Follower(
+            engine.runner,
+            lambda access: _move(engine, config.kv, access, orders),
+            lambda access: _balance(engine, config, access),
+        )
         while True:
             follower.obey(receive(connection))
     except (EOFError, ConnectionError):
@@ -90,7 +100,7 @@ def _build(connection: socket.socket, task: Task) -> Engine | None:
 
     device = device_of(task.device, task.rank)
     try:
-        group, place = join(task.rank, task.size, task.rendezvous, device, task.among)
+        group, place = join(task.rank, task.size, task.rendezvous, device, task.among, task.learned)
         config = Config.model_validate_json(task.config)
         built = build_engine(
             config, task.max_running, device, lambda *_: None, task.max_batched_tokens, group=group, agree=agree,
@@ -125,16 +135,32 @@ def _move(engine: Engine, kv: KVConfig, access: PeerAccess, orders: socket.socke
     return mover
 
 
+def _balance(engine: Engine, config: Config, access: PeerAccess) -> None:
+    """Let this rank's experts move."""
+    experts = engine.model.experts
+    if experts is not None:
+        # What is counted here nobody asks for: the first rank's counts stand for the worker.
+        metrics = ExpertMetrics(CollectorRegistry())
+        open_balancer(experts, config, SecureContext(access.keys), access.address, _done, metrics, SystemClock())
+
+
 class Follower:
     """Does what the first rank does.
 
     Args:
         runner: of this rank's part of the model.
         move: starts what moves its KV, when the first rank says so.
+        balance: likewise, what moves its experts.
     """
 
-    def __init__(self, runner: Runner, move: Callable[[PeerAccess], Mover]) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        move: Callable[[PeerAccess], Mover],
+        balance: Callable[[PeerAccess], None] = lambda access: None,
+    ) -> None:
         self._runner = runner
+        self._balance = balance
         self._move = move
         self._mover: Mover | None = None
         self._num_copies = 0
@@ -159,6 +185,9 @@ class Follower:
                 self._runner.accompany()
             case Capture():
                 self._runner.capture()
+                settle()  # the last that is done before it serves
+            case Balance():
+                self._balance(message.access)
             case PeerAccess():
                 self._mover = self._move(message)
                 self._tell_copies()

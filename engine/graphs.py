@@ -14,6 +14,7 @@ from .batch import Batch, GroupBlocks, StepInput, ladder
 from .models.decoder import Decoder
 from .row_state import RowState
 from .sampler import sampling_rows
+from .upload import send
 
 _INPUTS: dict[str, tuple[type, float]] = {
     "tokens": (np.int64, 0),
@@ -125,7 +126,7 @@ class DecodeGraphs:
             if step is not None:
                 place[..., :rows] = step.arrays[name]
             place[..., rows:] = self._spare_row if name == "rows" else _INPUTS[name][1]
-        self._static[:words].copy_(pinned, non_blocking=True)
+        send(pinned, self._static[:words])
 
     @torch.inference_mode()
     def _capture(self, size: int) -> None:

@@ -33,6 +33,8 @@ class Task(msgspec.Struct, frozen=True, tag=True):
     among: tuple[int, int] | None = None
     """Of the ranks that share experts, which meet at the rendezvous: the first rank's number, and how many there are.
     None: only those that share layers meet."""
+    learned: bytes = b""
+    """See `ExpertPlace`."""
 
 
 class Built(msgspec.Struct, frozen=True, tag=True):
@@ -82,6 +84,12 @@ class PeerAccess(msgspec.Struct, frozen=True, tag=True):
     """Of this host, where peers reach it."""
 
 
+class Balance(msgspec.Struct, frozen=True, tag=True):
+    """From now on experts move between steps, if the group's are to. Told after `Serve`; all ranks meet for it."""
+
+    access: PeerAccess
+
+
 class Array(msgspec.Struct, frozen=True, array_like=True):
     """Of numbers, C-contiguous."""
 
@@ -103,7 +111,7 @@ class Compute(msgspec.Struct, frozen=True, tag=True):
     eager: bool
 
 
-Message = Task | Built | Holds | Capture | Serve | Accompany | CopyBlock | PeerAccess | Compute
+Message = Task | Built | Holds | Capture | Serve | Accompany | CopyBlock | PeerAccess | Balance | Compute
 
 _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
 _encoder = msgspec.msgpack.Encoder()

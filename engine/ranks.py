@@ -34,6 +34,7 @@ from .build import Progress, build_engine
 from .expert_parallel import ExpertPlace, meet
 from .rank_wire import (
     Accompany,
+    Balance,
     Built,
     Capture,
     CopyBlock,
@@ -76,7 +77,7 @@ def build_on_ranks(
     among = None
     if place is not None:
         progress("waiting for those that share the experts", 0.0)
-        among = Among(place.meet(), place.rank * pool.tensor_parallel, place.size * pool.tensor_parallel)
+        among = Among(place.meet(), place.rank * pool.tensor_parallel, place.size * pool.tensor_parallel, place.learned)
     ranks = Ranks(config, pool.tensor_parallel, kind, pool.max_running, pool.max_batched_tokens, threads, among)
     try:
         group, place = ranks.join()
@@ -109,15 +110,22 @@ class Among(NamedTuple):
         rendezvous: see `TorchGroup`.
         first: number of the worker's first rank among them.
         size: how many there are.
+        learned: see `ExpertPlace`.
     """
 
     rendezvous: str
     first: int
     size: int
+    learned: bytes = b""
 
 
 def join(
-    rank: int, size: int, rendezvous: str, device: torch.device, among: tuple[int, int] | None
+    rank: int,
+    size: int,
+    rendezvous: str,
+    device: torch.device,
+    among: tuple[int, int] | None,
+    learned: bytes = b"",
 ) -> tuple[Group, ExpertPlace | None]:
     """A worker's ranks, and all that share experts with them. Blocks until these are there.
 
@@ -127,6 +135,7 @@ def join(
         rendezvous: where all meet.
         device: of this rank.
         among: the worker's first rank among those that share experts, and how many these are; None: nobody does.
+        learned: see `ExpertPlace`.
 
     Raises:
         WorkerError: a rank did not come.
@@ -135,7 +144,7 @@ def join(
         return TorchGroup(rank, size, rendezvous, device), None
     first, total = among
     all_ranks = meet(first + rank, total, rendezvous, device)
-    return all_ranks.part(size), ExpertPlace(first + rank, total, lambda: rendezvous, all_ranks)
+    return all_ranks.part(size), ExpertPlace(first + rank, total, lambda: rendezvous, all_ranks, learned)
 
 
 class Ranks:
@@ -165,12 +174,14 @@ class Ranks:
         self._folder = Path(tempfile.mkdtemp(prefix="tandem-ranks-"))
         self._rendezvous = f"file://{self._folder}/rendezvous" if among is None else among.rendezvous
         self._among = None if among is None else (among.first, among.size)
+        self._learned = b"" if among is None else among.learned
         self._device = device
         self._processes: list[subprocess.Popen[bytes]] = []
         self._connections: list[socket.socket] = []
         self._orders: list[socket.socket] = []
         self._links: list[MoverLink] = []
         self._num_copies = 0
+        self._memory: list[np.ndarray | int] | None = None
         self._closing = False
         document = config.model_dump_json().encode()
         for rank in range(1, size):
@@ -183,8 +194,9 @@ class Ranks:
             self._connections.append(ours)
             self._orders.append(our_orders)
             task = Task(
-                document, rank, size, self._rendezvous, device, max_running, max_batched_tokens, threads, self._among
-            )
+                document, rank, size, self._rendezvous, device, max_running, max_batched_tokens, threads, self._among,
+                self._learned,
+            )  # fmt: skip
             send_frame(ours, encode(task))
 
     def join(self) -> tuple[Group, ExpertPlace | None]:
@@ -193,7 +205,7 @@ class Ranks:
         Raises:
             WorkerError: one did not come.
         """
-        return join(0, self.size, self._rendezvous, device_of(self._device, 0), self._among)
+        return join(0, self.size, self._rendezvous, device_of(self._device, 0), self._among, self._learned)
 
     def agree(self, num_blocks: int) -> int:
         """As many blocks as every rank has room for. Blocks until all have built their part.
@@ -241,6 +253,10 @@ class Ranks:
         """Let the others take part in the next step of the ranks that share experts, with no tokens."""
         self._tell(encode(Accompany()))
 
+    def balance(self, access: PeerAccess) -> None:
+        """Let the others begin to move experts; see `open_balancer`, which this rank calls next."""
+        self._tell(encode(Balance(access)))
+
     def transports(
         self, access: PeerAccess, notify: Notify, on_bad_frame: Callable[[], None]
     ) -> list[Mapping[str, Transport]]:
@@ -260,13 +276,18 @@ class Ranks:
             self._links.append(MoverLink(orders, whose, notify, lambda: self._num_copies, on_bad_frame))
         return [forwarded(link) for link in self._links]
 
-    def memory(self) -> list[np.ndarray | int]:
+    def memory(self, wanted_by: str) -> list[np.ndarray | int]:
         """The others' blocks, to be read and written: [bytes] uint8 each, or, on GPUs, where the first rank's GPU sees
-        them. Blocks until all are built. Once.
+        them. Blocks until all are built.
+
+        Args:
+            wanted_by: the key of the configuration that needs them.
 
         Raises:
             ConfigError: they are not in memory that this process can map.
         """
+        if self._memory is not None:
+            return self._memory
         found: list[np.ndarray | int] = []
         for rank, connection in enumerate(self._connections, 1):
             try:
@@ -279,9 +300,10 @@ class Ranks:
                     raise TransferError("it is not in memory that processes of this system can share")
             except (EOFError, OSError, TransferError) as error:
                 raise ConfigError(
-                    f"offload.tiers: KV of rank {rank} of {self.size} cannot be reached: {error}",
-                    fix="leave offload.tiers empty, or give each worker one rank",
+                    f"{wanted_by}: KV of rank {rank} of {self.size} cannot be reached: {error}",
+                    fix=f"leave {wanted_by} out, or give each worker one rank",
                 ) from None
+        self._memory = found
         return found
 
     def watch(self, lost: Callable[[int], None]) -> None:

@@ -26,6 +26,7 @@ def start(home: Path, prefill: int, decode: int, transport: str = "auto") -> Ser
         "--set", f"kv.transport={transport}",
         "--set", "routing.local_prefill=never",
         "--set", "kv.prefix_cache=false",
+        "--set", "kv.checksums=true",
     )  # fmt: skip
 
 

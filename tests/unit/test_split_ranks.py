@@ -5,16 +5,19 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from support.checkpoints import make_checkpoint
 from support.pair import Node, Pair
 from support.sharded import FAMILIES
+from support.thread_ranks import ThreadRanks
 from tandem.core.config import Config
 from tandem.core.messages import PrefillFailed, Sampling
 from tandem.decode.worker import DecodeWorker
 from tandem.engine.models.shard import kv_heads_of
+from tandem.kv_transfer.sum_queue import Pending
 from tandem.prefill.worker import PrefillWorker
 
 RANKS = [(1, 2), (2, 1), (2, 2), (2, 4), (4, 2)]
@@ -45,6 +48,7 @@ class Make:
         ranks: tuple[int, int] | None,
         overlap: bool = False,
         model_dtype: str = "float32",
+        checksums: bool = False,
         **prefill_kv: object,
     ) -> Pair:
         pools: dict[str, object] = {"colocated": {}}
@@ -56,7 +60,7 @@ class Make:
             }
         config: dict[str, object] = {
             "model": {"path": str(self._folder / family), "max_model_len": 256, "dtype": model_dtype},
-            "kv": {"block_tokens": 8, "capacity": "1MiB"},
+            "kv": {"block_tokens": 8, "capacity": "1MiB", "checksums": checksums},
             "routing": {"local_prefill": "never"},
             "pools": pools,
         }
@@ -88,11 +92,40 @@ def test_the_same_tokens_whatever_the_ranks(ranks: tuple[int, int], family: str,
     assert not pair.decode.metrics.load_failures.collect()[0].samples
 
 
+@pytest.mark.parametrize("checksums", [False, True], ids=["", "checksums"])
 @pytest.mark.parametrize("ranks", [(2, 4), (4, 2)])
-def test_blocks_may_differ_too(ranks: tuple[int, int], make: Make) -> None:
-    pair = make("llama", ranks, block_tokens=12, layer_groups=3)
+def test_blocks_may_differ_too(ranks: tuple[int, int], checksums: bool, make: Make) -> None:
+    pair = make("llama", ranks, checksums=checksums, block_tokens=12, layer_groups=3)
     assert pair.generate(PROMPTS, max_tokens=12) == make("llama", None).generate(PROMPTS, max_tokens=12)
     assert not pair.decode.metrics.load_failures.collect()[0].samples
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("ranks", [(1, 2), (2, 4), (4, 2)])
+def test_a_bit_that_changes_in_any_rank_is_noticed(ranks: tuple[int, int], family: str, make: Make) -> None:
+    """Also in a rank that holds the heads of another: what it has read is a copy of its own."""
+    want = make(family, None).generate(PROMPTS[:1], max_tokens=12)
+    pair = make(family, ranks, checksums=True)
+    assert pair.generate(PROMPTS[:1], max_tokens=12) == want
+    failures = pair.decode.metrics.load_failures.labels("checksum")._value
+    assert failures.get() == 0
+    assert isinstance(pair.decode.ranks, ThreadRanks)
+    last, checksums = pair.decode.ranks.caches[-1].tensor, pair.decode.connector._sums
+    assert checksums is not None
+    start, flipped = checksums.start, 0
+
+    def flip(tables: list[list[int]], layers: range, *others: Any, copies: bool, behind_steps: bool) -> Pending:
+        nonlocal flipped
+        if not flipped:
+            flipped += 1
+            last[tables[0][0], layers.start, 0, 0, 3, 0] += 1
+        return start(tables, layers, *others, copies=copies, behind_steps=behind_steps)
+
+    checksums.start = flip  # type: ignore[method-assign]
+    other = [[(token + 1) % 131 for token in PROMPTS[0]]]
+    assert pair.generate(other, max_tokens=12) == make(family, None).generate(other, max_tokens=12)
+    assert flipped
+    assert failures.get() == 1
 
 
 def kv_of(node: Node, blocks: list[int], num_tokens: int) -> torch.Tensor:
@@ -122,7 +155,7 @@ def test_every_rank_has_what_prefill_computed_of_its_heads(
 
 @pytest.mark.parametrize("ranks", [(2, 4), (4, 2)])
 def test_every_rank_converts_what_it_reads(ranks: tuple[int, int], make: Make) -> None:
-    pair = make("llama", ranks, False, "bfloat16", block_tokens=12, dtype="float32")
+    pair = make("llama", ranks, False, "bfloat16", checksums=True, block_tokens=12, dtype="float32")
     landed, sent = handed_over(pair)
     assert (landed.dtype, sent.dtype) == (torch.bfloat16, torch.float32)
     assert torch.equal(landed, sent.to(torch.bfloat16))
