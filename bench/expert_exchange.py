@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -156,23 +156,29 @@ def measure(rank: int, size: int, task: Task, folder: str) -> list[dict[str, Any
         ("combine", "peer memory"): lambda: exchange.combine(out, slots, task.tokens, loads),
         ("combine", "all-to-all"): here,
     }
-    clock = _Clock(group, device, task)
-    clocks = {name: clock.prepare(run) for name, run in runs.items()}
-    samples: dict[tuple[str, str], list[float]] = {name: [] for name in runs}
-    for _ in range(_ALTERNATIONS):
-        for name, take in clocks.items():
-            group.barrier()
-            samples[name] += take()
+    samples = _samples(runs, _Clock(group, device, task), group)
     assert not exchange.missing(), f"ranks {exchange.missing()} were missed"
     sent_bytes = (sum(sent) - sent[rank]) * task.hidden * dtype.itemsize
     found = [_record(*name, values, sent_bytes) for name, values in samples.items()]
-    clocks.clear()  # what recorded the exchange is gone before its memory
     group.barrier()
     if memory is not None:
         torch.cuda.synchronize()
         memory.close()
     group.close()
     return found
+
+
+def _samples(
+    runs: Mapping[tuple[str, str], Callable[[], object]], clock: _Clock, group: TorchGroup
+) -> dict[tuple[str, str], list[float]]:
+    """Microseconds of each, in turns. What recorded them is gone at the end: NCCL waits for its graphs when it ends."""
+    clocks = {name: clock.prepare(run) for name, run in runs.items()}
+    samples: dict[tuple[str, str], list[float]] = {name: [] for name in runs}
+    for _ in range(_ALTERNATIONS):
+        for name, take in clocks.items():
+            group.barrier()
+            samples[name] += take()
+    return samples
 
 
 def _record(operation: str, by: str, samples: list[float], sent_bytes: int) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""Where workers that share experts meet, and who goes when one is gone. Owned by one event loop; no I/O."""
+"""Where workers that share experts meet, who goes when one is gone, and what their group leaves to the next.
+
+Owned by one event loop; no I/O.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from typing import NamedTuple
 from ..core.config import Config
 from ..core.errors import WorkerError
 from ..core.ids import PeerId, WorkerId, index_of, worker_of
-from .state import KeptGroup
+from .state import KeptGroup, KeptLearned
 
 
 class GroupId(NamedTuple):
@@ -36,13 +39,18 @@ class ExpertGroups:
         self._arrived: dict[GroupId, dict[WorkerId, _Arrival]] = {}
         self._formed: dict[GroupId, frozenset[PeerId]] = {}
         self._rendezvous: dict[GroupId, str] = {}
+        self._learned: dict[GroupId, bytes] = {}
 
-    def state(self) -> list[KeptGroup]:
-        """Groups that have formed, for `restore`."""
-        return [KeptGroup(sorted(peers), self._rendezvous[group]) for group, peers in self._formed.items()]
+    def state(self) -> tuple[list[KeptGroup], list[KeptLearned]]:
+        """Groups that have formed, and what any have left, for `restore`."""
+        return (
+            [KeptGroup(sorted(peers), self._rendezvous[group]) for group, peers in self._formed.items()],
+            [KeptLearned(*group, learned) for group, learned in self._learned.items()],
+        )
 
-    def restore(self, kept: list[KeptGroup]) -> None:
-        """These groups have formed before."""
+    def restore(self, kept: list[KeptGroup], left: list[KeptLearned]) -> None:
+        """These groups have formed before, and left this."""
+        self._learned = {GroupId(group.role, group.number): group.learned for group in left}
         for formed in kept:
             group, _ = self._group_of(formed.peers[0])
             if group is not None:
@@ -78,6 +86,18 @@ class ExpertGroups:
                 arrival.answer.set_result(first.rendezvous)
             del self._arrived[group]
         return await mine.answer
+
+    def keep(self, peer: PeerId, learned: bytes) -> None:
+        """What the group of ``peer`` leaves. Without effect when that has ended: its followers may have asked already,
+        and all of them get the same."""
+        group, _ = self._group_of(peer)
+        if group is not None and peer in self._formed.get(group, ()):
+            self._learned[group] = learned
+
+    def learned(self, peer: PeerId) -> bytes:
+        """What the groups before that of ``peer`` left last, or b"". Does not change until that has formed."""
+        group, _ = self._group_of(peer)
+        return self._learned.get(group, b"") if group is not None else b""
 
     def gone(self, peer: PeerId) -> frozenset[PeerId]:
         """A worker's life has ended; returns the others of its group, which cannot go on without it. Once."""

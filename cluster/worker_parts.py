@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ..core.clock import Clock
 from ..core.config import ColocatedPool, Config, DecodePool, PrefillPool
 from ..core.ids import PeerId, index_of, worker_of
 from ..core.log import logger
 from ..core.messages import Message
-from ..core.metrics import WorkerMetrics
+from ..core.metrics import ExpertMetrics, WorkerMetrics
 from ..core.tracer import open_tracer
 from ..core.wire import ClusterKeys, SecureContext
 from ..decode.worker import DecodeWorker
@@ -23,6 +25,7 @@ from ..engine.expert_parallel import ExpertPlace, open_rendezvous
 from ..engine.kv_control import KVControl
 from ..engine.models.shard import kv_heads_of
 from ..engine.offloader import Offloader
+from ..engine.open_balancer import open_balancer
 from ..engine.rank_wire import PeerAccess
 from ..engine.ranks import Ranks, build_on_ranks
 from ..engine.tiers import Tiers, open_tiers, whole_layout
@@ -32,7 +35,7 @@ from ..kv_transfer.hidden_states import open_writer
 from ..kv_transfer.offload.build import Place
 from ..kv_transfer.offload.network import Network, Servers
 from ..prefill.worker import PrefillWorker
-from .expert_worker import open_balancer, prepare
+from .expert_worker import Legacy, prepare
 from .kv_publisher import KVPublisher
 from .mesh import Mesh
 
@@ -55,6 +58,7 @@ class WorkerParts:
         host_tiers: of other nodes.
         meet: see `WorkerRuntime`.
         note: told, on any thread, what operators want to know.
+        legacy: of the workers that shared experts before this one and its group.
         nudge: called on any thread when a read or a tier has news.
         on_message: called on the mesh's thread with each message and its sender.
         on_lost: called on the mesh's thread with each peer that is gone.
@@ -77,6 +81,7 @@ class WorkerParts:
         host_tiers: Servers,
         meet: Callable[[str], str],
         note: Callable[[str], object],
+        legacy: Legacy,
         nudge: Callable[[], None],
         on_message: Callable[[PeerId, Message], None],
         on_lost: Callable[[PeerId], None],
@@ -93,6 +98,7 @@ class WorkerParts:
         self._host_tiers = host_tiers
         self._meet = meet
         self._note = note
+        self._legacy = legacy
         self._nudge = nudge
         self._ranks: Ranks | None = None
         try:
@@ -190,7 +196,19 @@ class WorkerParts:
         built.engine.runner.serve()
         self.balancer: Balancer | None = None
         if experts is not None:
-            self.balancer = open_balancer(experts, config, self._context, self._address, metrics, clock, self._note)
+            if self._ranks is not None:
+                self._ranks.balance(PeerAccess(self._keys, self._address))
+            self.balancer = open_balancer(
+                experts,
+                config,
+                self._context,
+                self._address,
+                metrics.bad_frames.labels("experts").inc,
+                ExpertMetrics(metrics.registry),
+                clock,
+                self._note,
+                self._legacy.keep,
+            )
 
     def _expert_place(self) -> ExpertPlace | None:
         """Consecutive workers of a pool share experts."""
@@ -198,7 +216,10 @@ class WorkerParts:
         if size == 1:
             return None
         return ExpertPlace(
-            index_of(worker_of(self._peer)) % size, size, lambda: self._meet(open_rendezvous(self._address))
+            index_of(worker_of(self._peer)) % size,
+            size,
+            lambda: self._meet(open_rendezvous(self._address)),
+            learned=self._legacy.learned(),
         )
 
     def _open_tiers(self, engine: Engine) -> Tiers | None:
@@ -211,7 +232,9 @@ class WorkerParts:
         folder = self._host_tier(whole_layout(engine).block_bytes) if has_host else Path()
         network = Network(self._context, self._address, self._config.kv, self._host_tiers, folder.name)
         place = Place(folder, worker_of(self._peer), len(workers), self._keys.server_public.hex(), network, workers)
-        others = self._ranks.memory() if self._ranks is not None and self._config.offload.tiers else ()
+        others: Sequence[np.ndarray | int] = ()
+        if self._ranks is not None and self._config.offload.tiers:
+            others = self._ranks.memory("offload.tiers")
         return open_tiers(self._config, engine, place, self._clock, self._nudge, others)
 
     def _end_ranks(self) -> None:
@@ -236,6 +259,7 @@ class WorkerParts:
             self._clock,
             self._metrics,
             kv.checksums,
+            self._nudge,
         )
 
     def _ends(self, engine: Engine) -> list[End]:
@@ -250,5 +274,11 @@ class WorkerParts:
         if self._ranks is not None:
             access = PeerAccess(self._keys, self._address)
             others = self._ranks.transports(access, self._nudge, bad_frame)
-            ends += [End(*other, cache.blocks.kind) for other in zip(heads[1:], others, strict=True)]
+            blocks: Sequence[np.ndarray | int | None] = [None] * len(others)
+            if kv.checksums:
+                blocks = self._ranks.memory("kv.checksums")
+            ends += [
+                End(held, moving, cache.blocks.kind, memory)
+                for held, moving, memory in zip(heads[1:], others, blocks, strict=True)
+            ]
         return ends

@@ -14,7 +14,7 @@ _INTERVAL_STEPS = 3000
 class BalanceConfig(Section):
     enabled: bool | None = None
     """Whether experts move between the workers of a group while they serve. Default: where redundant is above 0,
-    tensor_parallel is 1, and the workers can read each other's memory."""
+    and the workers can read each other's memory."""
     when: Literal["gain", "interval", "manual"] = "gain"
     """gain: at the end of an interval, if it is predicted to save more than it costs, and min_gain. interval: whenever
     one is over. manual: only by `tandem rebalance`."""

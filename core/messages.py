@@ -280,6 +280,8 @@ class Hello(Struct, tag=True, frozen=True):
     ranks: Annotated[list[RankSpec], Meta(max_length=MAX_RANKS)] = []
     """The first one has the blocks' generations too."""
     lease_s: Seconds = 30.0
+    no_sums: Text = ""
+    """Why the peer cannot send checksums of its KV, or ""."""
 
 
 class HelloReply(Struct, tag=True, frozen=True):
@@ -415,6 +417,15 @@ class Report(Struct, tag=True, frozen=True):
     """Of the prefix cache, and of each tier."""
     experts: ExpertsReport | None = None
     """Of the group that shares experts, from the worker that plans for it."""
+    urgent: Annotated[list[tuple[Count, Count]], Meta(max_length=2)] = []
+    """Of `waiting` and `queued_tokens`, what comes before a request of high priority, and before one of normal; empty:
+    all of it does."""
+
+    def before(self, level: int) -> tuple[int, int]:
+        """Sequences and prompt tokens that come before a request of a level of `core.urgency`. Running ones do
+        always."""
+        waiting, tokens = self.urgent[level] if level < len(self.urgent) else (self.waiting, self.queued_tokens)
+        return self.running + waiting, tokens
 
 
 class Subscribe(Struct, tag=True, frozen=True):

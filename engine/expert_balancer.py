@@ -22,8 +22,10 @@ from ..core.clock import Clock
 from ..core.config_experts import BalanceConfig, ExpertsConfig
 from ..core.errors import CapacityError, ConfigError, PlacementError
 from ..core.expert_messages import ExpertsReport, LoadEntries
+from ..core.log import logger
 from ..core.metrics import ExpertMetrics
 from ..eplb.exchange import Exchange
+from ..eplb.learned import Learned
 from ..eplb.load_file import warm_up_placement
 from ..eplb.maps import ExpertMaps
 from ..eplb.migrate import Migrator, Outcome
@@ -59,6 +61,7 @@ class Balancer:
         metrics: what to count.
         clock: for time-outs and ages.
         note: told, by the rank that leads and on any thread, how attempts end, for people.
+        keep: likewise told, when experts have moved, what the group after this one needs: a `Learned`, packed.
 
     Raises:
         ConfigError: ranks do not fit each other, or cannot read from each other.
@@ -78,6 +81,7 @@ class Balancer:
         metrics: ExpertMetrics,
         clock: Clock,
         note: Callable[[str], object] = lambda text: None,
+        keep: Callable[[bytes], object] = lambda learned: None,
     ) -> None:
         words, self._exchange = exchanges
         placement = maps.placement
@@ -123,6 +127,7 @@ class Balancer:
                 metrics,
                 clock,
                 note,
+                keep,
             )
 
     def boundary(self, has_work: bool) -> None:
@@ -221,9 +226,12 @@ class Balancer:
 
 
 def first_placement(
-    num_layers: int, num_experts: int, num_ranks: int, config: ExpertsConfig, num_groups: int
+    num_layers: int, num_experts: int, num_ranks: int, config: ExpertsConfig, num_groups: int, learned: bytes = b""
 ) -> tuple[Placement, Topology]:
-    """Where experts are before anybody has served, and on what. Reads the file of ``experts.balance``, if it names one.
+    """Where experts are before the group serves, and on what.
+
+    Where the group before it had them, if there was one; else by the file of ``experts.balance``, which is read, if it
+    names one.
 
     Args:
         num_layers: with experts.
@@ -231,6 +239,7 @@ def first_placement(
         num_ranks: that share them.
         config: how many are there twice, and the file.
         num_groups: that the router limits tokens to.
+        learned: by the group before this one, if there was one: a `Learned`, packed.
 
     Raises:
         ConfigError: the slots cannot be divided among the ranks, or there are more than enough for all on each; or the
@@ -251,6 +260,15 @@ def first_placement(
             fix=f"give at most {num_experts * (num_ranks - 1)}",
         )
     topology = Topology(num_slots, num_ranks, num_groups=num_groups)
+    if learned and config.balanced:
+        try:
+            placement = Learned.unpack(learned).placement(num_layers, num_experts, topology)
+        except PlacementError as error:
+            # All ranks have the same bytes, and so begin in the same way.
+            logger.warning("experts begin where they did first: %s", error)
+        else:
+            logger.info("experts begin where the group before had them, or its load says: %08x", _digest(placement))
+            return placement, topology
     file = config.balance.load_file
     if file is None:
         return initial_placement(num_layers, num_experts, topology), topology
@@ -267,7 +285,7 @@ def compare_placements(exchange: Exchange, placement: Placement) -> None:
         ConfigError: a rank has another.
         WorkerError: a rank did not come.
     """
-    own = zlib.crc32(np.ascontiguousarray(placement.physical_to_logical).tobytes()).to_bytes(4, "little")
+    own = _digest(placement).to_bytes(4, "little")
     others = exchange.gather(own)
     different = [rank for rank, other in enumerate(others) if other != others[0]]
     if different:
@@ -275,3 +293,7 @@ def compare_placements(exchange: Exchange, placement: Placement) -> None:
             f"experts.balance.load_file: rank {different[0]} places experts otherwise than rank 0",
             fix="give the same file to all nodes",
         )
+
+
+def _digest(placement: Placement) -> int:
+    return zlib.crc32(np.ascontiguousarray(placement.physical_to_logical).tobytes())

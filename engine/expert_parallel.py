@@ -69,6 +69,8 @@ class ExpertPlace(NamedTuple):
     """Blocks until all ranks are about to join, and says where: a rendezvous for `ExpertGroup.join`."""
     ranks: TorchGroup | None = None
     """All ranks, where they have met already: some of them share layers, too."""
+    learned: bytes = b""
+    """What the group before this one left (`Learned`), the same for all ranks; empty: there was none."""
 
 
 class Sent(NamedTuple):
@@ -459,10 +461,9 @@ def make_group(
             fix="leave out experts.parallel",
         )
     numbers = len(spec.moe_layers), spec.moe.num_experts, place.size
-    placement, topology = first_placement(*numbers, config, spec.moe.num_groups)
+    placement, topology = first_placement(*numbers, config, spec.moe.num_groups, place.learned)
     maps = ExpertMaps(placement, topology, place.rank, device)
-    # All processes of a worker would have to take part between steps, and only the first does.
-    movable = config.balanced and tensor_parallel == 1
+    movable = config.balanced
     if device.type == "cpu":  # bytes cost more than waiting
         return ExpertGroup(place.rank, topology, maps, movable=movable, tensor_parallel=tensor_parallel)
     batched = KERNELS[select(experts._replace(format="batched"), describe(device)).backend]

@@ -20,6 +20,7 @@ from ..core.expert_messages import ExpertsReport, LoadEntries, LoadEntry
 from ..core.log import logger
 from ..core.metrics import ExpertMetrics
 from ..eplb.balance import balancedness, num_moved
+from ..eplb.learned import Learned
 from ..eplb.migrate import Outcome
 from ..eplb.placement import Placement, Topology, plan
 from ..eplb.rebalance import Reason
@@ -66,6 +67,7 @@ class Planner:
         metrics: what to count.
         clock: of intervals and ages.
         note: told how attempts end that were not declined.
+        keep: told, when experts have moved, a `Learned`, packed.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class Planner:
         metrics: ExpertMetrics,
         clock: Clock,
         note: Callable[[str], object],
+        keep: Callable[[bytes], object],
     ) -> None:
         self._propose = propose
         self._current = current
@@ -91,6 +94,7 @@ class Planner:
         self._metrics = metrics
         self._clock = clock
         self._note = note
+        self._keep = keep
         settings = TriggerSettings(
             expert_bytes,
             _BYTES_PER_S[device_type],
@@ -277,6 +281,8 @@ class Planner:
         done = outcome == Reason.DONE.name.lower()
         self._trigger.ended(error="" if done else f"{outcome} {detail}")
         moved, _ = num_moved(attempt.before, now, self._topology)
+        if moved:
+            self._keep(Learned.of(now, self._topology, self._window.load()).pack())
         report = self._report
         self._report = msgspec.structs.replace(
             report,

@@ -6,15 +6,19 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from support.load import Body, Load, body, check
 from support.served import TANDEM, Served, wait_for
+from tandem.core.config_experts import ExpertsConfig
+from tandem.engine.expert_balancer import first_placement
 from tandem.eplb.load_file import read_load
 
 from .conftest import Golden
@@ -58,6 +62,13 @@ def num_done(served: Served) -> float:
 def num_begun(served: Served) -> int:
     """Moves of all lives so far."""
     return sum(path.read_text().count(" experts to move") for path in served.home.glob("tandem/logs/*/decode-0#*.log"))
+
+
+def begun_where(served: Served, name: str) -> list[str]:
+    """Which placement a worker's newest life began with, if it was the one that the life before had left."""
+    logs = served.home.glob(f"tandem/logs/*/{name}#*.log")
+    newest = max(logs, key=lambda path: int(path.stem.partition("#")[2]))
+    return re.findall(r"experts begin where the group before had them, or its load says: (\w+)", newest.read_text())
 
 
 def until_one_begins(served: Served, load: Load) -> None:
@@ -116,7 +127,7 @@ def test_nobody_notices_and_operators_see(group: Served, golden: Golden, tmp_pat
 @pytest.mark.parametrize("after_s", [0.0, 0.05])
 @pytest.mark.parametrize("number", [0, 1])
 def test_a_worker_killed_while_experts_move(number: int, after_s: float, group: Served, golden: Golden) -> None:
-    """The group forms again, and moves experts again."""
+    """The group forms again where it was, all ranks in the same way, and moves experts again."""
     requests = [body(100 + 50 * number + int(1000 * after_s) + index, max_tokens=250) for index in range(12)]
     victims = [group.worker(f"decode-{index}") for index in range(2)]
     with Load(group.url, requests) as load:
@@ -129,6 +140,10 @@ def test_a_worker_killed_while_experts_move(number: int, after_s: float, group: 
     with Load(group.url, more) as load:
         check(load.answers(), golden(more))
     assert num_done(group) > 0, "the new group has moved experts"
+    [begun] = {*begun_where(group, "decode-0")}
+    assert begun_where(group, "decode-1") == [begun]
+    first, _ = first_placement(6, 16, 2, ExpertsConfig(redundant=4), 1)
+    assert begun != f"{zlib.crc32(first.physical_to_logical.tobytes()):08x}"
 
 
 def test_a_worker_that_stands_still_while_experts_move(group: Served, golden: Golden) -> None:

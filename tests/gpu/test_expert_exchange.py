@@ -8,7 +8,10 @@ from support import exchanging
 from support.ranks import run_ranks
 from tandem.kernels import expert_exchange, on_gpu
 
-pytestmark = pytest.mark.skipif(not on_gpu.AVAILABLE, reason="Triton is not installed")
+pytestmark = [
+    pytest.mark.skipif(not on_gpu.AVAILABLE, reason="Triton is not installed"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="GPUs exchange by themselves: test_expert_parallel"),
+]
 
 
 def test_many_rounds_in_shared_memory(seed: int) -> None:

@@ -68,5 +68,5 @@ class Gateway:
         assert self.dispatcher.num_live == 0
         assert self.dispatcher._by_ticket == {}
         assert self.dispatcher._homeless == {}
-        assert not any(self.router._decode_load.values())
-        assert not any(self.router._prefill_load.values())
+        assert not any(any(load.values()) for load in self.router._decode_load)
+        assert not any(any(load.values()) for load in self.router._prefill_load)

@@ -7,7 +7,6 @@ back with what it computes from the experts' seeds: not one bit may differ, what
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import multiprocessing.connection
 import os
 import random
@@ -36,6 +35,7 @@ from tandem.kv_transfer.transports.shm import ShmTransport
 from tandem.kv_transfer.transports.zmq import ZmqTransport
 from torch import Tensor
 
+from .forking import forking
 from .patience import stretched
 
 CPU = torch.device("cpu")
@@ -311,7 +311,6 @@ class Cluster:
     """
 
     def __init__(self, size: int, folder: Path) -> None:
-        self._context = multiprocessing.get_context("spawn")
         self._folder = folder
         self._meetings = 0
         self._starting: set[int] = set()
@@ -323,8 +322,8 @@ class Cluster:
 
     def start(self, rank: int) -> None:
         """A new process."""
-        ours, theirs = self._context.Pipe()
-        process = self._context.Process(target=run, args=(theirs,), daemon=True)
+        ours, theirs = forking.Pipe()
+        process = forking.Process(target=run, args=(theirs,), daemon=True)
         process.start()
         theirs.close()
         self.processes[rank], self._connections[rank] = process, ours

@@ -11,6 +11,9 @@ from typing import Any
 
 import torch.multiprocessing
 
+from .forking import forking
+from .interpreter import hasten
+
 
 def run_ranks(size: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = 120) -> list[Any]:
     """``function(rank, size, *arguments)`` in ``size`` processes at a time; what each returned, in the order of ranks.
@@ -18,7 +21,9 @@ def run_ranks(size: int, function: Callable[..., Any], *arguments: Any, timeout_
     Fails with the first rank that fails, and leaves no process behind. The function is one of a module that a new
     process can import, and imports itself what the environment is to be set for.
     """
-    context = torch.multiprocessing.get_context("spawn")
+    # On a GPU a rank chooses for itself whether kernels are interpreted, before it imports any.
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    context: Any = forking if interpreted else torch.multiprocessing.get_context("spawn")
     deadline_s = time.monotonic() + timeout_s
     processes, readers = [], []
     try:
@@ -52,6 +57,7 @@ def run_ranks(size: int, function: Callable[..., Any], *arguments: Any, timeout_
 
 def _run(writer: Any, rank: int, size: int, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
+    hasten()
     try:
         result = function(rank, size, *arguments)
     except BaseException:  # noqa: BLE001

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -19,6 +19,7 @@ from tandem.core.errors import WorkerError
 from tandem.core.hashing import root_hash
 from tandem.core.messages import Child, Sampling
 from tandem.core.metrics import ExpertMetrics
+from tandem.core.wire import SecureContext, make_cluster_keys
 from tandem.engine.batch import Work
 from tandem.engine.build import warm_up
 from tandem.engine.engine import Engine
@@ -29,12 +30,15 @@ from tandem.engine.models.decoder import Decoder
 from tandem.engine.models.experts import experts_spec
 from tandem.engine.models.shard import local_kv_heads
 from tandem.engine.models.spec import ModelSpec, read_spec
+from tandem.engine.open_balancer import open_balancer
+from tandem.engine.rank_wire import PeerAccess
 from tandem.engine.ranks import build_on_ranks
 from tandem.engine.runner import Runner
 from tandem.engine.sequence import Sequence
 from tandem.engine.tensor_parallel import Alone, Group
 from tandem.engine.weights import load_weights
 from tandem.eplb.maps import ExpertMaps
+from tandem.eplb.store import checksum
 from tandem.kernels.device import describe
 from tandem.kernels.expert_exchange import Buffers, Exchange
 from tandem.kernels.moe_oracle import KERNELS
@@ -203,20 +207,24 @@ def on_graphs(rank: int, size: int, folder: Path, family: str) -> tuple[list[lis
 
 
 def as_workers(worker: int, size: int, folder: Path, family: str) -> tuple[list[list[int]], bool]:
-    """On CPUs, as workers are built, of two processes each; returns as `on_graphs`."""
+    """On CPUs, as workers are built, of two processes each, between all of which experts move; as `on_graphs`."""
     alone = _say(_config(folder / family, {}), PROMPTS[worker], None)
-    config = _config(folder / family, {"tensor_parallel": 2, "replicas": size, "expert_parallel": size})
+    several = {"tensor_parallel": 2, "replicas": size, "expert_parallel": size}
+    often = {"when": "interval", "interval_steps": 4, "window_steps": 4, "exchange_steps": 1, "checksums": True}
+    experts = {"redundant": 4, "balance": often | {"enabled": True}}
+    config = _config(folder / family, several, experts)
     place = ExpertPlace(worker, size, lambda: f"file://{folder / 'rendezvous'}-{family}-workers")
     return alone, _say(config, PROMPTS[worker], place) == alone
 
 
-def _config(folder: Path, pool: dict[str, int]) -> Config:
+def _config(folder: Path, pool: dict[str, int], experts: dict[str, Any] | None = None) -> Config:
     limits = {"max_running": 4, "max_batched_tokens": 32}
     return Config.model_validate(
         {
             "model": {"path": str(folder), "dtype": "float32", "max_model_len": 128},
             "kv": {"capacity": "8MB"},
             "pools": {"colocated": limits | pool},
+            "experts": experts or {},
         }
     )
 
@@ -229,9 +237,39 @@ def _say(config: Config, lengths: tuple[int, ...], place: ExpertPlace | None) ->
     engine, experts = built.engine, built.engine.model.experts
     warm_up(engine, pool.max_batched_tokens, lambda *_: None)
     engine.runner.serve()
+    balancer = None
+    if experts is not None and others is not None and config.experts.balanced:
+        access = PeerAccess(make_cluster_keys(), "127.0.0.1")
+        others.balance(access)
+        metrics = ExpertMetrics(CollectorRegistry())
+        balancer = open_balancer(
+            experts, config, SecureContext(access.keys), access.address, str, metrics, SystemClock()
+        )  # fmt: skip
+        assert balancer is not None
     if pool.gpus_per_replica:
         assert engine.runner.graphs is not None
         assert experts is None or experts.direct is not None, experts.why_not_direct
+    said = []
+    for _ in range(1 if balancer is None else NUM_ROUNDS):
+        said.append(_say_once(engine, lengths))
+        for _ in range(0 if balancer is None else NUM_EMPTY):  # nobody has work; what is being moved goes on
+            assert not engine.accompany()
+            time.sleep(0.002)
+    assert all(one == said[0] for one in said)
+    if balancer is not None:
+        assert not balancer.leads or balancer.report().total_moved > 0  # type: ignore[union-attr]
+        balancer.close()
+    if others is not None:
+        others.close()
+    if pool.gpus_per_replica and experts is not None:
+        torch.cuda.synchronize()
+        experts.check()
+        engine.runner.graphs = None
+        experts.close()
+    return said[0]
+
+
+def _say_once(engine: Engine, lengths: tuple[int, ...]) -> list[list[int]]:
     sequences = [
         Sequence(f"r{i}", [(11 * j * j + 13 * i + n) % 131 for j in range(n)], n, [Child(0, i)], Sampling(), ROOT)
         for i, n in enumerate(lengths)
@@ -245,14 +283,10 @@ def _say(config: Config, lengths: tuple[int, ...], place: ExpertPlace | None) ->
                 outcome.sequence.tokens.append(-1 if outcome.samples[0] is None else outcome.samples[0].token)
     while engine.accompany():
         pass
-    if others is not None:
-        others.close()
-    if pool.gpus_per_replica and experts is not None:
-        torch.cuda.synchronize()
-        experts.check()
-        engine.runner.graphs = None
-        experts.close()
-    return [sequence.tokens[sequence.num_prompt_tokens :] for sequence in sequences]
+    tokens = [sequence.tokens[sequence.num_prompt_tokens :] for sequence in sequences]
+    for sequence in sequences:
+        engine.free(sequence)
+    return tokens
 
 
 def share_and_leave(rank: int, size: int, folder: Path, num_redundant: int) -> dict[str, Told]:
@@ -304,13 +338,14 @@ def _group_of(
     tensor_parallel: int = 1,
     *,
     direct: bool = False,
+    learned: bytes = b"",
 ) -> ExpertGroup:
     spec = read_spec(folder)
     wanted = experts_spec(spec, torch.float32, 1, size)
     assert spec.moe is not None
     assert wanted is not None
     config = ExpertsConfig(redundant=num_redundant)
-    placement, topology = first_placement(len(spec.moe_layers), spec.moe.num_experts, size, config, 1)
+    placement, topology = first_placement(len(spec.moe_layers), spec.moe.num_experts, size, config, 1, learned)
     maps = ExpertMaps(placement, topology, rank, device)
     batched = KERNELS[select_experts(wanted._replace(format="batched"), describe(device)).backend]
     buffers = None
@@ -339,6 +374,7 @@ def share_and_move(rank: int, size: int, folder: Path, families: tuple[str, ...]
         group.join(f"file://{folder / 'rendezvous'}-{family}-moving", CPU)
         group.serve()
         assert group.store is not None
+        kept: list[bytes] = []
         balancer = Balancer(
             group.loads,
             group.store,
@@ -350,6 +386,7 @@ def share_and_move(rank: int, size: int, folder: Path, families: tuple[str, ...]
             family,
             ExpertMetrics(CollectorRegistry()),
             SystemClock(),
+            keep=kept.append,
         )
         group.boundary = balancer.boundary
         first = group.maps.placement.physical_to_logical
@@ -368,6 +405,38 @@ def share_and_move(rank: int, size: int, folder: Path, families: tuple[str, ...]
                 time.sleep(0.001)
             num_moved += not np.array_equal(first, group.maps.placement.physical_to_logical)
         told[family] = Told(difference, same, num_idle, [[num_moved]])
+        exchange = group.exchange()
+        while b"moving" in exchange.gather(_state(balancer)):
+            assert not engine.accompany()
+            time.sleep(0.001)
         balancer.close()
-        group.close()
+        [learned, *_] = exchange.gather(kept[-1] if balancer.leads else b"")
+        _go_on(rank, size, folder, family, group, learned)
     return told
+
+
+def _state(balancer: Balancer) -> bytes:
+    report = balancer.report()
+    return b"" if report is None else report.state.encode()
+
+
+def _go_on(rank: int, size: int, folder: Path, family: str, before: ExpertGroup, learned: bytes) -> None:
+    """The group that takes its place reads each expert where it was moved to, to the bit, and says the same."""
+    assert before.store is not None
+    moved = [[checksum(tensors, slot) for slot in range(before.maps.num_local)] for tensors in before.store.live]
+    group = _group_of(rank, size, folder / family, 2, fixed=False, learned=learned)
+    engine = engine_of(folder / family, group)
+    assert group.store is not None
+    read = [[checksum(tensors, slot) for slot in range(group.maps.num_local)] for tensors in group.store.live]
+    assert read == moved
+    first = first_placement(len(read), group.maps.placement.num_logical, size, ExpertsConfig(redundant=2), 1)[0]
+    assert not np.array_equal(group.maps.placement.physical_to_logical, first.physical_to_logical)
+    before.close()
+    group.join(f"file://{folder / 'rendezvous'}-{family}-going-on", CPU)
+    group.serve()
+    want = list(logits_of(engine_of(folder / family, None), PROMPTS[rank]))
+    for got, wanted in zip(logits_of(engine, PROMPTS[rank]), want, strict=True):
+        assert bool((got.argmax(-1) == wanted.argmax(-1)).all())
+    while engine.accompany():
+        pass
+    group.close()

@@ -100,7 +100,7 @@ class ThreadRanks:
     def capture(self) -> None:
         self._tell(encode(Capture()))
 
-    def memory(self) -> list[np.ndarray]:
+    def memory(self, wanted_by: str) -> list[np.ndarray]:
         buffers = [cache.blocks for cache in self.caches]
         return [buffer.array for buffer in buffers if isinstance(buffer, Buffer)]
 

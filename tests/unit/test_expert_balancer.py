@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -20,9 +21,10 @@ from tandem.core.config_experts import BalanceConfig, ExpertsConfig
 from tandem.core.errors import CapacityError, ConfigError, WorkerError
 from tandem.core.metrics import ExpertMetrics
 from tandem.engine.expert_balancer import Balancer, compare_placements, first_placement
+from tandem.eplb.learned import Learned
 from tandem.eplb.load_file import RecordedLoad, write_load
 from tandem.eplb.maps import ExpertMaps
-from tandem.eplb.placement import Placement
+from tandem.eplb.placement import Placement, Topology, plan
 from tandem.eplb.store import ExpertLayout, ExpertStore
 
 NUM_EXPERTS = 6
@@ -35,6 +37,7 @@ class Group:
 
     def __init__(self, **config: Any) -> None:
         shared: list[dict[str, Any]] = []
+        self.kept: list[bytes] = []
         with ThreadPoolExecutor(2) as pool:
             for _ in range(2):
                 shared.append({"parts": [b""] * 2, "barrier": threading.Barrier(2)})
@@ -54,7 +57,7 @@ class Group:
                 exchanges = LocalExchange(rank, 2, shared[0]), LocalExchange(rank, 2, shared[1])
                 return Balancer(
                     self.loads[rank], self.stores[rank], self.maps[rank], topology, exchanges, make_inproc, settings,
-                    "tiny", self.metrics[rank], SystemClock(),
+                    "tiny", self.metrics[rank], SystemClock(), keep=self.kept.append,
                 )  # fmt: skip
 
             self.ranks = list(pool.map(make, range(2)))
@@ -267,6 +270,47 @@ def test_a_recorded_load_places_experts_before_they_are_filled(tmp_path: Path) -
     with ThreadPoolExecutor(2) as pool:
         assert all("rank 1 places experts otherwise" in said for said in pool.map(compare, range(2)))
     assert topology.num_ranks == 2
+
+
+def test_a_group_goes_on_where_the_one_before_was() -> None:
+    config = ExpertsConfig(redundant=2)
+    rng = np.random.default_rng(0)
+    load = rng.integers(1, 1000, (NUM_LAYERS, NUM_EXPERTS)).astype(np.float64)
+    initial, topology = first_placement(NUM_LAYERS, NUM_EXPERTS, 2, config, 1)
+    committed = plan(SKEWED * np.ones((NUM_LAYERS, 1)), topology)
+    learned = Learned.of(committed, topology, load).pack()
+
+    def begun(layers: int, experts: int, ranks: int, config: ExpertsConfig, learned: bytes) -> list[list[int]]:
+        rows: list[list[int]] = first_placement(layers, experts, ranks, config, 1, learned)[
+            0
+        ].physical_to_logical.tolist()
+        return rows
+
+    same = NUM_LAYERS, NUM_EXPERTS, 2
+    assert begun(*same, config, learned) == committed.physical_to_logical.tolist()
+    # Other slots, or other ranks: by the load.
+    for slots, ranks in ((12, 2), (8, 4)):
+        other = plan(load, Topology(slots, ranks)).physical_to_logical.tolist()
+        assert begun(NUM_LAYERS, NUM_EXPERTS, ranks, ExpertsConfig(redundant=slots - NUM_EXPERTS), learned) == other
+    # Where experts stay, or what was learned is of no use, as the first group did.
+    first = initial.physical_to_logical.tolist()
+    assert begun(*same, ExpertsConfig(redundant=2, balance=BalanceConfig(enabled=False)), learned) == first
+    broken = msgspec.structs.replace(Learned.unpack(learned), slots=bytes(4 * 8 * NUM_LAYERS)).pack()
+    short = msgspec.structs.replace(Learned.unpack(learned), slots=b"1234").pack()
+    assert [begun(*same, config, bad) for bad in (b"", b"no", learned[:-1], broken, short)] == [first] * 5
+    assert len(begun(NUM_LAYERS + 1, NUM_EXPERTS, 2, config, learned)) == NUM_LAYERS + 1
+
+
+def test_what_moved_is_kept(group: Callable[..., Group]) -> None:
+    ranks = group(when="interval", interval_steps=20)
+    ranks.until(lambda: ranks.report().attempts.get("done") and ranks.report().state == "watching", SKEWED)
+    learned = Learned.unpack(ranks.kept[-1])
+    topology = Topology(8, 2)
+    assert learned.placement(NUM_LAYERS, NUM_EXPERTS, topology).physical_to_logical.tolist() == (
+        ranks.placement.physical_to_logical.tolist()
+    )
+    # Its load is what was counted: the experts that were asked for the most are there twice.
+    assert learned.placement(NUM_LAYERS, NUM_EXPERTS, Topology(8, 4)).replica_count[:, 2:4].tolist() == [[2, 2]] * 2
 
 
 # ---- configuration --------------------------------------------------------------------------------------------------

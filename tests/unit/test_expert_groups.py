@@ -100,8 +100,8 @@ def test_a_model_without_experts() -> None:
         make_group(ExpertPlace(0, 2, str), dense, None, ExpertsConfig(), CPU, 8)
 
 
-@pytest.mark.parametrize(("tensor_parallel", "movable"), [(1, True), (2, False)])
-def test_experts_of_workers_with_several_processes_stay(tensor_parallel: int, movable: bool) -> None:
+@pytest.mark.parametrize("tensor_parallel", [1, 2])
+def test_experts_of_workers_with_several_processes_move(tensor_parallel: int) -> None:
     mixture = parse_spec(
         {
             "architectures": ["MixtralForCausalLM"], "vocab_size": 9, "hidden_size": 8, "intermediate_size": 8,
@@ -112,7 +112,7 @@ def test_experts_of_workers_with_several_processes_stay(tensor_parallel: int, mo
     )  # fmt: skip
     asked, place = experts_spec(mixture, torch.float32, 1, 4), ExpertPlace(3, 4, str)
     group = make_group(place, mixture, asked, ExpertsConfig(redundant=2), CPU, 8, tensor_parallel)
-    assert group.movable is movable
+    assert group.movable
 
 
 # ---- configuration --------------------------------------------------------------------------------------------------
@@ -128,10 +128,6 @@ def test_pools_may_differ() -> None:
     [
         (["experts.parallel=2"], "pools.prefill.replicas: 1 is no multiple of 2 workers that share experts"),
         (["experts.parallel=0"], "experts.parallel"),
-        (
-            ["pools.decode={replicas: 2, expert_parallel: 2, tensor_parallel: 2}", "experts.balance.enabled=true"],
-            "experts.balance.enabled: .* cannot be moved yet, and pools.decode.tensor_parallel is 2",
-        ),
     ],
 )
 def test_pools_that_cannot(overrides: list[str], said: str) -> None:
@@ -172,6 +168,32 @@ def test_a_new_life_takes_the_place_of_the_last() -> None:
             await old
         assert groups.gone("decode-0#1") == frozenset()
         assert await groups.meet("decode-1#1", "b") == await new == "new"
+
+    asyncio.run(run())
+
+
+def test_what_a_group_leaves() -> None:
+    """All of the next group get the same: nothing is kept between the end of one and the meeting of the next."""
+
+    async def run() -> None:
+        groups = ExpertGroups(config())
+        groups.keep("decode-0#1", b"early")
+        assert groups.learned("decode-0#1") == groups.learned("gateway-0#1") == b""
+        await asyncio.gather(groups.meet("decode-0#1", "a"), groups.meet("decode-1#1", "b"))
+        await asyncio.gather(groups.meet("decode-2#1", "c"), groups.meet("decode-3#1", "d"))
+        groups.keep("decode-0#1", b"first")
+        groups.keep("decode-0#1", b"second")
+        groups.keep("decode-2#1", b"other")
+        groups.gone("decode-1#1")
+        assert groups.learned("decode-1#2") == b"second"
+        groups.keep("decode-0#1", b"late")
+        assert groups.learned("decode-0#2") == b"second"
+        again = ExpertGroups(config())
+        again.restore(*groups.state())
+        again.keep("decode-0#1", b"late")
+        assert [again.learned(f"decode-{n}#2") for n in range(4)] == [b"second", b"second", b"other", b"other"]
+        again.keep("decode-3#1", b"newer")
+        assert again.learned("decode-2#2") == b"newer"
 
     asyncio.run(run())
 
