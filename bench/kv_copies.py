@@ -1,4 +1,4 @@
-"""How fast one GPU copies KV out of another's memory, and what that costs the steps that it computes meanwhile.
+"""How fast one GPU copies KV out of another's memory.
 
 The memory's owner is another process, which sees its own GPU alone, as a worker does: `python -m
 tandem.bench.kv_copies BYTES` is that process.
@@ -12,19 +12,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from ..core.config import Config
-from ..core.hashing import root_hash
-from ..core.messages import Child, Sampling
-from ..engine.batch import Work
-from ..engine.build import build_engine, warm_up
-from ..engine.engine import Engine
-from ..engine.sequence import Sequence as Tokens
 from ..kernels import cuda_memory, gather
 from ..kv_transfer.layout import Runs
 from ..kv_transfer.memory import DeviceBuffer
@@ -38,8 +30,6 @@ _PLANS = [
     for programs in (8, 16, 24, 32)
     for warps, kib in ((8, 32), (8, 64), (16, 32), (16, 64), (16, 128), (32, 64))
 ]
-_PULL_BLOCKS = 128
-_PULLS_AT_ONCE = 2
 
 
 class Case(NamedTuple):
@@ -157,14 +147,14 @@ def copy_records(owner: Owner, total: int, plans: Sequence[gather.Plan] = _PLANS
 
         calls: dict[str, Callable[[], None]] = {"plain": plain}
         for plan in dict.fromkeys([gather.Plan(), *plans]):
-            calls[_text(plan)] = lambda plan=plan, rows=rows, lists=lists: gather.fused(  # type: ignore[misc]
+            calls[text(plan)] = lambda plan=plan, rows=rows, lists=lists: gather.fused(  # type: ignore[misc]
                 address, target.data_ptr(), rows, lists, plan
             )
         rates = {
             name: round(runs.num_bytes / milliseconds / 1e6, 1)
             for name, milliseconds in _milliseconds(calls, stream).items()
         }
-        default = _text(gather.Plan())
+        default = text(gather.Plan())
         best = max((name for name in rates if name != "plain"), key=lambda name: rates[name])
         seconds = [reader.pull(runs, *dtypes) for _ in range(_ROUNDS + 1)][1:]
         yield {
@@ -179,115 +169,6 @@ def copy_records(owner: Owner, total: int, plans: Sequence[gather.Plan] = _PLANS
         times = [1e6 * reader.pull(runs) for _ in range(220)][20:]
         yield {"bench": "kv-pull-latency", "bytes": runs.num_bytes, "us": percentiles(times, 1)}
     reader.transport.close()
-
-
-def decode_records(owner: Owner, folder: Path, batch: int, context: int, steps: int) -> Iterator[dict[str, Any]]:
-    """Times between a batch's tokens, alone and while KV of others arrives all the time, in turns."""
-    pool = {"gpus_per_replica": 1, "max_running": batch, "max_batched_tokens": 8192}
-    config = Config.model_validate(
-        {
-            "model": {"path": str(folder), "load": "dummy", "max_model_len": 8192},
-            "pools": {"colocated": pool},
-            "kv": {"prefix_cache": False, "capacity": "28GiB"},
-        }
-    )
-    engine = build_engine(config, batch, torch.device("cuda", 0), lambda *_: None, 8192).engine
-    warm_up(engine, 8192, lambda *_: None)
-    rng = np.random.default_rng(0)
-    vocabulary = engine.model.spec.vocab_size
-    prompts = rng.integers(vocabulary, size=(batch, context)).tolist()
-    sequences = [
-        Tokens("bench", prompt, context, [Child(0, index)], Sampling(), root_hash("bench"))
-        for index, prompt in enumerate(prompts)
-    ]
-    for sequence in sequences:
-        if not engine.reserve(sequence, context + 3 * steps + 16):
-            raise MemoryError("the KV cache is too small")
-    for start in range(0, batch, 8192 // context):
-        _append(engine.step([Work(s, context) for s in sequences[start : start + 8192 // context]]))
-    landing = engine.pool.allocate(_PULLS_AT_ONCE * _PULL_BLOCKS)
-    assert landing is not None, "no room for blocks to land in"
-    assert isinstance(engine.cache.blocks, DeviceBuffer)
-    for programs in (8, 16, 32):
-        reader = Reader(owner, programs, engine.cache.blocks)
-        times: dict[bool, list[float]] = {False: [], True: []}
-        num_bytes = seconds = 0.0
-        for turn in range(4):
-            pulls = _Pulls(reader, engine, np.array(landing), owner.num_bytes, rng) if turn % 2 else None
-            start_s = time.perf_counter()
-            times[pulls is not None] += _decode(engine, sequences, steps // 4, pulls)
-            if pulls is not None:
-                seconds += time.perf_counter() - start_s
-                num_bytes += pulls.end()
-        alone, beside = (percentiles([1e3 * s for s in times[busy]]) for busy in (False, True))
-        yield {
-            "bench": "kv-decode", "batch": batch, "context": context, "programs": programs, "alone_ms": alone,
-            "while_pulling_ms": beside, "slower": round(beside["p50"] / alone["p50"] - 1, 4),
-            "pulled_gb_per_s": round(num_bytes / seconds / 1e9, 1),
-        }  # fmt: skip
-        reader.transport.close()
-    engine.pool.release(landing)
-
-
-class _Pulls:
-    """Reads of half the layers of some blocks, one after another, some at a time."""
-
-    def __init__(
-        self, reader: Reader, engine: Engine, landing: np.ndarray, room: int, rng: np.random.Generator
-    ) -> None:
-        layout = engine.cache.layout
-        self._transport = reader.transport
-        size = layout.block_bytes // 2
-        count = len(landing) // _PULLS_AT_ONCE
-        self._runs = [
-            Runs(
-                rng.permutation(room // layout.block_bytes)[:count] * layout.block_bytes,
-                np.sort(part) * layout.block_bytes,
-                np.full(count, size, np.int64),
-            )
-            for part in landing.reshape(_PULLS_AT_ONCE, count)
-        ]
-        self._open = {self._submit(index): index for index in range(_PULLS_AT_ONCE)}
-        self._num_bytes = 0
-
-    def _submit(self, index: int) -> int:
-        return self._transport.submit(Read(PEER, "blocks", "landing", self._runs[index]))
-
-    def poll(self, *, again: bool = True) -> None:
-        """Start anew what has ended."""
-        for result in self._transport.poll():
-            if result.error:
-                raise RuntimeError(result.error)
-            index = self._open.pop(result.number)
-            self._num_bytes += self._runs[index].num_bytes
-            if again:
-                self._open[self._submit(index)] = index
-
-    def end(self) -> int:
-        """Wait for the last; returns the bytes of all."""
-        while self._open:
-            self.poll(again=False)
-        return self._num_bytes
-
-
-def _decode(engine: Engine, sequences: Sequence[Tokens], steps: int, pulls: _Pulls | None) -> list[float]:
-    """Seconds between the ends of steps, the host one ahead."""
-    ends, flight = [], None
-    for number in range(steps + 1):
-        started = engine.submit([Work(s, 1) for s in sequences]) if number < steps else None
-        if pulls is not None:
-            pulls.poll()
-        if flight is not None:
-            _append(engine.collect(flight))
-            ends.append(time.perf_counter())
-        flight = started
-    return [float(seconds) for seconds in np.diff(ends)[3:]]
-
-
-def _append(outcomes: Sequence[Any]) -> None:
-    for outcome in outcomes:
-        if outcome.samples is not None:
-            outcome.sequence.tokens.append(outcome.samples[0].token if outcome.samples[0] is not None else 0)
 
 
 def _milliseconds(calls: dict[str, Callable[[], None]], stream: torch.cuda.Stream) -> dict[str, float]:
@@ -318,7 +199,8 @@ def _landed(reader: Reader, runs: Runs) -> bool:
     return bool((there == first[:, None] + torch.arange(size // 8, device=target.device)).all())
 
 
-def _text(plan: gather.Plan) -> str:
+def text(plan: gather.Plan) -> str:
+    """A plan for people."""
     return f"{plan.programs} x {plan.warps} warps x {plan.tile_bytes >> 10} KiB"
 
 

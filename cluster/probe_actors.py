@@ -13,7 +13,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ..core.config import Config
 from ..core.environment import worker_environment
-from ..core.errors import CapacityError, ConfigError, TandemError, WorkerError
+from ..core.errors import ConfigError, TandemError, WorkerError
 from ..core.ids import WorkerId
 from .doctor.probe import Probe
 from .placement_groups import check_resources, choose_nodes
@@ -117,17 +117,13 @@ class Probes:
 
     def as_worker(self, peer: str, role: str) -> PlacedProbe:
         """A probe that is placed as the worker of this name and role would be."""
-        if self._nodes is None:
-            try:
-                self._nodes = choose_nodes(self._config)
-            except CapacityError:
-                self._nodes = {}  # as many as find room are looked at; `lacking` says why not all
+        nodes = self._chosen()
         pool = getattr(self._config.pools, role)
         options = {
             "num_cpus": pool.cpus_per_replica,
             "num_gpus": pool.gpus_per_replica,
-            "scheduling_strategy": NodeAffinitySchedulingStrategy(self._nodes[peer], soft=True)
-            if peer in self._nodes
+            "scheduling_strategy": NodeAffinitySchedulingStrategy(nodes[peer], soft=True)
+            if peer in nodes
             else "SPREAD",
         }
         return self._place(peer, options)
@@ -139,6 +135,15 @@ class Probes:
         except ConfigError as error:
             return error.message
         return ""
+
+    def has_room(self, peer: str) -> bool:
+        """Whether this worker is one of those that find room."""
+        return peer in self._chosen()
+
+    def _chosen(self) -> dict[WorkerId, str]:
+        if self._nodes is None:
+            self._nodes = choose_nodes(self._config)
+        return self._nodes
 
     def close(self) -> None:
         """End all probes. Idempotent."""

@@ -103,18 +103,22 @@ def lay_out(
     """Cut ranges into rows. Pure; arguments as in `reference`, each size > 0."""
     if not len(sizes):
         return Rows(np.empty((2, 0), np.int64), 1, 1, False, "", "")
-    starts = np.concatenate([source_offsets, target_offsets])
+    bits = int(np.bitwise_or.reduce(source_offsets) | np.bitwise_or.reduce(target_offsets))
     if source_dtype == target_dtype:
-        aligned = not (np.concatenate([starts, sizes]) % _ALIGNMENT).any()
+        aligned = (bits | int(np.bitwise_or.reduce(sizes))) % _ALIGNMENT == 0
         source_dtype = target_dtype = "words" if aligned else "bytes"
     else:
-        aligned = not (starts % _ALIGNMENT).any()
+        aligned = bits % _ALIGNMENT == 0
     element, target_element = _element_bytes(source_dtype), _element_bytes(target_dtype)
-    unit = int(np.gcd.reduce(sizes))
+    largest = int(sizes.max())
+    unit = largest if largest == sizes.min() else int(np.gcd.reduce(sizes))
     row_bytes = next((size for size in _ROW_BYTES if unit % size == 0), 0)
     equal = aligned and row_bytes > 0 and int(sizes.sum()) // unit <= max(4 * len(sizes), _FEW_PIECES)
     if not equal:
         unit = row_bytes = _ROW_BYTES[0]
+    if equal and unit == largest:  # one piece each
+        starts = np.stack([source_offsets, target_offsets])
+        return Rows(starts, unit // row_bytes, row_bytes // element, aligned, source_dtype, target_dtype)
     counts = -(-sizes // unit)
     done = (np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)) * unit
     lists = [

@@ -9,7 +9,7 @@ failure, never tokens. With checksums, what landed is summed too, and compared w
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -30,7 +30,7 @@ from ..core.messages import (
     Table,
 )
 from ..core.metrics import WorkerMetrics
-from .checksums import Checksums
+from .checksums import sums_of_ranks, why_no_sums
 from .ends import BLOCKS, GENERATIONS, End
 from .fence import Fence
 from .handshake import refusal
@@ -38,6 +38,7 @@ from .layout import DTYPE_BYTES, KVGroup, KVLayout, coalesce
 from .peers import Link, Peer, Terms, link_peer
 from .plan import merge, plan_copies
 from .pull import Flying, Pull, Sums, blocks_of, side_of
+from .sum_queue import Pending
 from .transports import Read, Region
 
 __all__ = ["BLOCKS", "GENERATIONS", "Connector", "End", "PullResult"]
@@ -70,6 +71,7 @@ class Connector:
         clock: for durations.
         metrics: where transfers are counted.
         checksums: whether what we read is summed, and compared with what the peer computed.
+        notify: called, by a thread, when `poll` has news of sums.
 
     Raises:
         ConfigError: checksums are wanted of memory that cannot be summed.
@@ -88,6 +90,7 @@ class Connector:
         clock: Clock,
         metrics: WorkerMetrics,
         checksums: bool = False,
+        notify: Callable[[], None] = lambda: None,
     ) -> None:
         self.layout = layout
         self.groups = tuple(groups)
@@ -99,20 +102,20 @@ class Connector:
         self._lease_s = lease_s
         self._clock = clock
         self._metrics = metrics
-        self._sums: Checksums | None = None
-        if len(ends) == 1 and ends[0].blocks is not None:
-            self._sums = Checksums(ends[0].blocks.array, layout, self.groups)
-        elif checksums:
-            raise ConfigError(
-                "kv.checksums: KV is summed in the host memory of workers with one rank",
-                fix="leave it out, or serve from CPUs without tensor_parallel",
-            )
+        self._no_sums = why_no_sums(ends)
+        if checksums and self._no_sums:
+            raise ConfigError(f"kv.checksums: {self._no_sums}", fix="leave it out")
         self._verify = checksums
+        self._sums = None if self._no_sums else sums_of_ranks(self._ends, layout, self.groups, notify)
+        if checksums and self._sums is not None:
+            self._sums.warm_up()
         self._peers: dict[PeerId, Peer] = {}
         self._refused: dict[PeerId, str] = {}
         self._flying: dict[tuple[int, str, int], Flying] = {}
         self._fence = Fence()
         self._for_slots: deque[Pull] = deque()
+        self._summed: list[tuple[Pull, Pending]] = []
+        """Pulls whose bytes have landed, and what they are compared by."""
         self._pulls: dict[int, Pull] = {}
         self._number = 0
         self._ended: list[PullResult] = []
@@ -150,6 +153,7 @@ class Connector:
                 for end in self._ends
             ],
             lease_s=self._lease_s,
+            no_sums=self._no_sums,
         )
 
     def answer(self, hello: Hello) -> HelloReply:
@@ -294,6 +298,7 @@ class Connector:
                     if flying is not None:
                         flying.pull.reads.discard((rank, name, landed.number))
                         self._landed(flying, landed.error)
+        self._compare_sums()
         results, self._ended = self._ended, []
         return results
 
@@ -322,6 +327,8 @@ class Connector:
         for end in self._ends:
             for transport in end.transports.values():
                 transport.close()
+        if self._sums is not None:
+            self._sums.close()
         self._fence.buffer.close()
 
     # ---- checksums --------------------------------------------------------------------------------------------------
@@ -335,8 +342,9 @@ class Connector:
         tables: Sequence[Sequence[int]],
         unit: int,
         dtype: str,
-    ) -> np.ndarray:
-        """Checksums of our own KV, for a reader of a prompt.
+    ) -> Callable[[], np.ndarray]:
+        """Begin checksums of our own KV, for a reader of a prompt: of what the calling thread has had computed, or, on
+        GPUs, queued.
 
         Args:
             layer_group: of ours.
@@ -348,14 +356,20 @@ class Connector:
             dtype: the reader's.
 
         Returns:
-            [units] uint64; none where our memory cannot be summed.
+            what returns them, [units] uint64, on any thread, and blocks until they are there; none where our memory
+            cannot be summed.
+
+        Raises:
+            RuntimeError: a GPU does not take them.
         """
         if self._sums is None:
-            return np.empty(0, np.uint64)
+            return lambda: np.empty(0, np.uint64)
         first_tokens = [max(skip_tokens, group.first_needed(num_tokens)) for group in self.groups]
         starts = (*self.layer_groups, sum(len(group.layers) for group in self.groups))
         layers = range(starts[layer_group], starts[layer_group + 1])
-        return self._sums.of(tables, layers, tokens, first_tokens, unit, dtype)
+        sums = self._sums
+        pending = sums.start(tables, layers, tokens, first_tokens, unit, dtype, copies=False, behind_steps=True)
+        return lambda: sums.total(pending.result())
 
     # ---- inside -----------------------------------------------------------------------------------------------------
 
@@ -424,30 +438,55 @@ class Connector:
         return values
 
     def _end(self, pull: Pull) -> None:
-        """Nothing of a pull is on its way any more: it is over."""
-        self._forget(pull)
-        num_good = 0
-        if pull.failure is None:
-            if pull.good_until < pull.tokens.stop:
-                pull.failure = FailureReason.GENERATION
-            elif pull.verify is not None:
-                self._verify_sums(pull, pull.verify)
-            num_good = max(0, min(pull.good_until, pull.tokens.stop) - pull.tokens.start)
-        self._ended.append(PullResult(pull.number, pull.failure, num_good, pull.num_bytes))
+        """Nothing of a pull is on its way any more: it is over, once its sums are right."""
+        if pull.failure is None and pull.good_until < pull.tokens.stop:
+            pull.failure = FailureReason.GENERATION
+        if pull.failure is None and pull.verify is not None and self._sums is not None:
+            of, unit = pull.verify, pull.peer.terms.sum_tokens
+            where = of.tables, of.layers, pull.tokens, of.first_tokens, unit, self.layout.dtype
+            try:
+                self._summed.append((pull, self._sums.start(*where, copies=True, behind_steps=False)))
+                return
+            except RuntimeError as error:
+                logger.error("KV of %s, tokens %s, could not be summed: %s", pull.name, pull.tokens, error)
+                pull.failure = FailureReason.TRANSPORT
+        self._finish(pull)
 
-    def _verify_sums(self, pull: Pull, verify: Sums) -> None:
+    def _compare_sums(self) -> None:
+        """End the pulls whose sums are there."""
+        waiting, self._summed = self._summed, []
+        for pull, pending in waiting:
+            if pull.number not in self._pulls:  # given up
+                continue
+            try:
+                if not pending.query():
+                    self._summed.append((pull, pending))
+                    continue
+                self._verify_sums(pull, pending.result())
+            except RuntimeError as error:  # the device is lost, as the next step will tell, too
+                logger.error("KV of %s, tokens %s, could not be summed: %s", pull.name, pull.tokens, error)
+                pull.failure = FailureReason.TRANSPORT
+            self._finish(pull)
+
+    def _verify_sums(self, pull: Pull, found: np.ndarray) -> None:
         assert self._sums is not None
-        unit = pull.peer.terms.sum_tokens
-        found = self._sums.of(
-            verify.tables, verify.layers, pull.tokens, verify.first_tokens, unit, self.layout.dtype
-        )  # fmt: skip
-        if len(found) != len(verify.expected):
+        assert pull.verify is not None
+        expected, unit = pull.verify.expected, pull.peer.terms.sum_tokens
+        if found.shape[1] != len(expected):
             pull.failure, pull.good_until = FailureReason.CHECKSUM, 0
-        elif (found != verify.expected).any():
-            bad = int((found != verify.expected).argmax())
+        elif not (right := self._sums.right(found, expected)).all():
+            bad = int(right.argmin())
             pull.failure, pull.good_until = FailureReason.CHECKSUM, (pull.tokens.start // unit + bad) * unit
         if pull.failure is not None:
             logger.error("KV of %s, tokens %s, is not what was computed there", pull.name, pull.tokens)
+
+    def _finish(self, pull: Pull) -> None:
+        """A pull has ended."""
+        self._forget(pull)
+        num_good = 0
+        if pull.failure in (None, FailureReason.GENERATION, FailureReason.CHECKSUM):  # all has landed
+            num_good = max(0, min(pull.good_until, pull.tokens.stop) - pull.tokens.start)
+        self._ended.append(PullResult(pull.number, pull.failure, num_good, pull.num_bytes))
 
     def _forget(self, pull: Pull) -> None:
         self._pulls.pop(pull.number, None)

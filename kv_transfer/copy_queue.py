@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 
 from ..kernels import copy_engine, gather
 from .layout import Runs
+
+_LARGE_BYTES = 1 << 20
+"""Smaller ranges take copy engines longer to begin with than to copy."""
 
 
 class Copy(Protocol):
@@ -25,23 +28,50 @@ class Copy(Protocol):
         ...
 
 
+class CopyPlans(NamedTuple):
+    """What copies take of a GPU, which may compute steps meanwhile; `CopyQueue.start_runs` chooses for each copy."""
+
+    idle: gather.Plan = gather.Plan()
+    """When it starts while the GPU computes nothing: nobody is disturbed."""
+    beside_steps: gather.Plan = gather.Plan()
+    """When it starts while steps are computed, or wait to be."""
+    engines_from: int = 0
+    """Bytes: beside steps, ranges of which none is smaller are left to the copy engines, which take no processor. 0:
+    none are."""
+    priority: int = -1
+    """Of the stream. −1: before steps, so that a token that waits for its KV waits for no other kernel's turn."""
+
+    @classmethod
+    def of(cls, programs: int) -> CopyPlans:
+        """For ``kv.copy_programs``; `python -m tandem.bench.kv_gpu --parts sweep` measures others.
+
+        Between two H200, while steps of 64 outputs of Qwen3-8B are computed, ranges of 1.2 MB: at 37 GB/s steps take
+        2 % longer by sixteen programs, and 1 to 2 % by engines; as fast as it goes, 23 % at 269 GB/s, and 7 % at 327.
+        """
+        return cls(idle=gather.Plan(programs), beside_steps=gather.Plan(programs), engines_from=_LARGE_BYTES)
+
+    @classmethod
+    def always(cls, plan: gather.Plan) -> CopyPlans:
+        """The same whether steps are computed or not."""
+        return cls(idle=plan, beside_steps=plan)
+
+
 class CopyQueue:
     """A stream of one GPU, owned by one thread; only `adopt_thread` is for another.
 
-    The stream has priority: a copy takes at most the plan's share of the GPU's processors whenever it runs, and a token
-    that waits for its KV waits for no other kernel's turn. Work of the default stream does not wait for it, nor it for
-    that: who starts a copy knows that its target is in nobody's use.
+    A copy takes at most its plan's share of the GPU's processors whenever it runs. Work of the default stream does not
+    wait for it, nor it for that: who starts a copy knows that its target is in nobody's use.
 
     Args:
         device: the GPU's number in this process.
-        plan: of a copy at a time.
+        plans: of a copy at a time.
     """
 
-    def __init__(self, device: int, plan: gather.Plan) -> None:
+    def __init__(self, device: int, plans: CopyPlans) -> None:
         self.device = device
         self._device = torch.device("cuda", device)
-        self._plan = plan
-        self._stream = torch.cuda.Stream(self._device, priority=-1)
+        self._plans = plans
+        self._stream = torch.cuda.Stream(self._device, priority=plans.priority)
 
     def mark(self) -> torch.cuda.Event:
         """What stands for all that the calling thread has given the GPU so far, on its current stream."""
@@ -49,7 +79,34 @@ class CopyQueue:
         event.record(torch.cuda.current_stream(self._device))
         return event
 
-    def start(self, source: int, target: int, rows: gather.Rows, after: torch.cuda.Event | None = None) -> Copy:
+    def start_runs(self, source: int, target: int, runs: Runs, dtypes: tuple[str, str] = ("", "")) -> Copy:
+        """Queue a copy of some ranges, by what `CopyPlans` says for this moment. Does not wait for it.
+
+        Args:
+            source: address that the GPU can read; a multiple of 16.
+            target: address that it can write; a multiple of 16.
+            runs: at least one.
+            dtypes: source and target's, of `gather.DTYPES`, or both empty: bytes are copied as they are.
+
+        Raises:
+            RuntimeError, OSError: it could not be queued.
+        """
+        plans = self._plans
+        # Steps are on the calling thread's stream, or, where another thread has them, on the same default one.
+        beside = not torch.cuda.current_stream(self._device).query()
+        if beside and not any(dtypes) and 0 < plans.engines_from <= int(runs.sizes.min()):
+            return self.start_large(source, target, runs)
+        rows = gather.lay_out(*runs, *dtypes)
+        return self.start(source, target, rows, plan=plans.beside_steps if beside else plans.idle)
+
+    def start(
+        self,
+        source: int,
+        target: int,
+        rows: gather.Rows,
+        after: torch.cuda.Event | None = None,
+        plan: gather.Plan | None = None,
+    ) -> Copy:
         """Queue a copy. Does not wait for it.
 
         Args:
@@ -57,6 +114,7 @@ class CopyQueue:
             target: address that it can write; a multiple of 16.
             rows: of `gather.lay_out`.
             after: a `mark`: the GPU does that first, and all copies that are started later wait, too.
+            plan: what it takes of the GPU; None: as beside steps.
 
         Raises:
             RuntimeError: it could not be queued.
@@ -66,7 +124,7 @@ class CopyQueue:
             pinned = torch.empty(rows.lists.shape, dtype=torch.int64, pin_memory=True)
             pinned.numpy()[:] = rows.lists
             lists = pinned.to(self._device, non_blocking=True)
-            gather.fused(source, target, rows, lists, self._plan)
+            gather.fused(source, target, rows, lists, plan or self._plans.beside_steps)
             return self._ended()
 
     def start_large(self, source: int, target: int, runs: Runs, after: torch.cuda.Event | None = None) -> Copy:
@@ -99,7 +157,8 @@ class CopyQueue:
         torch.cuda.current_stream(self._device).synchronize()
         for size in (4096, 512, 16, 1):
             rows = gather.lay_out(start, start, start + size)
-            self.start(memory.data_ptr(), memory.data_ptr() + 4096, rows).synchronize()
+            for plan in dict.fromkeys(self._plans[:2]):
+                self.start(memory.data_ptr(), memory.data_ptr() + 4096, rows, plan=plan).synchronize()
 
     def adopt_thread(self) -> None:
         """Before a thread waits for copies: it belongs to this GPU, and needs nothing of any other."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+import numpy as np
+
 from ..core.config import KVConfig
 from ..core.errors import ConfigError
 from ..core.log import logger
@@ -30,10 +32,12 @@ class End(NamedTuple):
     """By name, those that work here; their regions are registered already."""
     memory: str = "host"
     """Kind of the region that holds the blocks: "host" or "cuda"."""
-    blocks: Buffer | None = None
-    """The cache's memory, where it can be summed: on the host, in this process."""
+    blocks: np.ndarray | int | None = None
+    """The cache's memory, where the first rank can sum it: [bytes] uint8, or the address where its GPU reads it."""
     missing: Mapping[str, str] = {}
     """By name, why other transports are not to be had here."""
+    device: int = 0
+    """Number of the GPU, in this process, that reads `blocks`."""
 
 
 def first_end(
@@ -57,7 +61,9 @@ def first_end(
         transport.register(Region(BLOCKS, blocks))
         if generations is not None:
             transport.register(Region(GENERATIONS, generations))
-    return End(heads, able, blocks.kind, blocks if isinstance(blocks, Buffer) else None, missing)
+    if isinstance(blocks, Buffer):
+        return End(heads, able, blocks.kind, blocks.array, missing)
+    return End(heads, able, blocks.kind, blocks.address, missing, blocks.device)
 
 
 def open_transports(

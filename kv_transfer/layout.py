@@ -143,14 +143,19 @@ def coalesce(
         empty = np.empty(0, np.int64)
         return Runs(empty, empty, empty)
     source, target, size = source_offsets, target_offsets, sizes
-    if (target[1:] <= target[:-1]).any():
+    steps = np.diff(target)
+    if steps.min(initial=1) <= 0:
         order = np.argsort(target, kind="stable")
         source, target, size = source[order], target[order], size[order]
+        steps = np.diff(target)
+    # There may be a million, so every pass over all of them counts.
     written = size if scale[0] == scale[1] else size // scale[0] * scale[1]
-    fresh = np.empty(len(size), bool)
-    fresh[0] = True
-    fresh[1:] = (source[1:] != source[:-1] + size[:-1]) | (target[1:] != target[:-1] + written[:-1])
-    starts = np.flatnonzero(fresh)
+    joined = steps == written[:-1]
+    if joined.any():
+        joined &= np.diff(source) == size[:-1]
+    if not joined.any():
+        return Runs(source, target, size)
+    starts = np.flatnonzero(np.concatenate([[True], ~joined]))
     return Runs(source[starts], target[starts], np.add.reduceat(size, starts))
 
 

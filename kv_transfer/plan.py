@@ -8,6 +8,7 @@ one run. Where blocks begin at other tokens, each head's are.
 from __future__ import annotations
 
 import enum
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -175,13 +176,41 @@ def _join(
     lengths: np.ndarray,
 ) -> Runs:
     """Runs of some parts, each of ``lengths`` tokens, cut as ``detail`` says."""
+    if not len(to):
+        return merge([])
     order = np.argsort(to, kind="stable")
-    ranges = _places(target, heads, places, detail)
+    from_, to, lengths = from_[order], to[order], lengths[order]
+    ours, theirs = _places(target, heads, places, detail), _places(source, heads, places, detail)
     num_planes = source.layout.num_parts * len(places)
     rows = {_Detail.BLOCK: num_planes * len(heads), _Detail.PLANE: len(heads), _Detail.HEAD: 1}[detail]
+    sizes = lengths * rows * _row_bytes(source.layout)
+    # Ascending as they are made, range by range of a block, which its parts share: so many are not sorted in passing.
+    stretches = _same_counts(to // target.layout.block_bytes)
+    if (sizes == sizes[0]).all():
+        all_sizes = np.full(len(sizes) * len(ours), sizes[0])
+    else:
+        all_sizes = _spread(sizes, 0 * ours, stretches)
     return coalesce(
-        np.add.outer(from_[order], _places(source, heads, places, detail)).ravel(),
-        np.add.outer(to[order], ranges).ravel(),
-        np.repeat(lengths[order] * rows * _row_bytes(source.layout), len(ranges)),
-        _scale(source, target),
-    )
+        _spread(from_, theirs, stretches), _spread(to, ours, stretches), all_sizes, _scale(source, target)
+    )  # fmt: skip
+
+
+def _same_counts(blocks: np.ndarray) -> list[tuple[slice, int]]:
+    """Stretches of parts, [parts] int64 in order of their blocks, whose blocks have equally many, and how many."""
+    firsts = np.flatnonzero(np.concatenate([[True], blocks[1:] != blocks[:-1]]))
+    counts = np.diff(firsts, append=len(blocks))
+    edges = [0, *(np.flatnonzero(np.diff(counts)) + 1).tolist(), len(counts)]
+    bounds = np.append(firsts, len(blocks))
+    return [
+        (slice(int(bounds[start]), int(bounds[stop])), int(counts[start])) for start, stop in itertools.pairwise(edges)
+    ]
+
+
+def _spread(parts: np.ndarray, ranges: np.ndarray, stretches: Sequence[tuple[slice, int]]) -> np.ndarray:
+    """All parts' values plus all ranges', in order of blocks, then ranges, then a block's parts: [n] int64."""
+    found = np.empty(len(parts) * len(ranges), np.int64)
+    for some, count in stretches:
+        stretch = found[some.start * len(ranges) : some.stop * len(ranges)].reshape(-1, len(ranges), count)
+        for part in range(count):  # numpy is slow where its innermost loop has few turns
+            np.add.outer(parts[some][part::count], ranges, out=stretch[:, :, part])
+    return found

@@ -18,9 +18,9 @@ from ..core.config import KVConfig
 from ..core.errors import TransferError
 from ..core.ids import PeerId
 from ..core.wire import ClusterKeys, SecureContext
-from ..kernels import copy_runs
+from ..kernels import copy_runs, cuda_memory
 from .layout import Runs
-from .memory import Buffer
+from .memory import Buffer, DeviceBuffer
 from .rdma import rdma_devices, rule_out_tcp
 from .transports import PREFERENCE, Read, Region, Transport
 from .transports.offer import offer
@@ -29,7 +29,10 @@ BLOCK_BYTES = 64 << 10
 """Of one contiguous piece: about a block of one layer group."""
 
 _REGION = "trial"
-_READ_BLOCKS = 128
+_READ_BLOCKS = {"host": 128, "cuda": 1024}
+"""Of one read: a link between GPUs moves 64 MiB while the host starts two or three reads."""
+_ROUNDS = {"host": 1, "cuda": 16}
+"""Reads of all the memory: a link between GPUs needs a millisecond for one."""
 _IN_FLIGHT_READS = 8
 _DRAIN_S = 5.0
 
@@ -67,8 +70,12 @@ class TrialEnd:
         address: of this host.
         kv: which transports are allowed.
         num_bytes: of memory to read from or to land in; whole blocks of `BLOCK_BYTES`.
-        memory_kind: "host" or "cuda".
+        memory_kind: "host" or "cuda": then of the first GPU that this process sees.
         everything: open also what the configuration leaves out.
+
+    Raises:
+        ConfigError: a GPU's memory cannot be shared; says why.
+        torch.OutOfMemoryError: so much is not free.
     """
 
     def __init__(
@@ -83,6 +90,8 @@ class TrialEnd:
         everything: bool = False,
     ) -> None:
         self._peer = peer
+        self._kind = memory_kind
+        self._num_bytes = num_bytes
         self._choice = kv.transport
         self._news = threading.Event()
         self._context = SecureContext(keys)
@@ -101,17 +110,29 @@ class TrialEnd:
             self._reasons.pop(name, None)
         if kv.require_rdma and not everything:
             self._transports, self._reasons = rule_out_tcp(self._transports, self._reasons, rdma_devices())
-        self._buffer = Buffer(num_bytes)
+        self._buffer: Buffer | DeviceBuffer
+        if memory_kind == "cuda":
+            self._buffer = DeviceBuffer(num_bytes, 0)
+            memory = self._buffer.tensor()
+        else:
+            self._buffer = Buffer(num_bytes)
+            memory = torch.from_numpy(self._buffer.array)
         # Touched before it is timed, and every block says which it is.
-        self._blocks = torch.from_numpy(self._buffer.array).view(torch.int64).view(-1, BLOCK_BYTES // 8)
+        self._blocks = memory.view(torch.int64).view(-1, BLOCK_BYTES // 8)
         self._blocks[:] = torch.arange(len(self._blocks), device=self._blocks.device)[:, None]
+        self._settle()
         for transport in self._transports.values():
             transport.register(Region(_REGION, self._buffer))
 
     def offer(self) -> Offer:
         """For readers."""
         descriptors = {name: transport.descriptor() for name, transport in self._transports.items()}
-        return Offer(self._peer, len(self._buffer.array), descriptors, self._reasons)
+        return Offer(self._peer, self._num_bytes, descriptors, self._reasons)
+
+    @property
+    def gpu(self) -> str:
+        """The UUID of the GPU whose memory it is; "": the host's."""
+        return cuda_memory.uuid_of(0) if self._kind == "cuda" else ""
 
     def connect(self, theirs: Offer) -> dict[str, str]:
         """Get ready to read from an owner by every transport that there is.
@@ -138,7 +159,7 @@ class TrialEnd:
             limit_s: about how long at most.
         """
         transport = self._transports[name]
-        count = min(theirs.num_bytes, len(self._buffer.array)) // BLOCK_BYTES
+        count = min(theirs.num_bytes, self._num_bytes) // BLOCK_BYTES
         rng = np.random.default_rng(0)
         sources, targets = rng.permutation(count), rng.permutation(count)
         # The first read also waits for the connection to stand.
@@ -146,12 +167,11 @@ class TrialEnd:
         if first.error:
             return first
         self._blocks[:] = -1
-        parts = [
-            _runs(sources[at : at + _READ_BLOCKS], targets[at : at + _READ_BLOCKS])
-            for at in range(0, count, _READ_BLOCKS)
-        ]
-        rate = self._read(transport, theirs.peer, parts, limit_s)
-        landed = rate.num_bytes // BLOCK_BYTES
+        self._settle()
+        size = _READ_BLOCKS[self._kind]
+        parts = [_runs(sources[at : at + size], targets[at : at + size]) for at in range(0, count, size)]
+        rate = self._read(transport, theirs.peer, parts * _ROUNDS[self._kind], limit_s)
+        landed = min(rate.num_bytes // BLOCK_BYTES, count)
         where, want = (torch.from_numpy(column[:landed]).to(self._blocks.device) for column in (targets, sources))
         wrong = int((self._blocks[where] != want[:, None]).any(dim=1).sum())
         if not rate.error and wrong:
@@ -162,11 +182,17 @@ class TrialEnd:
         """Copies like those of `measure` within this process: what shared memory can at best be."""
         half = len(self._blocks) // 2
         rng = np.random.default_rng(1)
-        runs = _runs(rng.permutation(half), half + rng.permutation(half))
+        sources, targets = rng.permutation(half), half + rng.permutation(half)
+        runs = _runs(sources, targets)
+        here, there = (torch.from_numpy(column).to(self._blocks.device) for column in (sources, targets))
         seconds = []
         for _ in range(3):
             start_s = time.perf_counter()
-            copy_runs.native(self._buffer.array, self._buffer.array, *runs)
+            if isinstance(self._buffer, Buffer):
+                copy_runs.native(self._buffer.array, self._buffer.array, *runs)
+            else:
+                self._blocks[there] = self._blocks[here]
+                self._settle()
             seconds.append(time.perf_counter() - start_s)
         return Rate(half * BLOCK_BYTES, min(seconds))
 
@@ -176,6 +202,11 @@ class TrialEnd:
             transport.close()
         self._context.close()
         self._buffer.close()
+
+    def _settle(self) -> None:
+        """What was written before is there for whoever reads."""
+        if self._kind == "cuda":
+            torch.cuda.synchronize(self._blocks.device)
 
     def _names(self, theirs: Offer) -> list[str]:
         known: Mapping[str, object] = {**self._transports, **self._reasons, **theirs.transports, **theirs.reasons}

@@ -25,7 +25,6 @@ PROBE_BYTES = 256 << 20
 _TCP_BYTES = 256 << 20
 _TRANSPORT_LIMIT_S = 2.0
 _PLACE_TIMEOUT_S = 60.0
-_LACKING_TIMEOUT_S = 20.0
 _LOOK_TIMEOUT_S = 90.0
 _MAX_SKEW_S = 0.05
 _SKEW_ROUNDS = 5
@@ -90,19 +89,18 @@ class Examination:
                     placed[worker] = self._probes.on_node(worker, by_address[self._running[worker]])
                 else:
                     notes.warn(f"place of {worker}", "it is not up", "a running worker", "`tandem status`, and its log")
+            elif lacking and not self._probes.has_room(worker):
+                _fail_place(notes, worker, lacking)
             else:
                 placed[worker] = self._probes.as_worker(worker, role)
         places: dict[str, tuple[PlacedProbe, str]] = {}
         self._show(f"waiting for {_count(len(placed), 'place')}")
-        until_s = min(time.monotonic() + (_LACKING_TIMEOUT_S if lacking else _PLACE_TIMEOUT_S), self._deadline_s)
+        until_s = min(time.monotonic() + _PLACE_TIMEOUT_S, self._deadline_s)
         for worker, probe in placed.items():
             try:
                 node_id = str(probe.call("node", timeout_s=max(until_s - time.monotonic(), 1.0)))
             except WorkerError as error:
-                notes.fail(
-                    f"place of {worker}", lacking or error.message, "a node with the CPUs and GPUs of its pool",
-                    "lower pools.*.replicas or pools.*.cpus_per_replica, or add nodes",
-                )  # fmt: skip
+                _fail_place(notes, worker, lacking or error.message)
                 continue
             places[worker] = probe, node_id
         address = {node.node_id: node.address for node in nodes}
@@ -196,6 +194,13 @@ class Examination:
 
     def _left_s(self, most_s: float) -> float:
         return max(min(self._deadline_s - time.monotonic(), most_s), 1.0)
+
+
+def _fail_place(notes: Notes, worker: str, why: str) -> None:
+    notes.fail(
+        f"place of {worker}", why, "a node with the CPUs and GPUs of its pool",
+        "lower pools.*.replicas or pools.*.cpus_per_replica, or add nodes",
+    )  # fmt: skip
 
 
 def _differing_versions(findings: list[Finding]) -> list[Finding]:

@@ -8,12 +8,16 @@ import subprocess
 from collections import Counter
 from typing import NamedTuple
 
+import msgspec
+
 from ...core.config import Config
 from .finding import Finding, Notes
 
 _TIMEOUT_S = 20.0
 _QUERY = "index,name,driver_version,memory.total,memory.free,compute_cap"
 _LOWEST_CAPABILITY = (8, 0)
+_PCIE_GB_S_A_LANE = {1: 0.25, 2: 0.5, 3: 0.985, 4: 1.969, 5: 3.938, 6: 7.563}
+"""By generation, one way."""
 
 
 class Gpu(NamedTuple):
@@ -25,6 +29,15 @@ class Gpu(NamedTuple):
     total_mib: float
     free_mib: float
     capability: tuple[int, int]
+
+
+class GpuLink(msgspec.Struct, frozen=True):
+    """What lies between two GPUs of a host."""
+
+    name: str
+    """For people: "18 NVLinks"."""
+    bytes_per_s: float
+    """One way; 0 where the driver does not tell."""
 
 
 def look_at_gpus(where: str, config: Config) -> list[Finding]:
@@ -93,6 +106,53 @@ def nvlink_gb_s(text: str) -> dict[int, float]:
         elif found := re.match(r"\s*Link \d+:\s*([\d.]+) GB/s", line):
             rates[gpu] += float(found[1])  # type: ignore[assignment]
     return dict(rates)
+
+
+def link_between(one: str, other: str) -> GpuLink | None:
+    """What lies between two GPUs, told by their UUIDs; None if they are not both on this host."""
+    text = _nvidia_smi("--query-gpu=index,uuid,pcie.link.gen.max,pcie.link.width.max", "--format=csv,noheader,nounits")
+    return parse_link(one, other, text, _nvidia_smi("topo", "-m"), _nvidia_smi("nvlink", "--status"))
+
+
+def parse_link(one: str, other: str, gpus: str, topology: str, nvlinks: str) -> GpuLink | None:
+    """`link_between`, of what nvidia-smi says. Pure.
+
+    Args:
+        one: a UUID, as `other`, with or without "GPU-".
+        other: likewise.
+        gpus: index, UUID, generation and width of PCIe of each GPU, as CSV.
+        topology: the matrix of ``nvidia-smi topo -m``.
+        nvlinks: of ``nvidia-smi nvlink --status``.
+    """
+    known: dict[str, tuple[int, float]] = {}
+    for line in gpus.splitlines():
+        cells = [cell.strip() for cell in line.split(",")]
+        if len(cells) != 4 or not cells[0].isdigit():
+            continue
+        generation, lanes = (int(cell) if cell.isdigit() else 0 for cell in cells[2:])
+        known[cells[1].removeprefix("GPU-")] = int(cells[0]), _PCIE_GB_S_A_LANE.get(generation, 0.0) * lanes
+    here, there = known.get(one.removeprefix("GPU-")), known.get(other.removeprefix("GPU-"))
+    if here is None or there is None:
+        return None
+    if here == there:
+        return GpuLink("the memory of one GPU", 0.0)
+    way = topology_of(topology).get((here[0], there[0]), "")
+    if way.startswith("NV") and way[2:].isdigit():
+        rates = [float(rate) for rate in re.findall(r"Link \d+:\s*([\d.]+) GB/s", nvlinks)]
+        return GpuLink(f"{way[2:]} NVLinks", int(way[2:]) * min(rates, default=0.0) * 1e9)
+    return GpuLink(f"PCIe{f' ({way})' if way else ''}", min(here[1], there[1]) * 1e9)
+
+
+def topology_of(text: str) -> dict[tuple[int, int], str]:
+    """Pair of GPUs → how they are connected, "NV18" or "PHB", of ``nvidia-smi topo -m``. Pure."""
+    rows = [line.split() for line in re.sub(r"\x1b\[[\d;]*m", "", text).splitlines()]
+    heads = next((row for row in rows if row[:2] == ["GPU0", "GPU1"] or row == ["GPU0"]), [])
+    columns = [int(head[3:]) for head in heads if re.fullmatch(r"GPU\d+", head)]
+    found: dict[tuple[int, int], str] = {}
+    for row in rows:
+        if row and row is not heads and re.fullmatch(r"GPU\d+", row[0]):
+            found |= {(int(row[0][3:]), column): way for column, way in zip(columns, row[1:], strict=False)}
+    return found
 
 
 def _look_at_links(notes: Notes, num_gpus: int, num_visible: int) -> None:

@@ -15,6 +15,7 @@ class _Line(NamedTuple):
 
     bytes_per_s: float
     name: str
+    between_gpus: bool = False
 
 
 _SHARE = 0.5
@@ -59,14 +60,25 @@ def _judge_transport(notes: Notes, kv: KVConfig, measured: Measured, line: _Line
         notes.fail(name, rate.error, "all bytes, as they were", f"leave it out with kv.transport: {_other(kv, name)}")
         return
     least = _SHARE * (min(line.bytes_per_s, _ENCRYPTED_BYTES_PER_S) if name == "zmq" else line.bytes_per_s)
-    share = f", {rate.bytes_per_s / line.bytes_per_s:.0%} of {line.name} at {_gb(line.bytes_per_s)}" if least else ""
+    share = f", over {line.name}" if line.name else ""
+    if line.bytes_per_s:
+        share = f", {rate.bytes_per_s / line.bytes_per_s:.0%} of {line.name} at {_gb(line.bytes_per_s)}"
+    fix = "measure again on an idle machine; then look at the line"
+    if line.between_gpus:
+        fix = "nvidia-smi nvlink --status: are all links up? Measure again when nobody uses the GPUs"
+    if line.between_gpus and name != "cuda_ipc":
+        # Nobody who does not ask for it gets it: cuda_ipc comes first.
+        least *= kv.transport == name
+        fix = f"kv.transport: auto takes cuda_ipc; UCX_PROTO_INFO=y shows whether {name} goes through the host"
     notes.judge(
         name, rate.bytes_per_s >= least, f"{_gb(rate.bytes_per_s)}{share} ({format_bytes(rate.num_bytes)})",
-        f"≥ {_gb(least)}" if least else "", "measure again on an idle machine; then look at the line",
+        f"≥ {_gb(least)}" if least else "", fix,
     )  # fmt: skip
 
 
 def _line(transport: str, report: LinkReport) -> _Line:
+    if report.gpu_link is not None and transport in ("cuda_ipc", "nixl"):
+        return _Line(report.gpu_link.bytes_per_s, report.gpu_link.name, between_gpus=True)
     one_host = any(m.transport == "shm" and not m.refused for m in report.transports)
     if transport == "shm" or (one_host and transport in ("nixl", "ucx")):
         return _Line(report.memory.bytes_per_s, "copying in memory")

@@ -7,11 +7,12 @@ import time
 import msgspec
 
 from ...core.config import Config
+from ...core.errors import ConfigError
 from ...core.wire import ClusterKeys
 from ...kv_transfer.rdma import plain_tcp, rdma_devices
 from ...kv_transfer.trial import BLOCK_BYTES, Offer, Rate, TrialEnd
 from .finding import Finding
-from .gpus import look_at_gpus
+from .gpus import GpuLink, link_between, look_at_gpus
 from .host import available_bytes, look_at_host
 from .network import interface_of, look_at_network
 from .software import look_at_software
@@ -30,6 +31,8 @@ class PlaceOffer(msgspec.Struct, frozen=True):
     """Of the fastest active RDMA port; 0 without."""
     interface_bits_per_s: float
     """Of the node's address; 0 where the system does not tell."""
+    gpu: str = ""
+    """UUID of the GPU whose memory is read; "": the host's is."""
 
 
 class Measured(msgspec.Struct, frozen=True):
@@ -51,6 +54,8 @@ class LinkReport(msgspec.Struct, frozen=True):
     tcp: Rate
     rdma_bits_per_s: float
     interface_bits_per_s: float
+    gpu_link: GpuLink | None = None
+    """Between the memories of two GPUs of one host."""
 
 
 class Probe:
@@ -89,10 +94,12 @@ class Probe:
     def open(self, num_bytes: int, num_here: int) -> bytes:
         """Open an end over ``num_bytes``, less where ``num_here`` such ends would not fit; a `PlaceOffer`."""
         self.close()
-        room = available_bytes() // (4 * num_here)
-        num_blocks = max(min(num_bytes, room) // BLOCK_BYTES, 2)
         pool = getattr(self._config.pools, self._peer.partition("-")[0])
         kind = "cuda" if pool.gpus_per_replica else "host"
+        room = available_bytes() // (4 * num_here)
+        if kind == "cuda":
+            room = _free_gpu_bytes() // 4
+        num_blocks = max(min(num_bytes, room) // BLOCK_BYTES, 2)
         size = num_blocks * BLOCK_BYTES
         self._end = TrialEnd(self._peer, self._keys, self._address, self._config.kv, size, kind, everything=True)
         ports = rdma_devices()
@@ -103,6 +110,7 @@ class Probe:
                 {name: why for name in trial.transports if (why := plain_tcp(name, ports))},
                 max((1e9 * port.rate_gbit_s for port in ports if port.active), default=0.0),
                 interface_of(self._address)[1],
+                self._end.gpu,
             )
         )
 
@@ -130,6 +138,7 @@ class Probe:
             receive(msgspec.msgpack.decode(tcp, type=TcpPlace), limit_s / 2),
             min(mine, theirs.rdma_bits_per_s),
             min(interface_of(self._address)[1], theirs.interface_bits_per_s),
+            link_between(self._end.gpu, theirs.gpu) if self._end.gpu and theirs.gpu else None,
         )
         return msgspec.msgpack.encode(report)
 
@@ -141,3 +150,16 @@ class Probe:
         if self._sender is not None:
             self._sender.close()
             self._sender = None
+
+
+def _free_gpu_bytes() -> int:
+    """Of the first GPU that this process sees.
+
+    Raises:
+        ConfigError: it sees none.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ConfigError("no CUDA device is seen here", fix="a torch for CUDA, and a driver that is new enough for it")
+    return int(torch.cuda.mem_get_info(0)[0])

@@ -26,7 +26,7 @@ from ...core.errors import TransferError
 from ...core.ids import PeerId
 from ...core.log import logger
 from ...kernels import cuda_memory, gather
-from ..copy_queue import Copy, CopyQueue
+from ..copy_queue import Copy, CopyPlans, CopyQueue
 from ..memory import DeviceBuffer, SharedMemory, host_id, map_shared
 from .base import Notify, Read, Region, TransferResult, bytes_of, check_runs, copy_checked, shared_of
 
@@ -96,7 +96,7 @@ class CudaIpcTransport:
     def __init__(self, notify: Notify, device: int, programs: int) -> None:
         self._notify = notify
         self._device = device
-        self._copies = CopyQueue(device, gather.Plan(programs))
+        self._copies = CopyQueue(device, CopyPlans.of(programs))
         self._copies.warm_up()
         self._regions: dict[str, Region] = {}
         self._peers: dict[PeerId, _Peer] = {}
@@ -151,7 +151,7 @@ class CudaIpcTransport:
         self._number += 1
         try:
             error = self._start(self._number, read)
-        except RuntimeError as problem:
+        except (OSError, RuntimeError) as problem:
             error = f"the copy could not be started: {problem}"
         if error is not None:
             self._done.append(TransferResult(self._number, error))
@@ -232,7 +232,7 @@ class CudaIpcTransport:
         error = check_runs(read.runs, num_bytes, region.buffer.num_bytes, *elements)
         if error or not len(read.runs.sizes):
             return error
-        copy = self._copies.start(address, region.buffer.address, gather.lay_out(*read.runs, *dtypes))
+        copy = self._copies.start_runs(address, region.buffer.address, read.runs, dtypes)
         peer.num_reads += 1
         self._flights.append(_Flight(number, read.peer, peer, copy))
         self._started.put(copy)

@@ -7,6 +7,10 @@ nor etcd. Agents have random names: a peer that was started again is another age
 A read that NIXL has begun cannot be stopped: the memory that it lands in stays in use until NIXL says that it has
 ended. That is at once when the peer's process dies, within the network's own timeouts when its host does. A peer that
 is merely stopped holds its reads until it goes on or dies.
+
+UCX reads between GPUs' memories over NVLink only on threads that have a CUDA context, and may end the process on those
+that have none (https://github.com/ai-dynamo/nixl/issues/2102). NIXL's own progress thread has none: with a GPU's memory
+there is no such thread, and that of the transport, which has one, answers peers in its place.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from typing import Annotated, Any, NamedTuple
 
 import msgspec
 import numpy as np
+import torch
 from msgspec import Meta
 
 from ...core.bounds import Count, Name
@@ -38,6 +43,8 @@ IN_FLIGHT_PIECES = 4
 
 _FIRST_WAIT_S = 20e-6
 _LONGEST_WAIT_S = 0.5e-3
+_ANSWER_WAIT_S = 1e-3
+"""Where there is no progress thread: how long a peer's connection may wait to be answered."""
 _SEGMENTS = {"host": "DRAM", "cuda": "VRAM"}
 
 _log = RateLimited()
@@ -75,6 +82,7 @@ class NixlTransport:
 
     Args:
         notify: called when `poll` has news.
+        device: number of the GPU in whose memory regions may be; None: none is.
 
     Raises:
         ConfigError: NIXL is not installed, or does not work here.
@@ -84,14 +92,21 @@ class NixlTransport:
     converts = False
     memory = frozenset({"host", "cuda"})
 
-    def __init__(self, notify: Notify) -> None:
+    def __init__(self, notify: Notify, device: int | None = None) -> None:
         self._closed = True
+        self._device = device
         api = load_nixl()
         self._name = f"tandem-{secrets.token_hex(12)}"
+        if device is not None:
+            _adopt_thread(device)
         try:
             # The progress thread answers peers while this process computes; every call below may come from any thread.
-            strict = api.nixl_thread_sync_t.NIXL_THREAD_SYNC_STRICT
-            self._agent: Any = api.nixl_agent(self._name, api.nixl_agent_config(backends=["UCX"], sync_mode=strict))
+            config = api.nixl_agent_config(
+                enable_prog_thread=device is None,
+                backends=["UCX"],
+                sync_mode=api.nixl_thread_sync_t.NIXL_THREAD_SYNC_STRICT,
+            )
+            self._agent: Any = api.nixl_agent(self._name, config)
         except Exception as error:
             raise ConfigError(
                 f"nixl: no agent could be started: {error}", fix="see the log above; UCX's ucx_info -d lists devices"
@@ -111,11 +126,22 @@ class NixlTransport:
         self._thread.start()
 
     def register(self, region: Region) -> None:
+        """See `Transport`.
+
+        Raises:
+            ConfigError: UCX cannot read this memory.
+        """
         place = _place_of(region)
-        segment = _SEGMENTS[place.kind]
-        self._registered.append(
-            self._agent.register_memory([(place.address, place.num_bytes, place.device, "")], segment)
-        )
+        try:
+            registered = self._agent.register_memory(
+                [(place.address, place.num_bytes, place.device, "")], _SEGMENTS[place.kind]
+            )
+        except Exception as error:
+            raise ConfigError(
+                f"nixl: {place.num_bytes} bytes of {place.kind} memory could not be registered: {error}",
+                fix="see the log above, and cuda_copy and cuda_ipc in ucx_info -d; kv.transport: cuda_ipc needs no UCX",
+            ) from error
+        self._registered.append(registered)
         self._regions[region.name] = region
         self._places[region.name] = place
 
@@ -190,12 +216,16 @@ class NixlTransport:
 
     def _run(self) -> None:
         under_way: list[_UnderWay] = []
-        wait_s: float | None = None
+        idle_s = wait_s = None if self._device is None else _ANSWER_WAIT_S
+        if self._device is not None:
+            _adopt_thread(self._device)
         while True:
             self._wake.wait(wait_s)
             self._wake.clear()
             if self._stopping:
                 break
+            if self._device is not None:
+                self._agent.get_new_notifs()  # there are none; it makes progress
             started = self._start(under_way)
             ended = [read for read in under_way if self._ended(read)]
             under_way = [read for read in under_way if read not in ended]
@@ -205,7 +235,7 @@ class NixlTransport:
             elif under_way:
                 wait_s = min(2 * (wait_s or _FIRST_WAIT_S), _LONGEST_WAIT_S)
             if not under_way:
-                wait_s = 0.0 if self._pieces.waiting() else None
+                wait_s = 0.0 if self._pieces.waiting() else idle_s
         for read in under_way:
             self._release(read.handle)
 
@@ -285,8 +315,6 @@ def load_nixl() -> Any:
     Raises:
         ConfigError: it is not installed, or cannot be loaded.
     """
-    import torch
-
     wheels = ["nixl_cu13", "nixl_cu12"]
     if (torch.version.cuda or "13").startswith("12"):
         wheels.reverse()
@@ -303,6 +331,12 @@ def load_nixl() -> Any:
     raise ConfigError(
         f"nixl is not installed ({'; '.join(problems)})", fix="pip install 'tandem[nixl]', on Linux"
     ) from None
+
+
+def _adopt_thread(device: int) -> None:
+    """Give the calling thread a GPU's CUDA context."""
+    torch.cuda.set_device(device)
+    torch.cuda.synchronize(device)  # a context that nothing was asked of need not be there
 
 
 def _place_of(region: Region) -> _Place:

@@ -62,7 +62,8 @@ def offer(
             missing[name] = f"no RDMA device here is up; kv.transport: {name} takes it over TCP, unencrypted"
         else:
             try:
-                transports[name] = _make(name, notify, context, address, on_bad_frame, device, copy_programs)
+                gpu = device if memory_kind == "cuda" else None
+                transports[name] = _make(name, notify, context, address, on_bad_frame, gpu, copy_programs)
             except TandemError as error:
                 missing[name] = str(error)
     return transports, missing
@@ -74,16 +75,17 @@ def _make(
     context: SecureContext,
     address: str,
     on_bad_frame: Callable[[], None] | None,
-    device: int,
+    gpu: int | None,
     copy_programs: int,
 ) -> Transport:
     match name:
         case "cuda_ipc":
-            return CudaIpcTransport(notify, device, copy_programs)
+            assert gpu is not None, "it is for GPUs' memory"
+            return CudaIpcTransport(notify, gpu, copy_programs)
         case "shm":
             return ShmTransport(notify)
         case "nixl":
-            return NixlTransport(notify)
+            return NixlTransport(notify, gpu)
         case "ucx":
             return UcxTransport(notify, context, address, on_bad_frame)
         case "zmq":

@@ -45,17 +45,22 @@ class Place:
 
 
 class Probes:
-    """Prefill workers live on the first node, decode workers on the second; ``answers`` overrides methods."""
+    """Prefill workers live on the first node, decode workers on the second; ``answers`` overrides methods, and those
+    ``without_room`` find none."""
 
-    def __init__(self, **answers: Callable[..., Any]) -> None:
+    def __init__(self, without_room: tuple[str, ...] = (), **answers: Callable[..., Any]) -> None:
         self.calls: list[tuple[str, str]] = []
+        self._without_room = without_room
         self._answers = answers
 
     def nodes(self) -> list[Node]:
         return NODES
 
     def lacking(self) -> str:
-        return ""
+        return f"{self._without_room[0]} needs 1 CPU" if self._without_room else ""
+
+    def has_room(self, peer: str) -> bool:
+        return peer not in self._without_room
 
     def on_node(self, peer: str, node_id: str) -> Place:
         return Place(peer, node_id, self._answers, self.calls)
@@ -130,6 +135,15 @@ def test_a_place_that_does_not_come_and_a_probe_that_dies_are_told_and_the_rest_
     failed = {finding.check: finding.measured for finding in found if finding.verdict is Verdict.FAIL}
     assert failed == {"place of decode-1": "decode-1: no answer within 60 s", "measurement": "decode-0 died"}
     assert any(f.where == "decode-0 ← prefill-1" and f.check == "would be used" for f in found)
+
+
+def test_who_finds_no_room_is_told_and_not_waited_for() -> None:
+    probes = Probes(without_room=("prefill-1",))
+    found = examine(probes, {"prefill": {"replicas": 2}})
+    failed = {finding.check: finding.measured for finding in found if finding.verdict is Verdict.FAIL}
+    assert failed == {"place of prefill-1": "prefill-1 needs 1 CPU"}
+    assert ("prefill-1", "node") not in probes.calls
+    assert any(f.where == "decode-0 ← prefill-0" and f.check == "would be used" for f in found)
 
 
 def test_a_node_without_a_working_tandem_is_told() -> None:

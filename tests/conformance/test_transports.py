@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from support.gpu_memory import SeenBuffer, prepare
 from support.moving import MovingProcess
+from support.patience import stretched
 from support.transports import NAMES, PARAMS, PEER, SIZE, missing, runs, scattered
 from tandem.core.config import FaultsConfig
 from tandem.core.errors import TransferError
@@ -37,7 +38,7 @@ class Kit:
 
     def __init__(self, name: str, moving: MovingProcess | None = None) -> None:
         self.name = name
-        self.moves = name.removeprefix("forwarded-")
+        self.moves = name.removeprefix("forwarded-").removesuffix("-cuda")
         self._closers: list[Callable[[], None]] = []
         self._context: SecureContext | None = None
         self._moving = moving
@@ -54,6 +55,9 @@ class Kit:
                 transport = self._moving.make(self.moves, notify)
             case "nixl":
                 transport = NixlTransport(notify)
+            case "nixl-cuda":
+                prepare()
+                transport = NixlTransport(notify, 0)
             case "cuda_ipc":
                 prepare()
                 transport = CudaIpcTransport(notify, 0, 16)
@@ -70,7 +74,7 @@ class Kit:
 
     def buffer(self, size: int) -> Any:
         """Memory of the kind that the transport is for; ``array`` is its content."""
-        return SeenBuffer(size) if self.name == "cuda_ipc" else Buffer(size)
+        return SeenBuffer(size) if self.name in ("cuda_ipc", "nixl-cuda") else Buffer(size)
 
     def owner(self, size: int) -> tuple[Any, Any]:
         """A transport that has "blocks" of so many bytes, and these."""
@@ -118,7 +122,7 @@ class Ends:
     def wait(self, *numbers: int, timeout_s: float = 10.0) -> dict[int, TransferResult]:
         """Poll, as told by notify, until these reads have ended."""
         results: dict[int, TransferResult] = {}
-        deadline_s = time.monotonic() + timeout_s
+        deadline_s = time.monotonic() + stretched(timeout_s)
         while not set(numbers) <= results.keys():
             self.news.wait(timeout=max(0.0, deadline_s - time.monotonic()))
             assert time.monotonic() < deadline_s, f"{set(numbers) - results.keys()} did not end"

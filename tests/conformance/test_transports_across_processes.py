@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 import msgspec
 import numpy as np
 import pytest
+from support.patience import stretched
 from support.transports import PEER, SIZE, missing, runs, scattered
 from tandem.core.errors import TransferError
 from tandem.core.wire import SecureContext, make_cluster_keys
@@ -68,7 +69,7 @@ class Remote:
 
     def wait(self, *numbers: int, timeout_s: float = 20.0) -> dict[int, TransferResult]:
         results: dict[int, TransferResult] = {}
-        deadline_s = time.monotonic() + timeout_s
+        deadline_s = time.monotonic() + stretched(timeout_s)
         while not set(numbers) <= results.keys():
             assert self.news.wait(max(0.0, deadline_s - time.monotonic())), (
                 f"{set(numbers) - results.keys()} did not end"

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from support import host_as_gpu
@@ -23,6 +24,7 @@ from tandem.decode.stream import StreamState
 from tandem.engine.kv_cache import KVCache
 from tandem.engine.watermarks import Watermarks
 from tandem.kernels import on_gpu
+from tandem.kv_transfer.transports import Read
 from tandem.kv_transfer.transports.cuda_ipc import CudaIpcTransport
 from tandem.prefill.worker import PrefillWorker
 
@@ -102,6 +104,38 @@ def test_the_tokens_are_those_of_a_colocated_worker(bench: Bench, family: str, t
     needed = [n - max(group.first_needed(n) for group in engine.groups) for n in map(len, PROMPTS)]
     assert received >= sum(needed) * engine.cache.layout.token_bytes
     assert pair.decode.metrics.load_failures._metrics == {}, "a load failed"
+
+
+@pytest.mark.parametrize("layer_groups", [1, 2])
+def test_checksums_are_of_what_was_computed(bench: Bench, layer_groups: int, tmp_path: Path) -> None:
+    """Chunks that are summed behind the layers that compute them, prefixes that both sides have, windows; then ranges
+    that land in each other's places."""
+    make_checkpoint("gpt_oss", tmp_path)
+    want = bench.pair(tmp_path, pools={"colocated": {}}).generate(PROMPTS, max_tokens=12)
+    pools: dict[str, object] = {"prefill": {"max_batched_tokens": 24}, "decode": {"max_running": 4}}
+    pair = bench.pair(tmp_path, pools=pools, kv={"checksums": True, "layer_groups": layer_groups})
+    for _ in range(2):
+        assert pair.generate(PROMPTS, max_tokens=12) == want
+    failures = pair.decode.metrics.load_failures.labels("checksum")._value
+    assert pair.decode.connector.terms("prefill-0#1").sum_tokens == 8
+    assert failures.get() == 0
+    transport, turned = pair.decode.transport, 0
+    submit = transport.submit
+
+    def turn(read: Read) -> int:
+        nonlocal turned
+        runs = read.runs
+        if read.source == "blocks" and not turned and len(runs.sizes) > 1 and len(set(runs.sizes.tolist())) == 1:
+            turned += 1
+            read = read._replace(runs=runs._replace(source_offsets=np.roll(runs.source_offsets, 1)))
+        return submit(read)
+
+    transport.submit = turn  # type: ignore[method-assign]
+    others = [[(token + 1) % 131 for token in prompt] for prompt in PROMPTS]
+    alone = bench.pair(tmp_path, pools={"colocated": {}}).generate(others, max_tokens=12)
+    assert pair.generate(others, max_tokens=12) == alone
+    assert turned
+    assert failures.get() == 1
 
 
 def test_kv_is_read_while_later_chunks_compute(bench: Bench, tmp_path: Path) -> None:

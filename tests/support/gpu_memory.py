@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 from tandem.kv_transfer.memory import DeviceBuffer
-from tandem.kv_transfer.transports import Region
+from tandem.kv_transfer.transports import Region, Transport
 from tandem.kv_transfer.transports.cuda_ipc import CudaIpcTransport
+from tandem.kv_transfer.transports.nixl import NixlTransport
 
 
 @functools.cache
@@ -102,12 +103,13 @@ class OwnerProcess:
     Args:
         device: its GPU, as this process numbers them.
         alone: whether that GPU is the only one that it sees.
+        transport: of the owners.
     """
 
-    def __init__(self, device: int = 0, *, alone: bool = False) -> None:
+    def __init__(self, device: int = 0, *, alone: bool = False, transport: str = "cuda_ipc") -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_own, args=(theirs, device, alone), daemon=True)
+        self._process = context.Process(target=_own, args=(theirs, device, alone, transport), daemon=True)
         self._process.start()
         theirs.close()
 
@@ -150,29 +152,35 @@ class RemoteOwner(Array):
         self.process.ask("forget", self._number)
 
 
-def _own(pipe: Any, device: int, alone: bool) -> None:
+def _own(pipe: Any, device: int, alone: bool, transport: str) -> None:
     if alone:
         os.environ["CUDA_VISIBLE_DEVICES"] = str(device)
         device = 0
-    owned: dict[int, tuple[CudaIpcTransport, SeenBuffer]] = {}
+    owned: dict[int, tuple[Transport, SeenBuffer]] = {}
     while True:
         try:
             what, number, *arguments = pipe.recv()
         except (EOFError, ConnectionError):
             return
         try:
-            pipe.send(_obey(owned, device, what, number, *arguments))
+            pipe.send(_obey(owned, device, transport, what, number, *arguments))
         except Exception as error:  # noqa: BLE001 - the test tells it
             pipe.send(error)
 
 
-def _obey(owned: dict[int, Any], device: int, what: str, number: int, *arguments: Any) -> Any:
+def _obey(owned: dict[int, Any], device: int, transport: str, what: str, number: int, *arguments: Any) -> Any:
     if what == "make":
         buffer = SeenBuffer(number, device)
-        owner = CudaIpcTransport(lambda: None, device, 16)
+        owner: Transport
+        if transport == "nixl":
+            owner = NixlTransport(lambda: None, device)
+        else:
+            owner = CudaIpcTransport(lambda: None, device, 16)
         owner.register(Region("blocks", buffer))
         owned[len(owned)] = owner, buffer
         return len(owned) - 1
+    if owned[number] is None:
+        return None
     owner, buffer = owned[number]
     match what:
         case "get":

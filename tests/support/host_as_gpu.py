@@ -10,6 +10,7 @@ import os
 import queue
 import threading
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 from unittest import mock
 
@@ -18,10 +19,13 @@ import numpy as np
 import torch
 from tandem.core.errors import TransferError
 from tandem.kernels import cuda_memory, gather
+from tandem.kv_transfer import checksums, sum_queue
+from tandem.kv_transfer.copy_queue import CopyPlans
 from tandem.kv_transfer.layout import Runs
 from tandem.kv_transfer.memory import Buffer, DeviceBuffer, SharedMemory, map_shared
 from tandem.kv_transfer.offload import device
-from tandem.kv_transfer.transports import cuda_ipc
+from tandem.kv_transfer.sum_queue import Part
+from tandem.kv_transfer.transports import cuda_ipc, nixl
 
 PLAN = gather.Plan(programs=1, warps=1, tile_bytes=256 << 10)
 _interpreter = threading.Lock()
@@ -104,7 +108,7 @@ class CopyQueue:
     delay_s = 0.0
     """How long each copy takes, at least."""
 
-    def __init__(self, device: int, plan: gather.Plan) -> None:
+    def __init__(self, device: int, plans: CopyPlans) -> None:
         self.device = device
         self._work: queue.SimpleQueue[tuple[int, int, gather.Rows, Copy]] = queue.SimpleQueue()
         threading.Thread(target=self._run, daemon=True).start()
@@ -116,6 +120,9 @@ class CopyQueue:
         copy = Copy()
         self._work.put((source, target, rows, copy))
         return copy
+
+    def start_runs(self, source: int, target: int, runs: Runs, dtypes: tuple[str, str] = ("", "")) -> Copy:
+        return self.start(source, target, gather.lay_out(*runs, *dtypes))
 
     def start_large(self, source: int, target: int, runs: Runs, after: None = None) -> Copy:
         return self.start(source, target, gather.lay_out(*runs), after)
@@ -139,6 +146,41 @@ class CopyQueue:
             copy.end()
 
 
+class _Sums(Copy):
+    def __init__(self, shape: tuple[int, int]) -> None:
+        super().__init__()
+        self.sums = torch.zeros(*shape, dtype=torch.int64)
+
+    def result(self) -> np.ndarray:
+        self.synchronize()
+        return self.sums.numpy().view(np.uint64)
+
+
+class SumQueue:
+    """Stands for `kv_transfer.sum_queue.SumQueue`."""
+
+    def __init__(self, device: int, notify: Callable[[], None]) -> None:
+        self._notify = notify
+
+    def start(self, parts: Sequence[Part], num_ranks: int, num_units: int, *, behind_steps: bool) -> _Sums:
+        sums = _Sums((num_ranks, num_units))
+        if behind_steps:  # whoever computes here has done it
+            self._run(parts, sums)
+        else:
+            threading.Thread(target=self._run, args=(parts, sums, self._notify), daemon=True).start()
+        return sums
+
+    def close(self) -> None:
+        pass
+
+    def _run(self, parts: Sequence[Part], sums: _Sums, notify: Callable[[], None] = lambda: None) -> None:
+        for part in parts:
+            with _interpreter:
+                sum_queue.add(part, sums.sums[part.rank])
+        sums.end()
+        notify()
+
+
 def install() -> list[Any]:
     """From now on the host is GPU 0. Returns what to `stop`."""
     patches = [
@@ -153,6 +195,9 @@ def install() -> list[Any]:
         mock.patch.object(cuda_memory, "unregister_host"),
         mock.patch.object(cuda_ipc, "CopyQueue", CopyQueue),
         mock.patch.object(device, "CopyQueue", CopyQueue),
+        mock.patch.object(checksums, "SumQueue", SumQueue),
+        mock.patch.object(nixl, "_adopt_thread"),
+        mock.patch.dict(nixl._SEGMENTS, cuda="DRAM"),
     ]
     for patch in patches:
         patch.start()

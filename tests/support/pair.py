@@ -105,7 +105,11 @@ class Node:
         heads = [kv_heads_of(model.spec, rank, pool.tensor_parallel) for rank in range(pool.tensor_parallel)]
         ends = [first_end(heads[0], {self.transport.name: self.transport}, cache.blocks, cache.generations_buffer)]
         if isinstance(self.ranks, ThreadRanks):
-            ends += [End(*others) for others in zip(heads[1:], self.ranks.transports, strict=True)]
+            memory = self.ranks.memory("kv.checksums")
+            ends += [
+                End(held, moving, "host", blocks)
+                for held, moving, blocks in zip(heads[1:], self.ranks.transports, memory, strict=True)
+            ]
         self.connector = Connector(
             peer, built.fingerprint, layout, self.engine.groups, self.engine.runner.layer_groups, ends,
             "auto", config.kv.lease_s, pair.clock, self.metrics, config.kv.checksums,

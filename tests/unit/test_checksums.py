@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tandem.kernels import element_sums
 from tandem.kernels.convert_runs import DTYPES, convert
-from tandem.kv_transfer.checksums import Checksums, unit_of
+from tandem.kv_transfer.checksums import Checksums, Held, unit_of
 from tandem.kv_transfer.layout import KVLayout, group_layers
 
 NUM_BLOCKS = 32
@@ -31,7 +32,12 @@ def cache_of(kv: torch.Tensor, windows: list[int], block_tokens: int, dtype: str
             for token in range(TOKENS):
                 at = table[token // block_tokens], place, slice(None), slice(None), token % block_tokens
                 blocks[at] = convert(kv[layer, :, :, token], DTYPES[dtype])
-    return Checksums(memory, layout, groups), tables
+    return Checksums([Held(range(HEADS), memory)], layout, HEADS, groups), tables
+
+
+def sums_of(checksums: Checksums, *where: object) -> np.ndarray:
+    """[units], over all heads."""
+    return checksums.total(checksums.start(*where, copies=False, behind_steps=False).result())  # type: ignore[arg-type]
 
 
 @given(
@@ -55,7 +61,7 @@ def test_sums_do_not_depend_on_where_elements_lie(
     layer = data.draw(st.integers(0, len(windows) - 1))
     layers = range(layer, data.draw(st.integers(layer + 1, len(windows))))
     firsts = [max(first, group.first_needed(TOKENS)) for group in group_layers(windows)]
-    got = [sums.of(tables, layers, tokens, firsts, unit, dtype) for sums, tables in ends]
+    got = [sums_of(sums, tables, layers, tokens, firsts, unit, dtype) for sums, tables in ends]
     np.testing.assert_array_equal(got[0], got[1])
     assert len(got[0]) == -(-TOKENS // unit) - tokens.start // unit
     # In parts, they add up.
@@ -63,7 +69,7 @@ def test_sums_do_not_depend_on_where_elements_lie(
     whole = np.zeros_like(got[0])
     for part in (range(tokens.start, middle), range(middle, TOKENS)):
         if len(part):
-            some = ends[1][0].of(ends[1][1], layers, part, firsts, unit, dtype)
+            some = sums_of(*ends[1], layers, part, firsts, unit, dtype)
             start = part.start // unit - tokens.start // unit
             whole[start : start + len(some)] += some
     np.testing.assert_array_equal(whole, got[0])
@@ -72,9 +78,9 @@ def test_sums_do_not_depend_on_where_elements_lie(
 @pytest.mark.parametrize("row_bytes", [8, 16, 24, 12, 10, 2, 5])
 @pytest.mark.parametrize(("block_tokens", "unit"), [(4, 4), (3, 6), (4, 6)])
 def test_compiled_sums_are_the_reference(row_bytes: int, block_tokens: int, unit: int) -> None:
-    places, planes = 3, 4
+    places, planes = 3, np.array([1, 2, 5, 6])
     rng = np.random.default_rng(row_bytes)
-    cache = rng.integers(0, 256, 8 * places * planes * block_tokens * row_bytes, np.uint8)
+    cache = rng.integers(0, 256, 8 * places * len(planes) * block_tokens * row_bytes, np.uint8)
     blocks = rng.permutation(8)[:4].astype(np.int64)
     positions = np.arange(4) * block_tokens + 6 // block_tokens * block_tokens
     starts = np.maximum(positions, 7)
@@ -83,7 +89,7 @@ def test_compiled_sums_are_the_reference(row_bytes: int, block_tokens: int, unit
     got = []
     for version in (element_sums.reference, element_sums.native):
         sums = np.full(8, 3, np.uint64)
-        version(cache, sums, blocks, starts, stops, layers, 1, places, planes, block_tokens, row_bytes, unit, 1)
+        version(cache, sums, blocks, starts, stops, layers, 1, places, planes, 9, block_tokens, row_bytes, unit, 1)
         got.append(sums)
     np.testing.assert_array_equal(got[0], got[1])
     assert (got[0] != 3).sum() >= 2
@@ -95,10 +101,10 @@ def test_a_change_anywhere_is_another_sum(seed: int) -> None:
     rng = np.random.default_rng(seed)
     layout = KVLayout(2, 2, 8, 4, "float16")
     memory = rng.integers(0, 256, 6 * layout.block_bytes, np.uint8)
-    sums = Checksums(memory, layout, group_layers([0, 0]))
+    sums = Checksums([Held(range(2), memory)], layout, 2, group_layers([0, 0]))
 
     def value() -> list[int]:
-        return sums.of([[4, 1, 3]], range(2), range(12), [0], 4, "float16").tolist()
+        return sums_of(sums, [[4, 1, 3]], range(2), range(12), [0], 4, "float16").tolist()
 
     good = value()
     block = int(rng.integers(3))
@@ -114,3 +120,32 @@ def test_a_change_anywhere_is_another_sum(seed: int) -> None:
     a, b = rng.choice(len(rows), 2, replace=False)
     rows[[a, b]] = rows[[b, a]]
     assert value() != good
+
+
+@given(st.integers(0, 2**32), st.sampled_from([1, 2, 4, 8]), st.sampled_from([1, 2]), st.sampled_from([2, 4, 8]))
+def test_ranks_sum_to_what_one_sums(seed: int, num_ranks: int, num_parts: int, block_tokens: int) -> None:
+    """Ranks that hold some of the heads each, or the heads of others, too; and what differs in one of those is found."""
+    rng, num_heads, num_blocks = np.random.default_rng(seed), 4, 6
+    layout = KVLayout(3, num_heads, 4, block_tokens, "float16", num_parts)
+    whole = rng.integers(0, 256, num_blocks * layout.block_bytes, np.uint8)
+    by_head = whole.reshape(num_blocks, 3, num_parts, num_heads, -1)
+    per_rank = max(num_heads // num_ranks, 1)
+    firsts = [rank * num_heads // num_ranks // per_rank * per_rank for rank in range(num_ranks)]
+    ranks = [
+        Held(range(first, first + per_rank), by_head[:, :, :, first : first + per_rank].copy().reshape(-1))
+        for first in firsts
+    ]
+    groups = group_layers([0, 0, 0])
+    where = [[5, 0, 3]], range(1, 3), range(1, 3 * block_tokens - 1), [1], 2 * block_tokens, "float16"
+    want = sums_of(Checksums([Held(range(num_heads), whole)], layout, num_heads, groups), *where)
+    part = msgspec.structs.replace(layout, num_kv_heads=per_rank)
+    sums = Checksums(ranks, part, num_heads, groups)
+    np.testing.assert_array_equal(sums_of(sums, *where), want)
+    found = sums.start(*where, copies=True, behind_steps=False).result()
+    assert sums.right(found, want).all()
+    assert not sums.right(found, want + np.uint64(1)).any()
+    memory = ranks[-1].memory
+    assert isinstance(memory, np.ndarray)
+    memory[3 * part.block_bytes + part.layer_bytes] ^= 1
+    found = sums.start(*where, copies=True, behind_steps=False).result()
+    assert sums.right(found, want).tolist() == [True, False]

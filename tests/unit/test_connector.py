@@ -24,6 +24,7 @@ from tandem.kv_transfer.fence import Fence
 from tandem.kv_transfer.handoff import Handoff, Instruction, Loaded, Pull, Release
 from tandem.kv_transfer.layout import KVGroup, KVLayout, group_layers, layer_groups
 from tandem.kv_transfer.memory import Buffer
+from tandem.kv_transfer.sum_queue import Pending
 from tandem.kv_transfer.transports import Read, TransferResult
 from tandem.kv_transfer.transports.inproc import InprocTransport
 
@@ -192,7 +193,7 @@ class Case:
         self.skip = draw(st.integers(0, self.num_tokens - 1))
         self.cut = draw(st.integers(self.skip, self.num_tokens))
         self.checksums = draw(st.booleans())
-        reader_ranks, source_ranks = (1, 1) if self.checksums else (draw(ranks), draw(ranks))
+        reader_ranks, source_ranks = draw(ranks), draw(ranks)
         self.source = Side(
             "prefill-0#1", heads_of(source_ranks, self.num_heads), groups=self.groups, seed=1, block_tokens=size,
             starts=layer_groups(self.num_layers, draw(st.integers(1, 3))), dtype=draw(dtypes),
@@ -212,7 +213,7 @@ class Case:
             sums = self.source.connector.sums(
                 layer_group, tokens, self.skip, self.num_tokens, self.source.tables, terms.sum_tokens,
                 self.reader.layout.dtype,
-            )  # fmt: skip
+            )()  # fmt: skip
         return self.reader.connector.pull(
             "prefill-0#1", layer_group, tokens, self.reader.tables, self.source.announce(self.skip, self.num_tokens),
             self.skip, self.num_tokens, sums,
@@ -523,7 +524,7 @@ def test_bytes_that_change_on_the_way_are_noticed(ours: str, size: int, flip: in
     connect(reader, source)
     unit = reader.connector.terms("prefill-0#1").sum_tokens
     assert unit % size == unit % 4 == 0
-    sums = source.connector.sums(0, range(20), 0, 20, source.tables, unit, ours)
+    sums = source.connector.sums(0, range(20), 0, 20, source.tables, unit, ours)()
     pull(reader, source, sums=sums)
     assert [result.failure for result in run(reader)] == [None]
     reader.wires[0].flip = flip
@@ -555,15 +556,91 @@ def test_a_reused_block_is_told_apart_from_a_changed_one() -> None:
     assert (result.failure, result.num_good) == (FailureReason.GENERATION, 12)
 
 
-def test_memory_that_cannot_be_summed_is_said_at_the_start() -> None:
-    with pytest.raises(ConfigError, match=r"kv\.checksums"):
+@pytest.mark.parametrize("ranks", [(2, 1), (1, 2), (4, 2), (2, 4), (8, 4), (4, 8), (8, 8)])
+def test_bytes_that_change_in_any_rank_are_noticed(ranks: tuple[int, int]) -> None:
+    """Ranks that hold the heads of another have read copies of their own."""
+    reader, source = simple(reader={"checksums": True, "block_tokens": 2}, ranks=ranks)
+    connect(reader, source)
+    sums = source.connector.sums(0, range(20), 0, 20, source.tables, 4, "float32")()
+    for rank in (None, *range(ranks[0])):
+        if rank is not None:
+            reader.wires[rank].flip = 5
+        pull(reader, source, sums=sums)
+        [result] = run(reader)
+        assert result.failure is (None if rank is None else FailureReason.CHECKSUM)
+        if rank is not None:
+            reader.wires[rank].flip = -1
+
+
+@pytest.fixture
+def unmapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first rank does not reach the memory of others."""
+    make = first_end
+
+    def other_ranks(*args: Any) -> End:
+        end = make(*args)
+        return end if args[3] is not None else end._replace(blocks=None)
+
+    monkeypatch.setitem(globals(), "first_end", other_ranks)
+
+
+def test_memory_that_cannot_be_summed_is_said_at_the_start(unmapped: None) -> None:
+    with pytest.raises(ConfigError, match=r"kv\.checksums: the first of 2 ranks reaches"):
         simple(reader={"checksums": True}, ranks=(2, 1))
 
 
-def test_a_peer_that_cannot_sum_is_not_read_from() -> None:
+def test_a_peer_that_cannot_sum_is_not_read_from(unmapped: None) -> None:
     reader, source = simple(reader={"checksums": True}, ranks=(1, 2))
-    with pytest.raises(TransferError, match=r"kv\.checksums: prefill-0#1 has 2 ranks with host memory"):
+    with pytest.raises(TransferError, match=r"kv\.checksums: prefill-0#1 sends no sums: the first of 2 ranks"):
         connect(reader, source)
+    assert source.connector.sums(0, range(20), 0, 20, source.tables, 4, "float32")().shape == (0,)
+
+
+class Late:
+    """Sums that take their time."""
+
+    def __init__(self, pending: Pending) -> None:
+        self.pending = pending
+        self.there = False
+        self.lost = False
+
+    def query(self) -> bool:
+        if self.lost:
+            raise RuntimeError("the device is lost")
+        return self.there
+
+    def result(self) -> np.ndarray:
+        return self.pending.result()
+
+
+def test_sums_that_take_their_time_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: until then the pull has not ended; it may be given up, and its device may be lost."""
+    reader, source = simple(reader={"checksums": True})
+    connect(reader, source)
+    sums = source.connector.sums(0, range(20), 0, 20, source.tables, 4, "float32")()
+    late: list[Late] = []
+    checksums = reader.connector._sums
+    assert checksums is not None
+    start = checksums.start
+    monkeypatch.setattr(checksums, "start", lambda *a, **k: late.append(Late(start(*a, **k))) or late[-1])
+    first, second, third = (pull(reader, source, sums=sums) for _ in range(3))
+    for _ in range(5):
+        assert reader.connector.poll() == []
+    assert len(late) == reader.connector.num_pulls == 3
+    assert reader.connector.cancel([second]) == set()
+    late[0].there = late[2].lost = True
+    results = {result.number: result for result in reader.connector.poll()}
+    assert results.keys() == {first, third}
+    assert (results[first].failure, results[first].num_good) == (None, 20)
+    assert (results[third].failure, results[third].num_good) == (FailureReason.TRANSPORT, 0)
+    assert reader.connector.num_pulls == 0
+
+    def full(*_: object, **__: object) -> Pending:
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(checksums, "start", full)
+    fourth = pull(reader, source, sums=sums)
+    assert [(r.number, r.failure) for r in run(reader)] == [(fourth, FailureReason.TRANSPORT)]
 
 
 # ---- what is counted ------------------------------------------------------------------------------------------------

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import msgspec
 import pytest
+import torch
 from tandem.cluster.doctor import gpus, network
 from tandem.cluster.doctor.finding import Finding, Notes, Verdict
-from tandem.cluster.doctor.gpus import Gpu, nvlink_gb_s, parse_gpus
+from tandem.cluster.doctor.gpus import Gpu, GpuLink, nvlink_gb_s, parse_gpus, parse_link, topology_of
 from tandem.cluster.doctor.links import judge_link
 from tandem.cluster.doctor.network import interface_of, ucx_transports
 from tandem.cluster.doctor.probe import LinkReport, Measured, PlaceOffer, Probe
 from tandem.cluster.doctor.tcp import TcpPlace, TcpSender, receive
 from tandem.core.config import Config, KVConfig
+from tandem.core.errors import ConfigError
 from tandem.core.wire import make_cluster_keys
 from tandem.kv_transfer.rdma import RdmaPort
 from tandem.kv_transfer.trial import Rate
@@ -25,10 +27,14 @@ def measured(name: str, gb_s: float = 0.0, refused: str = "", error: str = "", r
 
 
 def judge(
-    *transports: Measured, rdma_gb_s: float = 0.0, interface_gb_s: float = 0.0, **kv: object
+    *transports: Measured,
+    gpu_link: GpuLink | None = None,
+    rdma_gb_s: float = 0.0,
+    interface_gb_s: float = 0.0,
+    **kv: object,
 ) -> dict[str, Finding]:
     report = LinkReport(
-        list(transports), Rate(10 * GB, 1.0), Rate(3 * GB, 1.0), 8 * rdma_gb_s * GB, 8 * interface_gb_s * GB
+        list(transports), Rate(10 * GB, 1.0), Rate(3 * GB, 1.0), 8 * rdma_gb_s * GB, 8 * interface_gb_s * GB, gpu_link
     )
     found = judge_link("decode-0 ← prefill-0", KVConfig.model_validate(kv), report)
     assert all(finding.fix for finding in found if finding.verdict is not Verdict.OK), "every complaint has a fix"
@@ -111,6 +117,58 @@ def test_nvlink_rates_are_added_up() -> None:
     )
     assert nvlink_gb_s(text) == {0: pytest.approx(53.124), 1: pytest.approx(26.562)}
     assert nvlink_gb_s("") == {}
+
+
+TOPOLOGY = (
+    "\t\x1b[4mGPU0\tGPU1\tGPU2\tNIC0\tCPU Affinity\tNUMA Affinity\x1b[0m\nGPU0\t X \tNV18\tPHB\tNODE\t0-63\t0\n"
+    "GPU1\tNV18\t X \tSYS\tSYS\t64-127\t1\nGPU2\tPHB\tSYS\t X \tSYS\t0-63\t0\nNIC0\tNODE\tSYS\tSYS\t X \n\n"
+    "Legend:\n\n  X    = Self\n  NV#  = Connection traversing a bonded set of # NVLinks\n"
+)
+
+
+def test_what_lies_between_two_gpus_is_told() -> None:
+    assert topology_of(TOPOLOGY)[0, 1] == "NV18"
+    assert topology_of(TOPOLOGY)[2, 1] == "SYS"
+    assert topology_of("") == topology_of("nvidia-smi has failed") == {}
+    seen = "0, GPU-aa, 5, 16\n1, GPU-bb, 5, 16\n2, GPU-cc, 4, 8\n3, GPU-dd, [N/A], [N/A]\nodd line\n"
+    nvlinks = "GPU 0: NVIDIA H200\n\t Link 0: 26.562 GB/s\n\t Link 1: 26.562 GB/s\n"
+    link = parse_link("aa", "GPU-bb", seen, TOPOLOGY, nvlinks)
+    assert link == GpuLink("18 NVLinks", pytest.approx(18 * 26.562e9))
+    assert parse_link("aa", "cc", seen, TOPOLOGY, "") == GpuLink("PCIe (PHB)", pytest.approx(8 * 1.969e9))
+    assert parse_link("aa", "bb", seen, "", "") == GpuLink("PCIe", pytest.approx(16 * 3.938e9))
+    assert parse_link("aa", "bb", seen, TOPOLOGY, "") == GpuLink("18 NVLinks", 0.0)
+    assert parse_link("bb", "bb", seen, TOPOLOGY, nvlinks) == GpuLink("the memory of one GPU", 0.0)
+    assert parse_link("aa", "dd", seen, TOPOLOGY, nvlinks) == GpuLink("PCIe", 0.0)
+    assert parse_link("aa", "elsewhere", seen, TOPOLOGY, nvlinks) is None
+
+
+def test_gpus_stand_beside_the_line_between_them() -> None:
+    nvlink = GpuLink("18 NVLinks", 478 * GB)
+    rows = judge(measured("cuda_ipc", 370), measured("nixl", 90), gpu_link=nvlink)
+    assert rows["cuda_ipc"].verdict is Verdict.OK
+    assert "370.00 GB/s, 77% of 18 NVLinks at 478.00 GB/s" in rows["cuda_ipc"].measured
+    assert rows["nixl"].verdict is Verdict.OK, "nobody asked for it"
+    assert "90.00 GB/s, 19% of 18 NVLinks" in rows["nixl"].measured
+    assert rows["would be used"].measured.startswith("cuda_ipc")
+    slow = judge(measured("cuda_ipc", 100), measured("nixl", 90), gpu_link=nvlink)["cuda_ipc"]
+    assert slow.verdict is Verdict.WARN
+    assert "nvlink --status" in slow.fix
+    asked = judge(measured("nixl", 90), gpu_link=nvlink, transport="nixl")["nixl"]
+    assert asked.verdict is Verdict.WARN
+    assert "auto takes cuda_ipc" in asked.fix
+    unknown = judge(measured("cuda_ipc", 20), gpu_link=GpuLink("PCIe", 0.0))["cuda_ipc"]
+    assert unknown.verdict is Verdict.OK
+    assert "20.00 GB/s, over PCIe" in unknown.measured
+
+
+def test_a_place_without_its_gpu_says_so() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is here")
+    config = Config.model_validate({"pools": {"prefill": {"gpus_per_replica": 1}, "decode": {"gpus_per_replica": 1}}})
+    probe = Probe("decode-0", config.model_dump_json(), msgspec.msgpack.encode(make_cluster_keys()), "127.0.0.1")
+    with pytest.raises(ConfigError, match="no CUDA device"):
+        probe.open(1 << 20, 1)
+    probe.close()
 
 
 def test_ucx_info_is_read() -> None:
