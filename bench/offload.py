@@ -43,8 +43,9 @@ from .summary import percentile
 from .tiers import measure_chat, measure_misses
 
 _JOB_BLOCKS = 16
+"""Of a job, or as many as one thread of the tier takes, if that is more."""
 _JOBS = 8
-"""In flight at a time: more blocks than the disk is given, or the tier would wait for us."""
+"""In flight at a time, or as many as twice the blocks that the disk is given, or the tier would wait for us."""
 _TIERS = "[{kind: host, capacity: 256MiB}, {kind: disk, capacity: 256MiB, path: FOLDER/disk}]"
 
 
@@ -197,17 +198,19 @@ def measure_disk(folder: Path, capacity_bytes: int, block_bytes: int, seconds: f
         # Of bytes that are stored, as fio counts; what headers take of the disk's time is the tier's loss.
         size, rng = -(-block_bytes // PAGE_BYTES) * PAGE_BYTES, np.random.default_rng(0)
         keys = [rng.bytes(KEY_BYTES) for _ in range(tier.stats().num_slots)]
-        num_blocks = _JOBS * _JOB_BLOCKS
+        batch = batch_blocks(block_bytes)
+        job_blocks = max(_JOB_BLOCKS, batch)
+        num_blocks = max(_JOBS, -(-2 * THREADS_PER_PATH * batch // job_blocks)) * job_blocks
         memory = HostBlocks(rng.integers(0, 256, num_blocks * block_bytes, dtype=np.uint8), block_bytes)
         result: dict[str, Any] = {
             "block_bytes": block_bytes, "slots": len(keys), "threads": THREADS_PER_PATH,
-            "depth": THREADS_PER_PATH * batch_blocks(block_bytes), "bare_block_bytes": size, "seconds": seconds,
+            "depth": THREADS_PER_PATH * batch, "job_blocks": job_blocks, "bare_block_bytes": size, "seconds": seconds,
         }  # fmt: skip
         for kind in ("store", "load"):
             ours, bare = [], []
             for _ in range(repeats):
-                ours.append(_run(tier, kind, keys, memory, news, seconds))
-                name, rate = _bare(folder / SLOT_FILE, kind, size, batch_blocks(block_bytes), seconds)
+                ours.append(_run(tier, kind, keys, memory, job_blocks, news, seconds))
+                name, rate = _bare(folder / SLOT_FILE, kind, size, batch, seconds)
                 bare.append(rate)
             if kind == "store":
                 tier.clear()
@@ -215,7 +218,7 @@ def measure_disk(folder: Path, capacity_bytes: int, block_bytes: int, seconds: f
                     tier.poll()
                     time.sleep(0.01)  # threads that erase need the GIL
                 # Writing past the tier has left it nothing.
-                _run(tier, "store", keys, memory, news, 0.0, len(keys))
+                _run(tier, "store", keys, memory, job_blocks, news, 0.0, len(keys))
             shares = [one / other for one, other in zip(ours, bare, strict=True)]
             result |= {
                 f"{kind}_bytes_per_s": [round(rate) for rate in ours],
@@ -233,6 +236,7 @@ def _run(
     kind: str,
     keys: list[bytes],
     memory: HostBlocks,
+    job_blocks: int,
     news: threading.Event,
     seconds: float,
     least_blocks: int = 0,
@@ -242,30 +246,32 @@ def _run(
     order = [keys[n] for n in rng.permutation(len(keys)).tolist()]
     number, good, start_s = 0, 0, time.perf_counter()
     open_: dict[int, int] = {}
-    free = list(range(_JOBS))
+    free = list(range(len(memory.array) // job_blocks))
     while time.perf_counter() - start_s < seconds or good < least_blocks or open_:
-        while free and (time.perf_counter() - start_s < seconds or number * _JOB_BLOCKS < least_blocks):
+        while free and (time.perf_counter() - start_s < seconds or number * job_blocks < least_blocks):
             place = free.pop()
-            blocks = range(place * _JOB_BLOCKS, (place + 1) * _JOB_BLOCKS)
-            first = number * _JOB_BLOCKS
+            blocks = range(place * job_blocks, (place + 1) * job_blocks)
+            first = number * job_blocks
             if kind == "load":
-                wanted = [order[n % len(order)] for n in range(first, first + _JOB_BLOCKS)]
+                wanted = [order[n % len(order)] for n in range(first, first + job_blocks)]
                 open_[tier.submit_load(LoadJob(wanted, memory, blocks))] = place
             else:
-                octets = rng.bytes(_JOB_BLOCKS * KEY_BYTES)
+                octets = rng.bytes(job_blocks * KEY_BYTES)
                 wanted = [octets[n : n + KEY_BYTES] for n in range(0, len(octets), KEY_BYTES)]
                 if least_blocks:
-                    wanted = [keys[n % len(keys)] for n in range(first, first + _JOB_BLOCKS)]
+                    wanted = [keys[n % len(keys)] for n in range(first, first + job_blocks)]
                 open_[tier.submit_store(StoreJob(wanted, memory, blocks))] = place
             number += 1
         if not open_:
             break
-        for result in tier.poll():
+        news.clear()
+        results = tier.poll()
+        for result in results:
             good += sum(result.good)
             free.append(open_.pop(result.number))
-        if not free:
+        if not results:
+            # Not in a loop: threads of the tier want the GIL.
             news.wait(1.0)
-            news.clear()
     return good * memory.block_bytes / (time.perf_counter() - start_s)
 
 

@@ -16,9 +16,10 @@ import numpy as np
 import torch
 
 from ..kernels import cuda_memory, gather, on_gpu
-from ..kv_transfer.copy_queue import CopyQueue
+from ..kv_transfer.copy_queue import CopyPlans, CopyQueue
 from ..kv_transfer.layout import Runs
 from ..kv_transfer.memory import DeviceBuffer
+from ..kv_transfer.offload.device import plans
 
 WAYS = ("h2d", "d2h", "both")
 _ROUNDS = 9
@@ -37,7 +38,7 @@ def copy_records(run_bytes: Sequence[int], programs: Sequence[int], total_bytes:
 
     Args:
         run_bytes: of a range; multiples of 16.
-        programs: of the kernel, in each direction, to try.
+        programs: to try: processors of the GPU that the kernel takes in each direction.
         total_bytes: copied at a time in each direction.
     """
     if not (torch.cuda.is_available() and on_gpu.AVAILABLE):
@@ -60,9 +61,14 @@ def measure(ends: Ends, run_bytes: int, programs: Sequence[int], total_bytes: in
     runs = {"h2d": scattered(run_bytes, total_bytes, 0), "d2h": scattered(run_bytes, total_bytes, total_bytes)}
     rows = {way: gather.lay_out(*found) for way, found in runs.items()}
     whole = {way: _one_run(found) for way, found in runs.items()}
-    queues = {(way, n): CopyQueue(0, gather.Plan(n, 16)) for way in runs for n in programs}
+    queues = {}
+    for count in programs:
+        found = plans(count)
+        queues["h2d", count] = CopyQueue(0, CopyPlans.always(found.read))
+        queues["d2h", count] = CopyQueue(0, CopyPlans.always(found.write))
     streams = {way: torch.cuda.Stream(0) for way in runs}
-    next(iter(queues.values())).warm_up()
+    for queue in queues.values():
+        queue.warm_up()
 
     def by_kernel(ways: Sequence[str], count: int) -> None:
         copies = [queues[way, count].start(*_from_to(ends, way), rows[way]) for way in ways]

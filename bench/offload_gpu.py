@@ -124,10 +124,14 @@ def decode_records(bench: Bench) -> Iterator[dict[str, Any]]:
     replies = [worker.send(bench.prompt(options.context), output_tokens) for _ in range(options.batch)]
     worker.run(lambda: all(len(reply.tokens) > _SKIPPED_STEPS for reply in replies))
     times_s: dict[str, list[float]] = {name: [] for name in _WAYS}
+    medians_s: dict[str, list[float]] = {name: [] for name in _WAYS}
+    """Of each window: steps take longer from one to the next."""
     seconds: dict[str, float] = dict.fromkeys(_WAYS, 0.0)
     moved: dict[str, dict[str, int]] = {name: {"load": 0, "store": 0} for name in _WAYS}
-    for _ in range(options.rounds):
-        for name, ways in _WAYS.items():
+    for number in range(options.rounds):
+        # Contexts grow by every step: in as many rounds as there are companies, each comes once at every place.
+        turn = number % len(_WAYS)
+        for name, ways in [*_WAYS.items()][turn:] + [*_WAYS.items()][:turn]:
             before = dict(traffic.num_blocks)
             ends, begin_s = [], time.perf_counter()
             for _ in range(options.steps):
@@ -137,7 +141,9 @@ def decode_records(bench: Bench) -> Iterator[dict[str, Any]]:
             seconds[name] += ends[-1] - begin_s
             for way in moved[name]:
                 moved[name][way] += traffic.num_blocks[way] - before[way]
-            times_s[name] += np.diff(ends)[_SKIPPED_STEPS:].tolist()
+            window = np.diff(ends)[_SKIPPED_STEPS:].tolist()
+            times_s[name] += window
+            medians_s[name].append(median(window))
             traffic.end()
     worker.close()
     traffic.close()
@@ -146,7 +152,7 @@ def decode_records(bench: Bench) -> Iterator[dict[str, Any]]:
         found = percentiles([1e3 * s for s in times_s[name]])
         yield {
             "bench": "offload-decode", "batch": options.batch, "context": options.context, "company": name,
-            "itl_ms": found, "slower_p50": round(found["p50"] / alone["p50"] - 1, 4),
+            "itl_ms": found, "slower_p50": round(sum(medians_s[name]) / sum(medians_s["alone"]) - 1, 4),
             "slower_p99": round(found["p99"] / alone["p99"] - 1, 4), "bad_blocks": traffic.num_bad,
             **{
                 f"{way}_gb_per_s": round(count * bench.block_bytes / seconds[name] / 1e9, 2)
@@ -160,6 +166,7 @@ def hit_records(bench: Bench) -> Iterator[dict[str, Any]]:
     options = bench.options
     worker = Worker(bench, tiers=True)
     found: dict[str, list[float]] = {"compute": [], "hit": [], "store": [], "load": []}
+    stages_s: dict[str, list[float]] = {}
     same, loaded = 0, []
     for number in range(options.hits + 1):
         prompt = bench.prompt(options.prompt)
@@ -183,6 +190,8 @@ def hit_records(bench: Bench) -> Iterator[dict[str, Any]]:
                 "hit_ms": round(1e3 * (hit.first_s - hit.sent_s), 1), "loads": worker.loads(),
             }  # fmt: skip
             continue
+        for name, at_s in stages.items():
+            stages_s.setdefault(name, []).append(at_s - stages["decode.received"])
         same += computed.tokens == hit.tokens
         loaded.append(tokens)
         for name, value in (
@@ -199,6 +208,7 @@ def hit_records(bench: Bench) -> Iterator[dict[str, Any]]:
         "sooner": round(median(found["compute"]) / hit_s, 2),
         "of_line": round(hit_s / (size / _LINE_BYTES_PER_S), 3),
         "load_gb_per_s": round(size / median(found["load"]) / 1e9, 2) if all(found["load"]) else None,
+        "stages_ms": {name: round(1e3 * median(values), 1) for name, values in stages_s.items()},
         "same_first_tokens": same, "loads": worker.loads(),
     }  # fmt: skip
 
@@ -333,7 +343,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--context", type=int, default=1024, help="decode: of a prompt")
     parser.add_argument("--steps", type=int, default=80, help="decode: of a window")
-    parser.add_argument("--rounds", type=int, default=5, help="decode: windows of each company")
+    parser.add_argument(
+        "--rounds", type=int, default=2 * len(_WAYS), help=f"decode: windows of each company; {len(_WAYS)}, 8, …"
+    )
     parser.add_argument("--prompt", type=int, default=32768, help="hit: tokens")
     parser.add_argument("--hits", type=int, default=5, help="hit: prompts")
     parser.add_argument("--requests", type=int, default=128, help="misses: of a run")

@@ -16,6 +16,7 @@ from prometheus_client import CollectorRegistry
 from ..core.clock import SystemClock
 from ..core.config import Config
 from ..core.errors import WorkerError
+from ..core.garbage import settle
 from ..core.messages import Child, Generate, Message, Refused, Sampling, Stopping, Update
 from ..core.metrics import WorkerMetrics
 from ..decode.worker import DecodeWorker
@@ -168,6 +169,7 @@ class Bench:
             time.sleep(0.01)
             if time.perf_counter() > warm_s + _TIER_S:
                 raise WorkerError("the tier did not come")
+        settle()
         self.started = {
             "bench": "offload-start", "build_s": round(built_s - begin_s, 1), "warm_up_s": round(warm_s - built_s, 1),
             "tier_s": round(time.perf_counter() - warm_s, 1), "num_blocks": self.engine.pool.num_blocks,

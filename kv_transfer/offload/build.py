@@ -177,6 +177,7 @@ def _open(
             tier.timeout_s,
             notify,
             name,
+            place.cluster,
         )
     except ConfigError as error:
         raise ConfigError(f"offload.tiers.{number}.{error.message}", fix=error.fix) from None

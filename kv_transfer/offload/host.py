@@ -48,7 +48,7 @@ from .keeper_wire import (
 from .keys import TierKey
 from .pool import MappedPool, Places
 
-_COPY_BLOCKS = 64
+_COPY_BLOCKS = 128
 """Copied while a job is locked. On a GPU each such part is a launch and a wait, some tenths of a millisecond between
 copies of a few."""
 _RETRY_S = 0.2

@@ -69,6 +69,8 @@ class TierIndex:
         self._free = list(range(num_slots - 1, -1, -1))
         # In order of reservation; a plain dict takes long to find its first key when many before it have gone.
         self._by_key: OrderedDict[TierKey, _Slot] = OrderedDict()
+        self._reserved: set[TierKey] = set()
+        """Keys that wait for their content."""
         self._generation = 0
 
     def __len__(self) -> int:
@@ -81,8 +83,11 @@ class TierIndex:
 
     def lookup(self, keys: Sequence[TierKey]) -> list[Lookup]:
         """What is known of some keys."""
-        get, miss, pending, hit = self._by_key.get, Lookup.MISS, Lookup.PENDING, Lookup.HIT
-        return [miss if (slot := get(key)) is None else hit if slot.stored else pending for key in keys]
+        known, reserved, miss, pending, hit = self._by_key, self._reserved, Lookup.MISS, Lookup.PENDING, Lookup.HIT
+        # Slots are not looked at: of a large tier, none is in the processor's caches.
+        if not reserved:
+            return [hit if key in known else miss for key in keys]
+        return [miss if key not in known else pending if key in reserved else hit for key in keys]
 
     def reserve(self, key: TierKey, priority: int = 0) -> Reservation | None:
         """A slot for a key that is not there; None: all slots are pinned or hold what is more important."""
@@ -94,21 +99,29 @@ class TierIndex:
             if victim is None:
                 return None
             slot = self._by_key.pop(victim)
-            self._note(slot, found=False)
+            if self.journal is not None:
+                self.journal.append(Change(victim, False))
             evicted = Evicted(victim, slot.generation)
         self._generation += 1
         slot.generation = self._generation
         self._fill(slot, key, priority)
         slot.pins = 1
-        self._policy.pin(key)
+        self._reserved.add(key)
+        self._policy.insert_pinned(key, priority)
         return Reservation(slot.number, slot.generation, evicted)
 
-    def commit(self, slot: int, at_s: float = 0.0) -> None:
-        """A reserved slot has its content, from ``at_s`` on, and may be found. It is held until `release`."""
-        self._slots[slot].stored = True
-        self._slots[slot].stored_at_s = at_s
-        if not self._slots[slot].leaving:
-            self._note(self._slots[slot], found=True)
+    def commit(self, slot: int, at_s: float = 0.0) -> bool:
+        """A reserved slot has its content, from ``at_s`` on. It is held until `release`. Returns whether it may be
+        found: its key was not removed meanwhile."""
+        filled = self._slots[slot]
+        filled.stored = True
+        filled.stored_at_s = at_s
+        if filled.leaving:
+            return False
+        self._reserved.discard(filled.key)
+        if self.journal is not None:
+            self.journal.append(Change(filled.key, True))
+        return True
 
     def is_leaving(self, slot: int) -> bool:
         """Whether the key of a slot that is reserved or held was removed."""
@@ -201,8 +214,10 @@ class TierIndex:
             if slot.pins == 0:
                 slot.generation = generation
                 self._fill(slot, key, 0)
+                self._policy.insert(key)
                 slot.stored, slot.stored_at_s = True, at_s
-                self._note(slot, found=True)
+                if self.journal is not None:
+                    self.journal.append(Change(key, True))
         taken = {slot.number for slot in self._by_key.values()}
         self._free = [slot.number for slot in reversed(self._slots) if not slot.pins and slot.number not in taken]
 
@@ -222,17 +237,13 @@ class TierIndex:
         for key, slot in self._by_key.items():
             assert slot.key == key, "a key leads elsewhere"
             assert key in self._policy, "the policy does not know a key"
+            assert (key in self._reserved) != slot.stored, "a key waits for what is there, or not for what is not"
 
     def _fill(self, slot: _Slot, key: TierKey, priority: int) -> None:
         slot.key, slot.priority = key, priority
         slot.stored = slot.leaving = False
         slot.user_pins = 0
         self._by_key[key] = slot
-        self._policy.insert(key, priority)
-
-    def _note(self, slot: _Slot, *, found: bool) -> None:
-        if self.journal is not None:
-            self.journal.append(Change(slot.key, found))
 
     def _pin(self, slot: _Slot) -> None:
         if slot.pins == 0:
@@ -241,8 +252,10 @@ class TierIndex:
 
     def _leave(self, slot: _Slot) -> None:
         if not slot.leaving:
-            if slot.stored:
-                self._note(slot, found=False)
+            if not slot.stored:
+                self._reserved.discard(slot.key)
+            elif self.journal is not None:
+                self.journal.append(Change(slot.key, False))
             slot.leaving = True
             slot.pins -= slot.user_pins
             slot.user_pins = 0

@@ -31,8 +31,23 @@ class Kind(enum.Enum):
     RECOVER = "recover"
 
 
+# Of each block: a member of an enumeration takes Python 3.11 as long to find as a short function to call.
+_LOAD, _STORE, _ERASE, _MISS = Kind.LOAD, Kind.STORE, Kind.ERASE, Lookup.MISS
+
+
 class Item:
     """One slot's part of a job."""
+
+    evicted: Evicted | None = None
+    place: int | None = None
+    """Of the spill, for what was evicted."""
+    saved = False
+    """Whether the evicted block is in its place."""
+    error = ""
+    """A cause in a word or two, for the metric."""
+    detail = ""
+    harmless = False
+    """Whether ``error`` says something of this block alone, and nothing of the tier."""
 
     def __init__(self, job: OpenJob, kind: Kind, position: int, key: TierKey, slot: int, generation: int) -> None:
         self.job = job
@@ -41,16 +56,6 @@ class Item:
         self.key = key
         self.slot = slot
         self.generation = generation
-        self.evicted: Evicted | None = None
-        self.place: int | None = None
-        """Of the spill, for what was evicted."""
-        self.saved = False
-        """Whether the evicted block is in its place."""
-        self.error = ""
-        """A cause in a word or two, for the metric."""
-        self.detail = ""
-        self.harmless = False
-        """Whether ``error`` says something of this block alone, and nothing of the tier."""
 
 
 class IndexedTier(abc.ABC):
@@ -97,26 +102,28 @@ class IndexedTier(abc.ABC):
         open_job = self._jobs.open(job)
         if self.away:
             return self._refuse(open_job)
-        items = []
-        self._index.touch(job.keys)
-        # What is there of a prefix must not go for what continues it.
-        for position, key in enumerate(job.keys):
-            held = self._index.hold(key)
-            if held is not None:
-                open_job.good[position] = True
-                open_job.held.append((position, held[0]))
-        states = self._index.lookup(job.keys)
-        for position, key in enumerate(job.keys):
-            if states[position] is not Lookup.MISS:
-                continue
-            reservation = self._index.reserve(key, job.priority)
+        index, stats, items = self._index, self._stats, []
+        states = index.lookup(job.keys)
+        unknown = [position for position, state in enumerate(states) if state is _MISS]
+        if len(unknown) < len(states):
+            index.touch(job.keys)
+            # What is there of a prefix must not go for what continues it.
+            for position, key in enumerate(job.keys):
+                held = index.hold(key)
+                if held is not None:
+                    open_job.good[position] = True
+                    open_job.held[position] = held[0]
+        for position in unknown:
+            key = job.keys[position]
+            reservation = index.reserve(key, job.priority)
             if reservation is None:
-                self._stats.refused += 1
+                stats.refused += 1
                 continue
-            item = Item(open_job, Kind.STORE, position, key, reservation.slot, reservation.generation)
-            item.evicted = reservation.evicted
-            if item.evicted is not None:
-                self._stats.evicted += 1
+            slot, generation, evicted = reservation
+            item = Item(open_job, _STORE, position, key, slot, generation)
+            if evicted is not None:
+                item.evicted = evicted
+                stats.evicted += 1
                 if job.spill is not None:
                     item.place = job.spill.take()
             items.append(item)
@@ -133,7 +140,7 @@ class IndexedTier(abc.ABC):
         for position, key in enumerate(job.keys):
             held = self._index.hold(key)
             if held is not None:
-                items.append(Item(open_job, Kind.LOAD, position, key, *held))
+                items.append(Item(open_job, _LOAD, position, key, *held))
         self._begin(open_job, items)
         return open_job.number
 
@@ -237,29 +244,29 @@ class IndexedTier(abc.ABC):
             self._end(job)
 
     def _settle(self, item: Item) -> None:
-        job, good = item.job, not item.error
-        if item.kind is Kind.STORE:
+        job, kind, good = item.job, item.kind, not item.error
+        if kind is _STORE:
             if not good:
                 self._index.abort(item.slot)
-            elif self._index.is_leaving(item.slot):
-                # It was removed while it was written.
-                self._start([Item(item.job, Kind.ERASE, 0, item.key, item.slot, item.generation)])
-            else:
-                self._index.commit(item.slot, self._clock.wall_s())
+            elif self._index.commit(item.slot, self._clock.wall_s()):
                 self._let_go(item)
                 self._stats.stored += 1
-            self._settle_spill(item)
+            else:
+                # It was removed while it was written.
+                self._start([Item(job, Kind.ERASE, 0, item.key, item.slot, item.generation)])
+            if item.place is not None:
+                self._settle_spill(item)
         else:
             self._let_go(item)
-            if item.kind is Kind.LOAD and good:
-                self._stats.loaded += 1
-            elif not good and item.harmless and self._index.generation_of(item.key) == item.generation:
+            if good:
+                self._stats.loaded += kind is _LOAD
+            elif item.harmless and self._index.generation_of(item.key) == item.generation:
                 self._index.remove(item.key)
-        if good:
-            self._came_back()
-        else:
+        if not good:
             self._fail(item)
-        if not job.ended and item.kind is not Kind.ERASE:
+        elif self._away_for_s:
+            self._came_back()
+        if not job.ended and kind is not _ERASE:
             job.good[item.position] = good
             job.error = job.error or item.detail
             job.remaining -= 1
@@ -268,10 +275,10 @@ class IndexedTier(abc.ABC):
 
     def _let_go(self, item: Item) -> None:
         """Release a slot; those of one job together, the first key last, in whatever order they were done."""
-        if item.job.ended or item.kind is Kind.ERASE:
+        if item.job.ended or item.kind is _ERASE:
             self._index.release(item.slot)
         else:
-            item.job.held.append((item.position, item.slot))
+            item.job.held[item.position] = item.slot
 
     def _settle_spill(self, item: Item) -> None:
         if item.place is None or item.evicted is None:
@@ -283,8 +290,9 @@ class IndexedTier(abc.ABC):
 
     def _end(self, job: OpenJob) -> None:
         self._jobs.end(job)
-        for _, slot in sorted(job.held, reverse=True):
-            self._index.release(slot)
+        for slot in reversed(job.held):
+            if slot >= 0:
+                self._index.release(slot)
 
     def _fail(self, item: Item) -> None:
         if item.error == "dropped":
@@ -305,6 +313,6 @@ class IndexedTier(abc.ABC):
         self._log.warning(cause, "%s: %s; it is tried again, and its blocks count as missing", self.name, detail)
 
     def _came_back(self) -> None:
-        if self._away_for_s and not self._backing_off:
+        if not self._backing_off:
             self._away_for_s = 0.0
             logger.info("%s works again", self.name)

@@ -20,8 +20,8 @@ class OpenJob:
         self.remaining = 0
         self.error = ""
         self.spilled: list[Spilled] = []
-        self.held: list[tuple[int, int]] = []
-        """Position and slot of items that are done, and whose slots are released with the job's end."""
+        self.held = [-1] * num_keys
+        """For each key the slot that is released with the job's end, its item being done; or −1."""
         self.lock = threading.Lock()
         """Held while a thread touches the caller's blocks, and while ``ended`` is set."""
         self.ended = False

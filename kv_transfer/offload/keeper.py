@@ -212,9 +212,8 @@ class Keeper:
                 raise ValueError(f"slot {slot} is not the engine's")
             engine.reserved.discard(slot)
         for slot in question.stored:
-            if not self._index.is_leaving(slot):
+            if self._index.commit(slot, time.time()):
                 self._pool.store(slot)
-            self._index.commit(slot, time.time())
             self._index.release(slot)
         for slot in question.dropped:
             self._drop(slot)

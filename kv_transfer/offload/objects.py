@@ -1,4 +1,4 @@
-"""Blocks as objects of an S3-compatible store, one record (`record`) each, through boto3 (`pip install tandem[s3]`).
+"""Blocks as objects of an S3-compatible store, one record (`record`) each.
 
 Names are PREFIX/SLOT/GENERATION-KEY: of the objects of a slot the one with the highest generation is the slot's, and
 what else is there was left by a process that died. The index is in memory, and is found again by listing.
@@ -7,11 +7,8 @@ what else is there was left by a process that died. The index is in memory, and 
 from __future__ import annotations
 
 import errno
-import importlib
 import re
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any, TypeVar
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -19,16 +16,17 @@ from ...core.clock import Clock
 from ...core.errors import ConfigError
 from ...core.units import format_bytes
 from .base import Notify, Tier
+from .bucket import Bucket
 from .index import TierIndex
 from .keys import KEY_BYTES, TierKey
 from .policies import make_policy
+from .prefix_claim import InUse, PrefixClaim
 from .record import HEADER_BYTES, check, seal
-from .threaded import BadBlock, Frames, Outcome, Record, ThreadedTier, outcome_of
+from .threaded import BadBlock, Frames, Lost, Outcome, Record, ThreadedTier, outcome_of
 
 THREADS = 16
 _NAME = re.compile(rf"(\d+)/([0-9a-f]{{16}})-([0-9a-f]{{{2 * KEY_BYTES}}})")
-
-_T = TypeVar("_T")
+_CLAIM = "cluster"
 
 
 def open_objects(
@@ -42,8 +40,10 @@ def open_objects(
     timeout_s: float,
     notify: Notify,
     name: str = "s3",
+    cluster: str = "",
 ) -> Tier:
-    """A tier of objects. Does not wait for the store: while it cannot be reached, the tier has nothing.
+    """A tier of objects. Does not wait until what is there has been listed, nor for a store that cannot be reached, for
+    longer than a request: as long as it cannot, the tier has nothing.
 
     Args:
         bucket: it exists.
@@ -56,58 +56,61 @@ def open_objects(
         timeout_s: after which a request counts as failed.
         notify: see `base`.
         name: in logs and metrics.
+        cluster: whose workers alone may use what ``prefix`` is in; see `PrefixClaim`. "": anybody.
 
     Raises:
-        ConfigError: boto3 is not installed, or the capacity is less than a block.
+        ConfigError: boto3 is not installed, the capacity is less than a block, or another cluster uses the prefix.
     """
     num_slots = capacity_bytes // (HEADER_BYTES + block_bytes)
     if num_slots < 1:
         raise ConfigError(f"capacity: {format_bytes(capacity_bytes)} holds no block of {format_bytes(block_bytes)}")
     index = TierIndex(num_slots, make_policy(policy, num_slots))
-    io = ObjectIO(bucket, prefix, endpoint, block_bytes, num_slots, timeout_s)
+    io = ObjectIO(Bucket(bucket, endpoint, timeout_s, THREADS), prefix, block_bytes, num_slots, cluster)
+    try:
+        io.claim()
+    except InUse as error:
+        io.close()
+        raise ConfigError(f"prefix: {error.strerror}", fix="give each cluster a prefix of its own") from None
+    except OSError:
+        pass  # the tier asks again, until the store can be reached
     return ThreadedTier(name, index, io, THREADS, clock, timeout_s, notify)
 
 
 class ObjectIO:
-    """See `BlockIO`. boto3's clients are thread-safe.
+    """See `BlockIO`.
 
     Args:
-        bucket: see `open_objects`, as the others.
+        bucket: closed with this.
         prefix: without a slash at its end.
-        endpoint: or None.
         block_bytes: of a block.
         num_slots: how many there are.
-        timeout_s: of a request.
-
-    Raises:
-        ConfigError: boto3 is not installed, or there is nothing that tells it a region.
+        cluster: see `open_objects`.
     """
 
-    def __init__(
-        self, bucket: str, prefix: str, endpoint: str | None, block_bytes: int, num_slots: int, timeout_s: float
-    ) -> None:
-        try:
-            boto3 = importlib.import_module("boto3")
-            config = importlib.import_module("botocore.config")
-            self._failures: Any = importlib.import_module("botocore.exceptions")
-        except ImportError:
-            raise ConfigError("kind: s3 needs boto3", fix="pip install 'tandem[s3]'") from None
-        settings = config.Config(
-            connect_timeout=timeout_s,
-            read_timeout=timeout_s,
-            retries={"total_max_attempts": 1},
-            max_pool_connections=THREADS,
-        )
-        try:
-            self._client: Any = boto3.client("s3", endpoint_url=endpoint, config=settings)
-        except (self._failures.BotoCoreError, ValueError) as error:
-            raise ConfigError(f"endpoint: {error}") from None
+    def __init__(self, bucket: Bucket, prefix: str, block_bytes: int, num_slots: int, cluster: str = "") -> None:
         self._bucket = bucket
         self._prefix = prefix
         self._block_bytes = block_bytes
         self._num_slots = num_slots
+        folder = prefix.rpartition("/")[0]
+        self._where = f"s3://{bucket.name}/{folder}"
+        self._claim = PrefixClaim(bucket, f"{folder}/{_CLAIM}", cluster) if cluster else None
         # The object of each slot; a slot has one thread at a time.
         self._names: dict[int, str] = {}
+
+    def claim(self) -> None:
+        """Hold the prefix for the cluster. Blocks; see `PrefixClaim.take`.
+
+        Raises:
+            InUse: another cluster uses it.
+            OSError: the store cannot be reached.
+        """
+        if self._claim is None or self._claim.held:
+            return
+        try:
+            self._claim.take()
+        except InUse:
+            raise InUse(errno.EBUSY, f"{self._where} is in use by another cluster") from None
 
     def frames(self) -> Frames:
         """See `BlockIO`. For one object: a request takes long enough."""
@@ -123,47 +126,53 @@ class ObjectIO:
 
     def erase(self, slot: int, key: TierKey) -> None:
         """See `BlockIO`."""
+        self._is_ours()
         self._delete(slot)
 
     def recover(self) -> Sequence[tuple[int, TierKey, int]]:
         """See `BlockIO`. Removes what no slot is to have."""
+        self.claim()
         found: dict[int, tuple[int, TierKey]] = {}
         stale = []
-        pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=f"{self._prefix}/")
-        for entry in self._try(lambda: [object_ for page in pages for object_ in page.get("Contents", ())]):
-            name = entry["Key"].removeprefix(f"{self._prefix}/")
-            match = _NAME.fullmatch(name)
+        for name, num_bytes in self._bucket.list(f"{self._prefix}/"):
+            match = _NAME.fullmatch(name.removeprefix(f"{self._prefix}/"))
             if match is None:
                 continue
             slot, generation, key = int(match[1]), int(match[2], 16), bytes.fromhex(match[3])
-            if slot >= self._num_slots or entry["Size"] != HEADER_BYTES + self._block_bytes:
-                stale.append(entry["Key"])
+            if slot >= self._num_slots or num_bytes != HEADER_BYTES + self._block_bytes:
+                stale.append(name)
                 continue
             if slot in found:
                 older = min(found[slot], (generation, key))
                 stale.append(self._name(slot, older[1], older[0]))
             found[slot] = max(found.get(slot, (0, b"")), (generation, key))
         for name in stale:
-            self._try(partial(self._client.delete_object, Bucket=self._bucket, Key=name))
+            self._bucket.delete(name)
         self._names = {slot: self._name(slot, key, generation) for slot, (generation, key) in found.items()}
         return [(slot, key, generation) for slot, (generation, key) in found.items()]
 
     def close(self) -> None:
         """See `BlockIO`."""
-        self._client.close()
+        if self._claim is not None:
+            self._claim.close()
+        self._bucket.close()
 
     def _write(self, record: Record, whole: np.ndarray) -> None:
         """What the slot had goes first: the capacity holds at every moment."""
+        self._is_ours()
         self._delete(record.slot)
         seal(whole, record.key, record.generation, self._block_bytes)
         name = self._name(*record)
         # Also an object whose writing failed may be there.
         self._names[record.slot] = name
-        self._try(lambda: self._client.put_object(Bucket=self._bucket, Key=name, Body=whole.tobytes()))
+        self._bucket.put(name, whole.tobytes())
 
     def _read(self, record: Record, whole: np.ndarray) -> None:
+        self._is_ours()
         name = self._name(*record)
-        body = self._try(lambda: self._client.get_object(Bucket=self._bucket, Key=name)["Body"].read())
+        body = self._bucket.get(name)
+        if body is None:
+            raise BadBlock("deleted", "an object is not there any more")
         if len(body) != len(whole):
             raise BadBlock("truncated", f"{name} has {len(body)} bytes, expected {len(whole)}")
         whole[:] = np.frombuffer(body, np.uint8)
@@ -177,22 +186,10 @@ class ObjectIO:
     def _delete(self, slot: int) -> None:
         name = self._names.get(slot)
         if name is not None:
-            self._try(lambda: self._client.delete_object(Bucket=self._bucket, Key=name))
+            self._bucket.delete(name)
             del self._names[slot]
 
-    def _try(self, request: Callable[[], _T]) -> _T:
-        """Make a request.
-
-        Raises:
-            BadBlock: the object does not exist.
-            OSError: anything else.
-        """
-        try:
-            return request()
-        except self._failures.ClientError as error:
-            code = error.response.get("Error", {}).get("Code", "")
-            if code == "NoSuchKey":
-                raise BadBlock("deleted", "an object is not there any more") from None
-            raise OSError(errno.EIO, str(error)) from None
-        except (self._failures.BotoCoreError, self._failures.HTTPClientError) as error:
-            raise OSError(errno.EIO, str(error)) from None
+    def _is_ours(self) -> None:
+        """What another cluster may have changed since is looked through again, when it is ours again."""
+        if self._claim is not None and not self._claim.held:
+            raise Lost(errno.EBUSY, f"{self._where} is not this cluster's any more, or the store was long away")

@@ -40,7 +40,7 @@ _LONGEST_CHAIN = 64
 _F_ADD_SEALS = 1033
 _FIXED_SIZE = 0x0002 | 0x0004  # F_SEAL_SHRINK, F_SEAL_GROW
 _NO_MORE_WRITERS = 0x0010  # F_SEAL_FUTURE_WRITE
-_STATES = (Lookup.MISS, Lookup.PENDING, Lookup.HIT)
+_STATES = np.array((Lookup.MISS, Lookup.PENDING, Lookup.HIT), object)
 
 
 class Places(NamedTuple):
@@ -55,7 +55,8 @@ class Places(NamedTuple):
 
     def lookups(self) -> list[Lookup]:
         """The states as answers of a tier."""
-        return [_STATES[state] for state in self.states.tolist()]
+        answers: list[Lookup] = _STATES[self.states].tolist()
+        return answers
 
 
 def slot_bytes(block_bytes: int) -> int:

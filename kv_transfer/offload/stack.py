@@ -136,10 +136,10 @@ class OffloadStack:
         open_: Sequence[int] = range(len(keys))
         asked = keys
         for number, level in enumerate(self.levels):
-            rest = []
+            rest, here = [], self._found[number]
             for place, state in zip(open_, level.tier.lookup(asked), strict=True):
                 if state is hit:
-                    found[place] = self._found[number]
+                    found[place] = here
                 else:
                     rest.append(place)
                     if state is pending:

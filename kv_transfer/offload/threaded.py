@@ -163,14 +163,16 @@ class ThreadedTier(IndexedTier):
         self._ready = False
         self._stats.away = "starting"
         self._recovering = False
-        # Loads first: somebody waits for them. Threads take items one after the other.
-        self._loads: deque[Item] = deque()
-        self._others: deque[Item] = deque()
+        # Loads first: somebody waits for them. Each entry has items of one kind and job, the first at its end.
+        self._loads: deque[list[Item]] = deque()
+        self._others: deque[list[Item]] = deque()
         self._taking = threading.Lock()
         # Threads that are idle wait for turns. One says that it is before it looks for items, and is told after there
         # are some: so none is missed, and a turn too many makes one look in vain.
         self._idle = [False] * num_threads
         self._turns: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._most = 1
+        """Items that a thread takes at a time."""
         self._stopping = False
         self._done: queue.SimpleQueue[Sequence[Item] | _Found] = queue.SimpleQueue()
         self._since_s: list[float | None] = [None] * num_threads
@@ -203,9 +205,13 @@ class ThreadedTier(IndexedTier):
             self._start([Item(OpenJob(0, None, 0, 0.0), Kind.RECOVER, 0, b"", 0, 0)])
 
     def _start(self, items: Sequence[Item]) -> None:
-        for item in items:
-            (self._loads if item.kind is Kind.LOAD else self._others).append(item)
-        for _ in range(min(sum(self._idle), len(items))):
+        if not items:
+            return
+        kind = items[0].kind
+        (self._loads if kind is Kind.LOAD else self._others).append(list(reversed(items)))
+        # No more of them than have something to do: each that looks in vain takes the GIL from the others.
+        batches = -(-len(items) // self._most) if kind in _BATCHED else len(items)
+        for _ in range(min(sum(self._idle), batches)):
             self._turns.put(None)
 
     def _finished(self) -> Iterable[Item]:
@@ -247,6 +253,7 @@ class ThreadedTier(IndexedTier):
 
     def _run(self, number: int) -> None:
         frames = self._io.frames()
+        self._most = len(frames)
         while items := self._next(number, len(frames)):
             if items[0].kind is Kind.RECOVER:
                 self._done.put(self._find())
@@ -258,7 +265,7 @@ class ThreadedTier(IndexedTier):
                 # Before the others of the job. This thread looks again itself.
                 with self._taking:
                     queue_ = self._loads if items[0].kind is Kind.LOAD else self._others
-                    queue_.extendleft(reversed(items[len(done) :]))
+                    queue_.appendleft(list(reversed(items[len(done) :])))
             self._done.put(done)
             # The owner has nothing to tell before: one that is woken for every block does little else.
             if items[0].job.finish(len(done)):
@@ -288,16 +295,18 @@ class ThreadedTier(IndexedTier):
                 self._turns.get()
 
     def _take(self, most: int) -> list[Item]:
-        """What is next: of one kind and job, if it can be done together."""
-        items: list[Item] = []
+        """What is next: of one kind and job, if it can be done together; in the order of slots."""
         with self._taking:
             queue_ = self._loads or self._others
-            while queue_ and len(items) < most:
-                if items and not (
-                    queue_[0].job is items[0].job and queue_[0].kind is items[0].kind and queue_[0].kind in _BATCHED
-                ):
-                    break
-                items.append(queue_.popleft())
+            if not queue_:
+                return []
+            waiting = queue_[0]
+            first = max(len(waiting) - most, 0) if waiting[-1].kind in _BATCHED else -1
+            items = waiting[first:]
+            del waiting[first:]
+            if not waiting:
+                queue_.popleft()
+        items.sort(key=_slot)
         return items
 
     def _carry_out(self, items: Sequence[Item], frames: Frames) -> Sequence[Item]:
@@ -370,6 +379,10 @@ class ThreadedTier(IndexedTier):
             if outcome is not None:
                 _note(item, outcome)
         return items[: len(outcomes)]
+
+
+def _slot(item: Item) -> int:
+    return item.slot
 
 
 def _drop(items: Sequence[Item]) -> None:

@@ -6,11 +6,15 @@ import logging
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from support.gateway import wait_for
 from support.s3 import S3Server, allow
 from support.tiers import BLOCK_BYTES, Engine, keys_of, ready
 from tandem.core.clock import SystemClock
+from tandem.core.errors import ConfigError
+from tandem.kv_transfer.offload import prefix_claim
 from tandem.kv_transfer.offload.base import Lookup
 from tandem.kv_transfer.offload.objects import open_objects
 from tandem.kv_transfer.offload.record import HEADER_BYTES
@@ -30,10 +34,10 @@ class Store:
         self.news = threading.Event()
         self.engines: list[Engine] = []
 
-    def open(self, timeout_s: float = 10.0, wait: bool = True) -> Engine:
+    def open(self, timeout_s: float = 10.0, wait: bool = True, cluster: str = "", worker: str = "w0") -> Engine:
         tier = open_objects(
-            S3Server.BUCKET, "tandem/w0", self.server.endpoint, CAPACITY, BLOCK_BYTES, "lru", SystemClock(), timeout_s,
-            self.news.set,
+            S3Server.BUCKET, f"tandem/{worker}", self.server.endpoint, CAPACITY, BLOCK_BYTES, "lru", SystemClock(),
+            timeout_s, self.news.set, cluster=cluster,
         )  # fmt: skip
         self.engines.append(Engine(tier, self.news))
         if wait:
@@ -141,3 +145,114 @@ def test_what_a_dead_process_left_is_cleared_away(store: Store) -> None:
     engine = store.open()
     assert store.server.names() == [name]
     assert engine.load(keys_of(1)).good == (True,)
+
+
+CLAIM = "tandem/cluster"
+BEAT_S, LEASE_S = 0.1, 0.6
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claims are renewed, and run out, sooner."""
+    monkeypatch.setattr(prefix_claim, "BEAT_S", BEAT_S)
+    monkeypatch.setattr(prefix_claim, "LEASE_S", LEASE_S)
+    monkeypatch.setattr(prefix_claim, "_LOOK_S", BEAT_S / 2)
+
+
+def blocks_in(store: Store) -> set[str]:
+    return set(store.server.names()) - {CLAIM}
+
+
+@pytest.mark.usefixtures("quick")
+def test_another_cluster_is_refused(store: Store) -> None:
+    """Its blocks would be counted by nobody, and it would delete ours. Workers of one cluster share the prefix."""
+    engine = store.open(cluster="one")
+    keys = keys_of(*range(4))
+    engine.store(keys)
+    before = blocks_in(store)
+    for worker in ("w0", "w7"):
+        with pytest.raises(ConfigError, match="prefix: s3://kv-blocks/tandem is in use by another cluster") as refused:
+            store.open(cluster="two", worker=worker)
+        assert "a prefix of its own" in refused.value.fix
+    start_s = time.monotonic()
+    other = store.open(cluster="one", worker="w1")
+    assert time.monotonic() - start_s < LEASE_S, "there is nothing to wait for"
+    assert other.store(keys).good == (True,) * 4
+    assert before < blocks_in(store)
+    time.sleep(2 * LEASE_S)
+    assert engine.load(keys).good == other.load(keys).good == (True,) * 4
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_prefix_that_nobody_uses_any_more(store: Store) -> None:
+    """What was closed is free at once, also for another cluster; what died, when its claim has run out."""
+    keys = keys_of(*range(4))
+    engine = store.open(cluster="one")
+    engine.store(keys)
+    engine.tier.close()
+    assert CLAIM not in store.server.names()
+    engine = store.open(cluster="two")
+    assert engine.load(keys).good == (True,) * 4, "what is there is kept"
+    engine.tier.close()
+    store.server.put(CLAIM, b"dead\n0")
+    start_s = time.monotonic()
+    engine = store.open(cluster="two")
+    assert time.monotonic() - start_s >= LEASE_S
+    assert engine.load(keys).good == (True,) * 4
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_prefix_that_another_cluster_took(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    """Nothing of it is touched, and one warning; when the other has gone, what is there then is found."""
+    keys = keys_of(*range(4))
+    engine = store.open(cluster="one")
+    engine.store(keys)
+    before = blocks_in(store)
+    with caplog.at_level(logging.WARNING, "tandem"):
+        store.server.put(CLAIM, b"two\n0")
+        wait_for(lambda: engine.load(keys).good == (False,) * 4, 10, "a tier that notices")
+        for beat in range(10):
+            store.server.put(CLAIM, b"two\n%d" % beat)
+            assert engine.store(keys_of(100 + beat)).good == (False,)
+            engine.tier.remove(keys)
+            time.sleep(BEAT_S)
+        assert blocks_in(store) == before
+    messages = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert len(messages) == len(set(messages)) <= 2
+    gone = next(name for name in before if name.endswith(keys[0].hex()))
+    store.server.client.delete_object(Bucket=S3Server.BUCKET, Key=gone)
+    store.server.client.delete_object(Bucket=S3Server.BUCKET, Key=CLAIM)
+    wait_for(lambda: engine.tier.poll() is not None and not engine.tier.stats().away, 20, "a tier that is back")
+    # On a busy machine its claim may run out once more.
+    wait_for(lambda: engine.load(keys).good == (False, True, True, True), 20, "what is there")
+
+
+@pytest.mark.usefixtures("quick")
+def test_clusters_that_come_at_the_same_moment(store: Store) -> None:
+    """Soon at most one of them uses the prefix."""
+
+    def open_(cluster: str) -> Engine | None:
+        try:
+            return store.open(cluster=cluster, wait=False)
+        except ConfigError:
+            return None
+
+    with ThreadPoolExecutor(4) as starts:
+        engines = [engine for engine in starts.map(open_, ["one", "two", "three", "four"]) if engine is not None]
+    time.sleep(4 * BEAT_S)
+    key = keys_of(1)
+    assert sum(engine.store(key).good == (True,) for engine in engines) <= 1
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_store_that_was_away_for_long(store: Store) -> None:
+    """The claim has run out meanwhile: what is there is looked through again before it is used."""
+    engine = store.open(cluster="one", timeout_s=0.3)
+    keys = keys_of(*range(4))
+    engine.store(keys)
+    store.server.stop()
+    time.sleep(2 * LEASE_S)
+    assert engine.load(keys).good == (False,) * 4
+    store.server.go_on()
+    wait_for(lambda: engine.tier.poll() is not None and not engine.tier.stats().away, 20, "a tier that is back")
+    wait_for(lambda: engine.load(keys).good == (True,) * 4, 20, "its blocks")

@@ -10,7 +10,6 @@ from statistics import mean
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 from support.living import living
 from support.patience import stretched
@@ -116,23 +115,6 @@ def test_conversations_outlive_the_pool_and_a_worker(
     traces.check()
 
 
-HOST = "offload.tiers=[{kind: host, capacity: 64MiB}]"
-
-
-def test_a_killed_serve_leaves_no_host_tier(tmp_path: Path) -> None:
-    traces = Traces()
-    served = Served(tmp_path, "--set", MODEL, "--set", POOLS["together"], "--set", HOST)
-    try:
-        served.wait_ready()
-        processes = served.tree()
-        assert any("tandem.kv_transfer.offload.keeper" in _command(process) for process in processes)
-        served.process.kill()
-        traces.check(30)
-        wait_for(lambda: not living(processes), 20, "the end of all")
-    finally:
-        served.kill()
-
-
 @pytest.mark.parametrize(
     ("value", "said"),
     [
@@ -149,10 +131,3 @@ def test_tiers_that_cannot_be_end_the_start(tmp_path: Path, value: str, said: st
         traces.check()
     finally:
         served.kill()
-
-
-def _command(process: psutil.Process) -> list[str]:
-    try:
-        return process.cmdline()
-    except psutil.Error:
-        return []

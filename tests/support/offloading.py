@@ -100,7 +100,7 @@ class Slow:
 
 def others_of(node: Node) -> Sequence[np.ndarray | int]:
     """The blocks of a worker's other ranks."""
-    return [] if node.ranks is None else node.ranks.memory()
+    return [] if node.ranks is None else node.ranks.memory("offload.tiers")
 
 
 def real(folder: Path) -> Callable[[Pair, Node, str], Tiers | None]:

@@ -11,6 +11,8 @@ from tandem.kv_transfer.layout import KVLayout
 from tandem.kv_transfer.offload.base import HostBlocks, JobResult, LoadJob, Spill, StoreJob, Tier
 from tandem.kv_transfer.offload.keys import KeySpace, TierKey, key_space
 
+from .patience import stretched
+
 BLOCK_BYTES = 5000
 """Neither a power of two nor a page."""
 
@@ -40,7 +42,7 @@ class Engine:
     def wait(self, *numbers: int, timeout_s: float = 20.0) -> dict[int, JobResult]:
         """Poll, as told by notify, until these jobs have ended."""
         results: dict[int, JobResult] = {}
-        deadline_s = time.monotonic() + timeout_s
+        deadline_s = time.monotonic() + stretched(timeout_s)
         while not set(numbers) <= results.keys():
             results |= {result.number: result for result in self.tier.poll()}
             assert time.monotonic() < deadline_s, f"{set(numbers) - results.keys()} did not end"

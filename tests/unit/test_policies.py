@@ -44,6 +44,10 @@ class Model:
     def evict(self, incoming: bytes) -> bytes | None:
         raise NotImplementedError
 
+    def insert_pinned(self, key: bytes) -> None:
+        self.insert(key)
+        self.pin(key)
+
     def pin(self, key: bytes) -> None:
         self.aside[key] = self.place(key)
         self.take(key)
@@ -271,7 +275,8 @@ MODELS: dict[str, type[Model]] = {
 }  # fmt: skip
 
 operations = st.lists(
-    st.tuples(st.sampled_from(["use", "use", "use", "use", "pin", "unpin", "remove"]), st.integers(0, 14)), max_size=150
+    st.tuples(st.sampled_from(["use", "use", "use", "reserve", "pin", "unpin", "remove"]), st.integers(0, 14)),
+    max_size=150,
 )
 
 
@@ -285,10 +290,10 @@ def test_a_policy_is_its_model(name: str, capacity: int, steps: list[tuple[str, 
     pinned: set[bytes] = set()
     for what, number in steps:
         key = key_of(number)
-        if what == "use" and key in present:
+        if what in ("use", "reserve") and key in present:
             policy.touch(key)
             model.touch(key)
-        elif what == "use":
+        elif what in ("use", "reserve"):
             if len(present) == capacity:
                 victim = policy.evict(key)
                 assert victim == model.evict(key)
@@ -297,9 +302,11 @@ def test_a_policy_is_its_model(name: str, capacity: int, steps: list[tuple[str, 
                     continue
                 assert victim in present - pinned
                 present.discard(victim)
-            policy.insert(key)
-            model.insert(key)
+            for either in (policy, model):
+                (either.insert_pinned if what == "reserve" else either.insert)(key)
             present.add(key)
+            if what == "reserve":
+                pinned.add(key)
         elif what == "pin" and key in present - pinned:
             policy.pin(key)
             model.pin(key)
@@ -338,11 +345,12 @@ def test_priorities_are_strict(name: str, steps: list[tuple[int, int, bool]]) ->
             assert victim is not None
             assert victim not in pinned
             assert priorities.pop(victim) == lowest
-        policy.insert(key, priority)
         priorities[key] = priority
         if pin and len(pinned) < 4:
-            policy.pin(key)
+            policy.insert_pinned(key, priority)
             pinned.add(key)
+        else:
+            policy.insert(key, priority)
     assert len(policy) == len(priorities)
 
 

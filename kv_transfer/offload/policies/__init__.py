@@ -49,38 +49,38 @@ class Priorities:
         self._make = make
         self._levels: dict[int, Policy] = {}
         self._order: list[int] = []
-        self._level_of: dict[Key, Policy] = {}
+        self._only: Policy | None = None
+        """What all keys are in, as long as only one priority has occurred."""
 
     def __len__(self) -> int:
-        return len(self._level_of)
+        return sum(len(level) for level in self._levels.values())
 
     def __contains__(self, key: Key) -> bool:
-        return key in self._level_of
+        return any(key in level for level in self._levels.values())
 
     def insert(self, key: Key, priority: int = 0) -> None:
         """A new key, for which there is room."""
-        level = self._levels.get(priority)
-        if level is None:
-            level = self._levels[priority] = self._make()
-            self._order = sorted(self._levels)
-        level.insert(key)
-        self._level_of[key] = level
+        self._at(priority).insert(key)
+
+    def insert_pinned(self, key: Key, priority: int = 0) -> None:
+        """`insert`, and `pin`."""
+        self._at(priority).insert_pinned(key)
 
     def touch(self, key: Key) -> None:
         """A key was used."""
-        self._level_of[key].touch(key)
+        (self._of(key) if self._only is None else self._only).touch(key)
 
     def pin(self, key: Key) -> None:
         """Keep a key from going. Once a key, until `unpin`."""
-        self._level_of[key].pin(key)
+        (self._of(key) if self._only is None else self._only).pin(key)
 
     def unpin(self, key: Key) -> None:
         """A pinned key may go again."""
-        self._level_of[key].unpin(key)
+        (self._of(key) if self._only is None else self._only).unpin(key)
 
     def remove(self, key: Key) -> None:
         """Forget a key, pinned or not: its content is gone."""
-        self._level_of.pop(key).remove(key)
+        (self._of(key) if self._only is None else self._only).remove(key)
 
     def evict(self, incoming: Key, priority: int = 0) -> Key | None:
         """Choose the key that makes room for another, and forget it; None: all are pinned, or of higher priority."""
@@ -89,6 +89,16 @@ class Priorities:
                 return None
             victim = self._levels[number].evict(incoming)
             if victim is not None:
-                del self._level_of[victim]
                 return victim
         return None
+
+    def _of(self, key: Key) -> Policy:
+        return next(level for level in self._levels.values() if key in level)
+
+    def _at(self, priority: int) -> Policy:
+        level = self._levels.get(priority)
+        if level is None:
+            level = self._levels[priority] = self._make()
+            self._order = sorted(self._levels)
+            self._only = level if len(self._order) == 1 else None
+        return level

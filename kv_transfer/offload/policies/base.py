@@ -29,6 +29,10 @@ class Policy(Protocol):
         """A new key."""
         ...
 
+    def insert_pinned(self, key: Key) -> None:
+        """`insert`, and `pin`."""
+        ...
+
     def touch(self, key: Key) -> None:
         """A known key was used."""
         ...
@@ -59,6 +63,11 @@ class PinningPolicy(abc.ABC, Generic[_Place]):
     def __init__(self) -> None:
         self._pinned: dict[Key, _Place] = {}
 
+    def insert_pinned(self, key: Key) -> None:
+        """See `Policy`."""
+        self.insert(key)
+        self.pin(key)
+
     def pin(self, key: Key) -> None:
         """See `Policy`."""
         self._pinned[key] = self._take(key)
@@ -82,6 +91,10 @@ class PinningPolicy(abc.ABC, Generic[_Place]):
             del self._pinned[key]
         else:
             self._take(key)
+
+    @abc.abstractmethod
+    def insert(self, key: Key) -> None:
+        """See `Policy`."""
 
     @abc.abstractmethod
     def _use(self, key: Key) -> None:

@@ -28,6 +28,10 @@ class LRU(PinningPolicy[None]):
         """See `Policy`."""
         self._queue[key] = None
 
+    def insert_pinned(self, key: Key) -> None:
+        """See `Policy`."""
+        self._pinned[key] = None
+
     def evict(self, incoming: Key) -> Key | None:
         """See `Policy`."""
         return self._queue.popitem(last=False)[0] if self._queue else None

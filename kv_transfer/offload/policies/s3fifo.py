@@ -49,6 +49,11 @@ class S3FIFO(PinningPolicy[_Place]):
         else:
             self._small[key] = 0
 
+    def insert_pinned(self, key: Key) -> None:
+        """See `Policy`."""
+        self._pinned[key] = _Place(key not in self._ghost, 0)
+        self._ghost.pop(key, None)
+
     def evict(self, incoming: Key) -> Key | None:
         """See `Policy`. Keys of the main queue are passed over `MAX_USES` times at most."""
         if self._small and (len(self._small) >= self._small_capacity or not self._main):
