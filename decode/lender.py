@@ -189,7 +189,7 @@ class Lender:
                 summed = self._connector.sums(
                     layer_group, tokens, skip, num_tokens, stream.sequence.tables, message.sum_tokens, message.sum_dtype
                 )
-                sums = summed.astype("<u8").tobytes()
+                sums = summed().astype("<u8").tobytes()
             self._send(reader, BlocksReady(number, layer_group, num_tokens, first_sum, sums))
         self._send(reader, Prefilled(number, [held.sample], 0.0, 0.0, 0.0))
         stream.log.info("%s takes it over, at %d tokens", reader, num_tokens)

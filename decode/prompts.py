@@ -255,7 +255,8 @@ class Prompts:
         self._emitter.prompt_logprobs(stream.gateway, stream.request.ticket, 1, message.prompt_logprobs)
         stream.sequence.prompt_logprobs = -1
         stream.sequence.hidden_states = False
-        self._on_sampled(stream, message.samples)
+        if stream.first_tokens is None:  # else the client has them, of a load that failed, and these are the same
+            self._on_sampled(stream, message.samples)
 
     def _load_failed(self, stream: Stream, event: LoadFailed) -> None:
         self._emitter.stage(stream, "transfer.failed", event.reason.value)

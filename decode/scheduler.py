@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from ..core.clock import Clock
+from ..core.urgency import before_levels
 from ..engine.batch import Work
 from ..engine.engine import Engine
 from .stream import Stream, StreamState
@@ -68,11 +69,6 @@ class DecodeScheduler:
             yield from streams.values()
 
     @property
-    def num_waiting(self) -> int:
-        """Streams without blocks."""
-        return len(self._waiting) + len(self._fetching)
-
-    @property
     def num_loading(self) -> int:
         return len(self._loading)
 
@@ -84,11 +80,14 @@ class DecodeScheduler:
     def num_prefilling(self) -> int:
         return len(self._prefilling)
 
-    @property
-    def queued_tokens(self) -> int:
-        """Prompt tokens that wait, or are being computed here."""
-        queued = sum(s.sequence.num_tokens for streams in (self._waiting, self._fetching.values()) for s in streams)
-        return queued + self.num_prefilling_tokens
+    def before_levels(self) -> list[tuple[int, int]]:
+        """Streams that wait or whose prompts are computed here, and tokens of these, before a request of each level of
+        `core.urgency`; all of them before the last."""
+        return before_levels(
+            (s.request.priority, s.sequence.num_tokens - s.sequence.num_computed)
+            for streams in (self._waiting, self._fetching.values(), self._prefilling.values())
+            for s in streams
+        )
 
     @property
     def num_prefilling_tokens(self) -> int:

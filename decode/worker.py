@@ -210,10 +210,11 @@ class DecodeWorker:
     def report(self) -> Report:
         """Our load."""
         pool, scheduler = self._engine.pool, self._scheduler
+        *urgent, (num_queued, queued_tokens) = scheduler.before_levels()
         return Report(
             running=scheduler.num_running,
-            waiting=scheduler.num_waiting + scheduler.num_loading + scheduler.num_prefilling,
-            queued_tokens=scheduler.queued_tokens,
+            waiting=num_queued + scheduler.num_loading,
+            queued_tokens=queued_tokens,
             free_blocks=pool.num_free,
             num_blocks=pool.num_blocks,
             transfers=len(self._prompts),
@@ -224,6 +225,8 @@ class DecodeWorker:
             leases=len(self._lender),
             peers=self._peers.prefills(),
             refused=self._peers.refusals(),
+            # Who waits for KV that is on its way has a place in the batch.
+            urgent=[(count + scheduler.num_loading, tokens) for count, tokens in urgent] if num_queued else [],
         )
 
     def drained(self) -> bool:

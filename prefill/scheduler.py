@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 
 from ..core.clock import Clock
 from ..core.ids import TransferId
+from ..core.urgency import before_levels
 from ..engine.batch import Work
 from ..engine.engine import Engine
 from .job import Job, JobState
@@ -55,18 +56,14 @@ class PrefillScheduler:
             yield from jobs.values()
 
     @property
-    def num_queued(self) -> int:
-        return len(self._queued) + len(self._fetching)
-
-    @property
     def num_running(self) -> int:
         return len(self._running)
 
-    @property
-    def queued_tokens(self) -> int:
-        """Tokens that wait to be computed, those of running jobs included."""
-        return sum(
-            job.sequence.num_tokens - job.sequence.num_computed
+    def before_levels(self) -> list[tuple[int, int]]:
+        """Jobs that are not computed, and their tokens to compute, before a request of each level of `core.urgency`;
+        all of them before the last."""
+        return before_levels(
+            (job.priority, job.sequence.num_tokens - job.sequence.num_computed)
             for jobs in (self._queued, self._fetching.values(), self._running.values())
             for job in jobs
         )

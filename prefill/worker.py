@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+import numpy as np
+
 from ..core.clock import Clock
 from ..core.config import PrefillPool
 from ..core.errors import CapacityError, RequestError
@@ -49,6 +51,12 @@ from .spans import spans_of
 
 Send = Callable[[PeerId, Message], None]
 _log = RateLimited()
+
+
+def _no_sums() -> np.ndarray:
+    """Of a reader that wants none."""
+    return np.empty(0, np.uint64)
+
 
 _FIRST_S_PER_TOKEN = 50e-6
 """Before anything is measured: a small model on a CPU."""
@@ -211,15 +219,17 @@ class PrefillWorker:
     def report(self) -> Report:
         """Our load."""
         pool = self._engine.pool
+        *urgent, (num_jobs, queued_tokens) = self._scheduler.before_levels()
         return Report(
             running=self._scheduler.num_running,
-            waiting=self._scheduler.num_queued,
-            queued_tokens=self._scheduler.queued_tokens,
+            waiting=num_jobs - self._scheduler.num_running,
+            queued_tokens=queued_tokens,
             free_blocks=pool.num_free,
             num_blocks=pool.num_blocks,
             leases=len(self._leases),
             prompt_tokens=self._prompt_tokens,
             cached_tokens=self._cached_tokens,
+            urgent=urgent if num_jobs else [],
         )
 
     def close(self) -> None:
@@ -307,29 +317,35 @@ class PrefillWorker:
             groups = range(len(self._connector.layer_groups))
             self._send_all([self._mark(job, layer_group, sequence.num_computed) for layer_group in groups])
 
-    def _mark(self, job: Job, layer_group: int, num_tokens: int) -> tuple[PeerId, Message]:
-        """A watermark, to be sent when it is true."""
+    def _mark(self, job: Job, layer_group: int, num_tokens: int) -> Callable[[], None]:
+        """Sends a watermark: to be called when it is true."""
         self._leases.publish(job.transfer)
-        first_sum, sums = self._sums(job, layer_group, num_tokens) if job.sum_tokens else (0, b"")
-        return job.transfer.reader, BlocksReady(job.transfer.number, layer_group, num_tokens, first_sum, sums)
+        first_sum, sums = self._sums(job, layer_group, num_tokens) if job.sum_tokens else (0, _no_sums)
+        reader, number = job.transfer.reader, job.transfer.number
 
-    def _send_all(self, messages: list[tuple[PeerId, Message]]) -> None:
-        for peer, message in messages:
-            self._send(peer, message)
+        def send() -> None:
+            summed = sums().astype("<u8").tobytes()
+            self._send(reader, BlocksReady(number, layer_group, num_tokens, first_sum, summed))
 
-    def _sums(self, job: Job, layer_group: int, num_tokens: int) -> tuple[int, bytes]:
-        """The checksums that a watermark completes, and the number of the first."""
+        return send
+
+    def _send_all(self, marks: list[Callable[[], None]]) -> None:
+        for send in marks:
+            send()
+
+    def _sums(self, job: Job, layer_group: int, num_tokens: int) -> tuple[int, Callable[[], np.ndarray]]:
+        """The number of the first checksum that a watermark completes, and what returns them when it is true."""
         unit, sequence = job.sum_tokens, job.sequence
         start, stop = job.num_summed.get(layer_group, job.skip_tokens), num_tokens
         if num_tokens < sequence.num_tokens:
             stop -= stop % unit
         if stop <= start:
-            return 0, b""
+            return 0, _no_sums
         job.num_summed[layer_group] = stop
         sums = self._connector.sums(
             layer_group, range(start, stop), job.skip_tokens, sequence.num_tokens, sequence.tables, unit, job.sum_dtype
         )
-        return start // unit, sums.astype("<u8").tobytes()
+        return start // unit, sums
 
     def _finish(self, job: Job, outcome: Outcome, s_per_token: float) -> None:
         self._prompt_tokens += outcome.num_new
