@@ -155,6 +155,8 @@ def main() -> None:
     trace.add_argument("--gateways", type=int, default=1)
     trace.add_argument("--tokens-per-s", type=float, default=10_000.0, help="prompt tokens that a worker computes")
     trace.add_argument("--capacity", type=int, default=0, help="tokens of a worker's prefix cache; 0: without limit")
+    trace.add_argument("--urgent", type=float, default=0.0, help="share of requests with a high priority")
+    trace.add_argument("--blind", action="store_true", help="routers do not look at priorities")
     trace.add_argument("--policies", nargs="*", default=["kv_aware", "prefix_hash", "least_loaded", "round_robin"])
     cluster = commands.add_parser("cluster", help="time to the first token, of a real cluster on this machine")
     cluster.add_argument("--workers", type=int, default=4)
@@ -175,7 +177,12 @@ def main() -> None:
         whole = load_trace(given.file)
         part = Trace(whole.requests[: given.requests or None], whole.block_tokens)
         machines = Cluster(
-            given.workers, given.tokens_per_s, capacity_tokens=given.capacity, num_gateways=given.gateways
+            given.workers,
+            given.tokens_per_s,
+            capacity_tokens=given.capacity,
+            num_gateways=given.gateways,
+            urgent_share=given.urgent,
+            blind=given.blind,
         )
         figures = compare(part, machines, given.policies)
     else:

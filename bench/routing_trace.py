@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import random
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from ..cluster.router import Placement, Router
 from ..core.hashing import BlockHash, root_hash, split_hashes
 from ..core.kv_messages import KVEvents, KVSnapshot
 from ..core.messages import Member, Membership, Report
+from ..core.urgency import LEAST, LEVELS
 from ..kernels.block_hashes import chain
 from ..kv_transfer.offload.trace import Trace, TraceRequest
 from .summary import spread
@@ -44,12 +46,18 @@ class Cluster(NamedTuple):
     """Of a worker's prefix cache, least recently used first out; 0: without limit."""
     num_gateways: int = 1
     """Requests go to them in turn. Each sees what workers tell, and knows what it has sent itself."""
+    urgent_share: float = 0.0
+    """Of the requests, those of high priority: a worker computes their prompts before all others that wait."""
+    blind: bool = False
+    """Routers are not told of priorities."""
 
 
 class _Prompt(NamedTuple):
     request: TraceRequest
     tokens: list[int]
     hashes: list[BlockHash]
+    level: int
+    """Of `core.urgency`."""
 
 
 class _Job(NamedTuple):
@@ -68,10 +76,17 @@ class _Worker:
         self.cache: OrderedDict[BlockHash, None] = OrderedDict()
         self.coming: dict[BlockHash, int] = {}
         """Blocks of prompts that wait, by how many."""
-        self.queue: deque[_Job] = deque()
-        self.is_busy = False
-        self.backlog = 0
-        """Prompt tokens to compute, as was thought when they came."""
+        self.queues: dict[int, deque[_Job]] = {level: deque() for level in range(len(LEVELS))}
+        """By level."""
+        self.present: _Job | None = None
+        self.left: dict[int, float] = {}
+        """Tokens still to compute of jobs that have begun."""
+        self.began_s = 0.0
+        """When the present job went on."""
+        self.turn = 0
+        """Counts jobs that begin or go on."""
+        self.backlog = [0] * len(LEVELS)
+        """Prompt tokens to compute, as was thought when they came, by level."""
         self.running = 0
         self.given = self.computed = 0
         """Prompt tokens to compute, of all prompts that have come, and of those that have been begun."""
@@ -133,12 +148,12 @@ class Replay:
         self._events: list[tuple[float, int, Callable[[float], None]]] = []
         self._order = itertools.count()
         self._hit_tokens = 0
-        self._ttft_s: list[float] = []
+        self._ttft_s: dict[int, list[float]] = {level: [] for level in range(len(LEVELS))}
         self._unfinished = len(trace.requests)
 
     def run(self) -> dict[str, Any]:
         """The whole trace; returns the figures. Blocks."""
-        for number, prompt in enumerate(_prompts(self._trace)):
+        for number, prompt in enumerate(_prompts(self._trace, self._cluster.urgent_share)):
             came_s = prompt.request.timestamp / 1e3
             if number == 0:
                 for worker in self._workers.values():
@@ -153,7 +168,8 @@ class Replay:
         return {
             "hit_tokens": self._hit_tokens,
             "hit_share": round(self._hit_tokens / self._trace.prompt_tokens, 5),
-            "ttft_s": spread(self._ttft_s),
+            "ttft_s": spread(self._ttft_s[LEVELS.index("normal")]),
+            **({"urgent_ttft_s": spread(urgent)} if (urgent := self._ttft_s[LEVELS.index("high")]) else {}),
             "most_computed_to_mean": round(max(computed) / (sum(computed) / len(computed)), 4),
         }
 
@@ -166,16 +182,26 @@ class Replay:
 
     def _arrive(self, prompt: _Prompt, gateway: int, now_s: float) -> None:
         router = self._routers[gateway]
-        placement = self._ask_oracle(prompt) if self._policy == ORACLE else router.place(prompt.tokens)
+        level = self._level(prompt)
+        placement = self._ask_oracle(prompt) if self._policy == ORACLE else router.place(prompt.tokens, level=level)
         assert placement is not None
-        router.sent(placement, 1, placement.num_left)
+        router.sent(placement, 1, placement.num_left, level)
         worker = self._workers[placement.decode]
         worker.expect(prompt.hashes, 1)
-        worker.backlog += placement.num_left
+        worker.backlog[prompt.level] += placement.num_left
         worker.given += placement.num_left
-        worker.queue.append(_Job(prompt, gateway, placement, now_s))
-        if not worker.is_busy:
+        worker.queues[prompt.level].append(_Job(prompt, gateway, placement, now_s))
+        if worker.present is None:
             self._start(worker, now_s)
+        elif prompt.level < worker.present.prompt.level:  # prompts are computed in chunks: nobody more urgent waits
+            present = worker.present
+            worker.left[id(present)] -= (now_s - worker.began_s) * self._cluster.tokens_per_s
+            worker.queues[present.prompt.level].appendleft(present)
+            self._start(worker, now_s)
+
+    def _level(self, prompt: _Prompt) -> int:
+        """That the router is told."""
+        return LEAST if self._cluster.blind else prompt.level
 
     def _ask_oracle(self, prompt: _Prompt) -> Placement:
         workers = self._workers.values()
@@ -186,31 +212,39 @@ class Replay:
         return Placement(best.peer, "", prompt.request.input_length - held)
 
     def _start(self, worker: _Worker, now_s: float) -> None:
-        worker.is_busy = True
-        job = worker.queue.popleft()
-        hit_tokens = worker.held(job.prompt.hashes) * self._trace.block_tokens
-        left = job.prompt.request.input_length - hit_tokens
-        self._hit_tokens += hit_tokens
-        worker.computed += left
-        self._at(now_s + left / self._cluster.tokens_per_s, lambda now_s: self._computed(worker, job, now_s))
+        job = worker.present = next(queue for queue in worker.queues.values() if queue).popleft()
+        if id(job) not in worker.left:
+            hit_tokens = worker.held(job.prompt.hashes) * self._trace.block_tokens
+            left = job.prompt.request.input_length - hit_tokens
+            self._hit_tokens += hit_tokens
+            worker.computed += left
+            worker.left[id(job)] = left
+        worker.began_s = now_s
+        worker.turn += 1
+        turn = worker.turn
+        ends_s = now_s + worker.left[id(job)] / self._cluster.tokens_per_s
+        self._at(ends_s, lambda now_s: self._computed(worker, job, now_s) if worker.turn == turn else None)
 
     def _computed(self, worker: _Worker, job: _Job, now_s: float) -> None:
-        self._ttft_s.append(now_s - job.came_s)
-        self._routers[job.gateway].prompt_done(job.placement, job.placement.num_left)
-        worker.backlog -= job.placement.num_left
+        level, router = self._level(job.prompt), self._routers[job.gateway]
+        self._ttft_s[job.prompt.level].append(now_s - job.came_s)
+        router.prompt_done(job.placement, job.placement.num_left, level)
+        router.begun(job.placement, 1, level)
+        worker.backlog[job.prompt.level] -= job.placement.num_left
         worker.expect(job.prompt.hashes, -1)
         if not worker.changes:
             self._at(now_s + PERIOD_S, lambda now_s: self._publish(worker))
         worker.store(job.prompt.hashes)
         worker.running += 1
         self._at(now_s + job.prompt.request.output_length * self._cluster.itl_s, lambda now_s: self._done(worker, job))
-        worker.is_busy = False
-        if worker.queue:
+        worker.present = None
+        del worker.left[id(job)]
+        if any(worker.queues.values()):
             self._start(worker, now_s)
 
     def _done(self, worker: _Worker, job: _Job) -> None:
         worker.running -= 1
-        self._routers[job.gateway].done(job.placement, 1)
+        self._routers[job.gateway].done(job.placement, 1, 0)
 
     def _publish(self, worker: _Worker) -> None:
         stored = b"".join(key for key, is_there in worker.changes.items() if is_there)
@@ -222,21 +256,26 @@ class Replay:
             view.receive(worker.peer, events)
 
     def _report(self, worker: _Worker, now_s: float) -> None:
-        report = Report(worker.running, len(worker.queue) + worker.is_busy, worker.backlog, 10, 10)
+        counts = [len(queue) for queue in worker.queues.values()]
+        if worker.present is not None:
+            counts[worker.present.prompt.level] += 1
+        before = [(sum(counts[: n + 1]), sum(worker.backlog[: n + 1])) for n in range(len(LEVELS))]
+        report = Report(worker.running, *before[LEAST], 10, 10, urgent=[] if self._cluster.blind else before[:LEAST])
         for router in self._routers:
             router.report(worker.peer, report)
         if self._unfinished:
             self._at(now_s + _REPORT_S, lambda now_s: self._report(worker, now_s))
 
 
-def _prompts(trace: Trace) -> Iterator[_Prompt]:
+def _prompts(trace: Trace, urgent_share: float) -> Iterator[_Prompt]:
     """Prompts that begin alike where the trace says so: each of its blocks is as many equal tokens."""
-    size, root = trace.block_tokens, root_hash(_FINGERPRINT)
+    size, root, rng = trace.block_tokens, root_hash(_FINGERPRINT), random.Random(0)
     for request in trace.requests:
         tokens = [token for block in request.hash_ids for token in [block] * size][: request.input_length]
         # A worker computes one token at least.
         full = tokens[: (len(tokens) - 1) // size * size]
-        yield _Prompt(request, tokens, split_hashes(chain(full, size, root)))
+        level = LEVELS.index("high" if rng.random() < urgent_share else "normal")
+        yield _Prompt(request, tokens, split_hashes(chain(full, size, root)), level)
 
 
 def compare(trace: Trace, cluster: Cluster, policies: Sequence[str]) -> dict[str, Any]:

@@ -96,6 +96,7 @@ class WorkerActor:
 
             self._runtime = GatewayRuntime(self._peer, self._config, self._keys, address, progress)
         else:
+            from .expert_worker import Legacy
             from .worker_runtime import WorkerRuntime
 
             self._runtime = WorkerRuntime(
@@ -109,6 +110,7 @@ class WorkerActor:
                 self._host_tier,
                 self._meet,
                 lambda text: self._controller.note.remote(self._peer, text),
+                Legacy(self._learned, lambda learned: self._controller.keep_learned.remote(self._peer, learned)),
             )
         member: Member = self._runtime.start()
         return msgspec.msgpack.encode(member)
@@ -125,6 +127,13 @@ class WorkerActor:
         """Wait for those that share experts with this worker."""
         try:
             return str(ray.get(self._controller.meet.remote(self._peer, rendezvous)))
+        except ray.exceptions.RayTaskError as error:
+            raise cause(error) from None
+
+    def _learned(self) -> bytes:
+        """What the workers before this one and its group left of their experts."""
+        try:
+            return bytes(ray.get(self._controller.learned.remote(self._peer)))
         except ray.exceptions.RayTaskError as error:
             raise cause(error) from None
 
@@ -178,10 +187,13 @@ class WorkerActor:
         """The encoded `LoadEntries`."""
         return msgspec.msgpack.encode(self._runtime.expert_load(after))
 
-    def stop(self, grace_s: float) -> None:
-        """End the threads."""
+    def stop(self, grace_s: float, leaves: bool = False) -> None:
+        """End the threads; the cluster goes on if this process merely ``leaves``."""
         if self._runtime is not None:
-            self._runtime.stop(grace_s)
+            if leaves and self._role == "gateway":
+                self._runtime.leave(grace_s)
+            else:
+                self._runtime.stop(grace_s)
         self._ending.set()
 
     def _leave(self) -> None:
@@ -191,7 +203,7 @@ class WorkerActor:
         logger.info("SIGTERM: ends within %g s", _LEAVE_S)
         with contextlib.suppress(ray.exceptions.RayError, ray.exceptions.GetTimeoutError):
             ray.get(self._controller.leaving.remote(self._peer), timeout=ANSWER_TIMEOUT_S)
-        self.stop(_LEAVE_S)
+        self.stop(_LEAVE_S, leaves=self._role == "gateway" and self._runtime is not None and not self._runtime.is_alone)
 
     def pid(self) -> int:
         """For tests and for people."""
@@ -278,16 +290,28 @@ class ControllerActor:
             self._open.set()
 
     async def start(self) -> None:
-        """Returns when everything serves. Ends this process if whoever called is gone before that."""
+        """Returns when everything serves, and whoever called has asked once more: if he is gone, this process ends, and
+        all that it has started."""
         starting = asyncio.create_task(self._reign.start())
         self._asked_s = time.monotonic()
         while not (await asyncio.wait([starting], timeout=1))[0]:
-            if time.monotonic() - self._asked_s > _ABANDONED_S:
-                logger.error("nobody has asked for %g s how the start goes on: it is given up", _ABANDONED_S)
+            if self._is_abandoned():
                 starting.cancel()
                 await asyncio.wait([starting])
                 ray.actor.exit_actor()
         starting.result()
+        served_s = time.monotonic()
+        while self._asked_s < served_s:
+            await asyncio.sleep(0.05)
+            if self._is_abandoned():
+                await self._reign.stop(0.0)
+                ray.actor.exit_actor()
+
+    def _is_abandoned(self) -> bool:
+        gone = time.monotonic() - self._asked_s > _ABANDONED_S
+        if gone:
+            logger.error("nobody has asked for %g s how the start goes on: it is given up", _ABANDONED_S)
+        return gone
 
     async def reign(self, how: str) -> None:
         """Returns when the cluster has been stopped. A next life first takes everything over.
@@ -320,6 +344,14 @@ class ControllerActor:
     async def meet(self, peer: PeerId, rendezvous: str) -> str:
         await self._open.wait()
         return await self._reign.controller.meet(peer, rendezvous)
+
+    async def learned(self, peer: PeerId) -> bytes:
+        await self._open.wait()
+        return self._reign.controller.learned(peer)
+
+    async def keep_learned(self, peer: PeerId, learned: bytes) -> None:
+        await self._open.wait()
+        self._reign.controller.keep_learned(peer, learned)
 
     async def phases(self) -> dict[str, str]:
         self._asked_s = time.monotonic()

@@ -75,6 +75,11 @@ class Desired:
     def peer(self) -> PeerId:
         return peer_id(self.worker, self.incarnation)
 
+    @property
+    def failed(self) -> bool:
+        """Whether its newest life was a short one."""
+        return self.phase.startswith("restarts in")
+
     def state(self) -> KeptWorker:
         """What a new life of the controller needs to know of it."""
         return KeptWorker(self.worker, self.role, self.incarnation, self.wanted, self.grace_s, self.phase, self.member)
@@ -151,7 +156,7 @@ class Controller:
         """What `take_over` needs."""
         events = [KeptEvent(*event) for event in list(self._events)[-_KEPT_EVENTS:]]
         workers = [worker.state() for worker in self._desired]
-        return ControllerState(self._version, self._num_events, events, workers, self._groups.state())
+        return ControllerState(self._version, self._num_events, events, workers, *self._groups.state())
 
     async def take_over(self, state: ControllerState, host_tiers: list[Member], how: str) -> None:
         """Go on where the last life of the controller ended, instead of `start`: with all that live, and with new lives
@@ -166,7 +171,7 @@ class Controller:
         self._num_events = state.num_events + _SKIPPED
         self._events.extend(Event(event.number, event.at_s, event.text) for event in state.events)
         self._host_tiers = host_tiers
-        self._groups.restore(state.groups)
+        self._groups.restore(state.groups, state.learned)
         self._desired = [Desired.restored(kept) for kept in state.workers]
         lost = [worker.peer for worker in self._desired if worker.member is not None]
         await asyncio.gather(*(self._recall(worker) for worker in self._desired if worker.phase != "drained"))
@@ -182,7 +187,7 @@ class Controller:
             if worker.phase != "drained":
                 self.background(self._supervise(worker, worker.handle))
             if worker.handle is not None and worker.grace_s is not None:
-                self.background(worker.handle.stop(worker.grace_s))
+                self.background(worker.handle.stop(worker.grace_s, leaves=True))
         for peer in lost:
             await self._end_group(peer)
 
@@ -226,6 +231,15 @@ class Controller:
         first = await self._groups.meet(peer, rendezvous)
         self._on_change()
         return first
+
+    def learned(self, peer: PeerId) -> bytes:
+        """What the group before that of ``peer`` left of its experts; see `ExpertGroups.learned`."""
+        return self._groups.learned(peer)
+
+    def keep_learned(self, peer: PeerId, learned: bytes) -> None:
+        """What the next group of these workers is to know; see `ExpertGroups.keep`."""
+        self._groups.keep(peer, learned)
+        self._on_change()
 
     @property
     def desired(self) -> list[Desired]:
@@ -297,7 +311,7 @@ class Controller:
     async def _end(self, peer: PeerId, handle: Handle | None, grace_s: float, hand_over: bool) -> None:
         await self.leaving(peer, hands_over=hand_over)
         if handle is not None:
-            await handle.stop(grace_s)
+            await handle.stop(grace_s, leaves=True)
 
     def _on_phase(self, worker: Desired) -> Callable[[str], None]:
         def on_phase(phase: str) -> None:

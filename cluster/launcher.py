@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from ..core.expert_messages import LoadEntries
@@ -45,8 +45,13 @@ class Handle(Protocol):
         """What the experts of its group computed since entry ``after``. Raises WorkerError."""
         ...
 
-    async def stop(self, grace_s: float) -> None:
-        """End it, gently for ``grace_s`` seconds. Idempotent."""
+    async def stop(self, grace_s: float, *, leaves: bool = False) -> None:
+        """End it, gently for ``grace_s`` seconds. Idempotent.
+
+        Args:
+            grace_s: what is not finished by then is lost here.
+            leaves: the cluster goes on without it.
+        """
         ...
 
 
@@ -61,8 +66,9 @@ class Launcher(Protocol):
         """A process that the controller's last life launched, dead or alive, or None if it did not get that far."""
         ...
 
-    def check_room(self, role: str, count: int) -> None:
-        """Raises CapacityError if there is no room for so many more processes of this role."""
+    def check_room(self, workers: Sequence[tuple[WorkerId, str]]) -> None:
+        """Raises CapacityError if there is no room for these, names and roles, beside all that live; names one that
+        finds none."""
         ...
 
     def release(self, worker: WorkerId) -> None:

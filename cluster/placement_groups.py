@@ -52,20 +52,26 @@ def check_resources(config: Config) -> None:
         time.sleep(_POLL_S)
 
 
-def check_room(config: Config, role: str, count: int) -> None:
-    """Raises CapacityError if the Ray cluster has no room for so many more workers of a pool. Blocks."""
-    # Each alone: whether they come to share experts says nothing about the room that they need.
-    plan(wants_of(config, [(f"{role}-{number}", role) for number in range(count)]), rooms())
+def check_room(config: Config, workers: Iterable[tuple[WorkerId, str]]) -> None:
+    """Raises CapacityError if the Ray cluster has no room for these, names and roles, beside all that live; names one
+    that finds none. Blocks."""
+    plan(wants_of(config, workers), rooms())
 
 
 def choose_nodes(config: Config) -> dict[WorkerId, str]:
-    """Where workers would be put now, for who looks at their places before they come: Ray's names of nodes. Blocks.
-
-    Raises:
-        CapacityError: one finds no room.
-    """
-    wants = wants_of(config, desired_workers(config))
-    return {worker: room.node for worker, room in plan(wants, rooms()).items()}
+    """Where workers would be put now, for who looks at their places before they come: Ray's names of nodes. Where not
+    all find room, those that do, one after the other. Blocks."""
+    wants, free = wants_of(config, desired_workers(config)), rooms()
+    placed: dict[WorkerId, Room] = {}
+    try:
+        placed = plan(wants, free)
+    except CapacityError:
+        fitting: list[Want] = []
+        for want in wants:
+            with contextlib.suppress(CapacityError):
+                placed = plan([*fitting, want], free)
+                fitting.append(want)
+    return {worker: room.node for worker, room in placed.items()}
 
 
 class PlacementGroups:
@@ -144,6 +150,11 @@ class PlacementGroups:
         if not group.wait(_RESERVE_TIMEOUT_S):
             self._remove(want.worker)
             told = ", ".join(f"{amount:g} {name}" for name, amount in bundle.items())
+            if room.node not in self._alive():
+                raise CapacityError(
+                    f"{want.worker}: its node at {room.address}, where {told} were free a moment ago, died meanwhile",
+                    fix="try again, on what is left or with another node",
+                )
             raise CapacityError(
                 f"{want.worker}: {told} on one node, free at {room.address} a moment ago, were taken meanwhile",
                 fix="try again, or stop what else uses the Ray cluster",
@@ -153,8 +164,12 @@ class PlacementGroups:
     @staticmethod
     def _usable(group: PlacementGroup) -> bool:
         found = placement_group_table(group)
-        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-        return found.get("state") == "CREATED" and set(found.get("bundles_to_node_id", {}).values()) <= alive
+        nodes = set(found.get("bundles_to_node_id", {}).values())
+        return found.get("state") == "CREATED" and nodes <= PlacementGroups._alive()
+
+    @staticmethod
+    def _alive() -> set[str]:
+        return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
     def _remove(self, worker: WorkerId) -> None:
         self.forget(worker)()

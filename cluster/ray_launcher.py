@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 import msgspec
@@ -97,13 +97,13 @@ class _ActorHandle:
         encoded = await self._ask((await self._actor()).expert_load.remote(after))
         return msgspec.msgpack.decode(encoded, type=LoadEntries)
 
-    async def stop(self, grace_s: float) -> None:
+    async def stop(self, grace_s: float, *, leaves: bool = False) -> None:
         try:
             actor = await asyncio.wait_for(self._actor(), ANSWER_TIMEOUT_S)
         except (ray.exceptions.RayError, TandemError, TimeoutError):
             return  # it never came; should it still come, it ends with the controller
         with contextlib.suppress(ray.exceptions.RayError, TimeoutError):
-            await asyncio.wait_for(actor.stop.remote(grace_s), grace_s + ANSWER_TIMEOUT_S)
+            await asyncio.wait_for(actor.stop.remote(grace_s, leaves), grace_s + ANSWER_TIMEOUT_S)
         ray.kill(actor)
 
 
@@ -132,8 +132,8 @@ class RayLauncher:
         self._background.add(task)
         task.add_done_callback(self._background.discard)
 
-    def check_room(self, role: str, count: int) -> None:
-        check_room(self._config, role, count)
+    def check_room(self, workers: Sequence[tuple[WorkerId, str]]) -> None:
+        check_room(self._config, workers)
 
     async def choose_nodes(self) -> None:
         """Choose a node for each worker that will be launched first. Raises CapacityError: one finds none."""

@@ -44,9 +44,9 @@ class Reign:
         self.controller = Controller(config, self.launcher, SystemClock(), self._keep)
         self.host_tiers = HostTiers(config, keys, log_folder, self._estate, self.controller.follow_host_tiers)
         self.supervisors = Supervisors(config, log_folder, self._estate, self.controller, self._keep)
-        scaling = Scaling(config, self.launcher, self.controller)
+        self._scaling = Scaling(config, self.launcher, self.controller, self._keep)
         rebalancing = Rebalancing(config, self.controller)
-        self._control = ControlServer(self.controller, scaling, rebalancing, config.control, Path(log_folder))
+        self._control = ControlServer(self.controller, self._scaling, rebalancing, config.control, Path(log_folder))
 
     @property
     def is_first(self) -> bool:
@@ -60,8 +60,7 @@ class Reign:
             TandemError: something cannot start; everything is stopped again.
         """
         gateway = self._config.gateway
-        if gateway.replicas > 1:  # they share their port among each other, and with nobody else
-            listen(gateway.host, gateway.port).close()
+        listen(gateway.host, gateway.port).close()  # gateways share it among each other, and with nobody else
         try:
             self._credentials = await self._control.start()
             await self.launcher.choose_nodes()
@@ -84,6 +83,7 @@ class Reign:
         self.supervisors.take_over(self._last.nodes, self._last.places, self._last.num_supervisors)
         host_tiers = self.host_tiers.take_over(self._last.host_tiers)
         await self.controller.take_over(self._last.controller, host_tiers, how)
+        self._scaling.take_over(self._last.scaling)
         self._credentials = await self._control.start(self._credentials)
         self._keep()
 
@@ -101,6 +101,7 @@ class Reign:
             self._keys,
             self._credentials,
             self.controller.state(),
+            self._scaling.state(),
             self.host_tiers.state(),
             nodes,
             places,

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+import contextlib
+import secrets
+from collections import deque
+from collections.abc import AsyncGenerator, Callable
 
 from ..core.config import Config, PoolsConfig
-from ..core.errors import CapacityError, NotFoundError, RequestError, WorkerError
+from ..core.errors import CapacityError, NotFoundError, RequestError
 from ..core.ids import WorkerId
 from .controller import Controller, Desired, desired_workers
 from .launcher import Launcher
+from .rolling_restart import RollingRestart
+from .state import KeptDrain, KeptScale, ScalingState
 
 DRAIN_S = 600.0
 """What a worker that is drained takes at most, unless told otherwise."""
 _MAX_DRAIN_S = 86_400.0
-_ALONE_S = 5.0
-"""What a worker takes to finish while nobody else of its pool is there: what comes meanwhile waits."""
 _MAX_REPLICAS = 1024
+_MAX_KEPT = 64
+"""Calls whose callers may ask again."""
 
 
 class Scaling:
@@ -25,16 +30,36 @@ class Scaling:
         config: what was started.
         launcher: knows what there is room for.
         controller: of the cluster.
+        on_change: called when `state` has changed.
     """
 
-    def __init__(self, config: Config, launcher: Launcher, controller: Controller) -> None:
+    def __init__(
+        self,
+        config: Config,
+        launcher: Launcher,
+        controller: Controller,
+        on_change: Callable[[], None] = lambda: None,
+    ) -> None:
         self._config = config
         self._launcher = launcher
         self._controller = controller
-        self._restarting = False
+        self._rolling = RollingRestart(controller, self._one_more, on_change)
+        self._drains: deque[KeptDrain] = deque(maxlen=_MAX_KEPT)
+        self._scales: deque[KeptScale] = deque(maxlen=_MAX_KEPT)
+
+    def state(self) -> ScalingState:
+        """What `take_over` needs."""
+        return ScalingState(list(self._drains), list(self._scales), self._rolling.kept, self._rolling.spares)
+
+    def take_over(self, state: ScalingState) -> None:
+        """Go on where the last life of the controller ended, once the controller itself does. Callers that it cut off
+        may ask again, with the keys of their calls."""
+        self._drains.extend(state.drains)
+        self._scales.extend(state.scales)
+        self._rolling.take_over(state.restart, state.spares)
 
     async def drain(
-        self, name: WorkerId, grace_s: float = DRAIN_S, *, restart: bool = False, finish: bool = False
+        self, name: WorkerId, grace_s: float = DRAIN_S, *, restart: bool = False, finish: bool = False, key: str = ""
     ) -> None:
         """Take a worker out: it gets nothing new, hands over or finishes what it has, and ends. Waits until it has
         ended, or, to ``restart``, until it serves again; the drain goes on when the caller is cancelled. Idempotent.
@@ -44,40 +69,61 @@ class Scaling:
             grace_s: what is not finished by then goes on elsewhere.
             restart: begin another life.
             finish: what runs on a decode worker is finished there; else it goes on on another, with its KV.
+            key: of the call; with that of an earlier one, nothing is begun, and that one's end is waited for.
 
         Raises:
             NotFoundError: there is no such worker.
             RequestError: it is a gateway, shares experts with others, or ``grace_s`` is out of bounds.
             CapacityError: it is the last of its pool that is ready, or the cluster is still starting.
         """
+        kept = next((kept for kept in self._drains if key and kept.key == key), None)
+        if kept is None:
+            kept = self._begin_drain(name, grace_s, restart, finish, key)
+        [worker] = [worker for worker in self._controller.desired if worker.worker == kept.worker]
+
+        def over() -> bool:
+            if kept.restart and worker.wanted:
+                return worker.peer != kept.life and worker.phase == "ready"
+            return worker.peer != kept.life or worker.phase == "drained"
+
+        await self._controller.until(over)
+
+    def _begin_drain(self, name: WorkerId, grace_s: float, restart: bool, finish: bool, key: str) -> KeptDrain:
         self._check_started()
         worker = next((worker for worker in self._controller.desired if worker.worker == name), None)
         if worker is None:
             known = ", ".join(worker.worker for worker in self._controller.desired if worker.role != "gateway")
             raise NotFoundError(f"no worker is called {name[:100]!r}; there are {known}", param="worker")
         if worker.role == "gateway":
-            raise RequestError("a gateway cannot be drained: its clients are connected to it", param="worker")
+            raise RequestError(
+                "a gateway cannot be drained: its clients are connected to it",
+                fix="`tandem restart gateway` begins another life of each",
+                param="worker",
+            )
         self._check_experts(worker.role, "worker")
         self._check_grace(grace_s)
         if [other for other in self._pool(worker.role) if other.phase == "ready"] == [worker]:
             raise CapacityError(
                 f"{name} is the last {worker.role} worker that is ready", fix=f"first `tandem scale {worker.role} N`"
             )
-        life = worker.peer
+        kept = KeptDrain(key, name, worker.peer, restart)
+        if key:
+            self._drains.append(kept)
         if worker.wanted or not restart:
             self._controller.take_out(worker, grace_s, restart=restart, hand_over=not finish)
+        return kept
 
-        def over() -> bool:
-            if restart and worker.wanted:
-                return worker.peer != life and worker.phase == "ready"
-            return worker.peer != life or worker.phase == "drained"
+    async def restart(self, pool: str = "", grace_s: float = DRAIN_S, key: str = "") -> AsyncGenerator[WorkerId, None]:
+        """Begin another life of every worker of a pool or of the gateways, or of all: one is drained, starts and serves
+        before the next is drained. Of those that are alone a second one lives meanwhile, where there is room for it;
+        else what comes meanwhile waits. When the caller leaves, no further one is begun; when the controller dies, its
+        next life goes on, and waits a minute for the caller to come back.
 
-        await self._controller.until(over)
-
-    async def restart(self, pool: str = "", grace_s: float = DRAIN_S) -> AsyncGenerator[WorkerId, None]:
-        """Begin another life of every worker of a pool, or of all but the gateways: one is drained, starts and serves
-        before the next is drained. Of a pool with one worker a second one lives meanwhile, where there is room for it;
-        else what comes meanwhile waits. When the caller leaves, no further one is begun.
+        Args:
+            pool: prefill, decode, colocated or gateway; "": all there are, gateways last.
+            grace_s: what a worker has not finished or handed over by then goes on elsewhere, and clients of a gateway
+                lose their connections.
+            key: of the call; with that of an earlier one, that is followed from its beginning.
 
         Yields:
             each worker that serves again.
@@ -88,79 +134,48 @@ class Scaling:
             CapacityError: another restart is under way, or the cluster is still starting.
             WorkerError: one did not come back; those that are left have not been touched.
         """
+        kept = self._rolling.kept
+        if kept is None or not key or kept.key != key:
+            key = key or secrets.token_hex(8)
+            self._rolling.begin(key, self._to_restart(pool, grace_s), grace_s)
+        async with contextlib.aclosing(self._rolling.follow(key)) as restarted:
+            async for worker in restarted:
+                yield worker
+
+    def _to_restart(self, pool: str, grace_s: float) -> list[WorkerId]:
         self._check_started()
         self._check_grace(grace_s)
-        pools = [pool] if pool else [name for name in PoolsConfig.model_fields if self._pool(name)]
+        pools = [pool] if pool else [name for name in (*PoolsConfig.model_fields, "gateway") if self._pool(name)]
+        workers = [worker for name in pools for worker in self._workers_of(name, "gateway")]
         for name in pools:
-            self._workers_of(name)
             self._check_experts(name, "pool")
-        if self._restarting:
-            raise CapacityError("another restart is under way", fix="`tandem watch` shows how it goes on")
-        self._restarting = True
-        try:
-            for name in pools:
-                workers = [worker for worker in self._pool(name) if worker.wanted]
-                spare = await self._spare(name) if len(workers) == 1 else None
-                try:
-                    for worker in workers:
-                        if worker.wanted:
-                            await self._replace(worker, grace_s)
-                            yield worker.worker
-                finally:
-                    if spare is not None:
-                        self._controller.background(self._dismiss(spare))
-        finally:
-            self._restarting = False
+        return [worker.worker for worker in workers if worker.wanted]
 
-    async def _spare(self, pool: str) -> Desired | None:
-        """One more worker of a pool, or None where there is no room for it."""
+    def _one_more(self, pool: str) -> Desired | None:
+        """Have one more worker of a pool, or None where there is no room for it."""
+        more = self._candidates(pool, 1)
         try:
             self._check_tiers(pool, len(self._pool(pool)) + 1)
-            self._launcher.check_room(pool, 1)
+            self._launcher.check_room([(worker.worker, pool) for worker in more])
         except (RequestError, CapacityError):
             return None
-        [spare] = self._start(pool, 1)
-        try:
-            await self._serves(spare, "")
-        except WorkerError:
-            self._controller.take_out(spare, 0, restart=False)
-            raise
-        return spare
+        self._controller.take_in(more[0])
+        return more[0]
 
-    async def _dismiss(self, spare: Desired) -> None:
-        """Take a spare worker out as soon as it is not the only one."""
-        others = [worker for worker in self._pool(spare.role) if worker is not spare]
-        await self._controller.until(lambda: any(worker.phase == "ready" for worker in others))
-        self._controller.take_out(spare, DRAIN_S, restart=False)
-
-    async def _replace(self, worker: Desired, grace_s: float) -> None:
-        life = worker.peer
-        alone = not any(other.phase == "ready" for other in self._pool(worker.role) if other is not worker)
-        self._controller.take_out(worker, min(grace_s, _ALONE_S) if alone else grace_s, restart=True)
-        await self._serves(worker, life)
-
-    async def _serves(self, worker: Desired, after: str) -> None:
-        """Wait until a worker serves, in another life than ``after``."""
-
-        def settled() -> bool:
-            return worker.peer != after and (worker.phase == "ready" or _failed(worker) or not worker.wanted)
-
-        await self._controller.until(settled)
-        if _failed(worker):
-            raise WorkerError(f"{worker.worker} does not come back", fix="`tandem watch` tells why; then begin again")
-
-    def _start(self, pool: str, count: int) -> list[Desired]:
-        """Have more workers in a pool; those that were drained come back first."""
+    def _candidates(self, pool: str, count: int) -> list[Desired]:
+        """Who would come if a pool had so many more: those that were drained first, then new ones."""
         workers = self._pool(pool)
         new = [Desired(f"{pool}-{number}", pool) for number in range(len(workers), len(workers) + count)]
-        starting = ([worker for worker in workers if not worker.wanted] + new)[:count]
-        for worker in starting:
-            self._controller.take_in(worker)
-        return starting
+        return ([worker for worker in workers if not worker.wanted] + new)[:count]
 
-    async def scale(self, pool: str, replicas: int) -> tuple[list[WorkerId], list[WorkerId]]:
+    async def scale(self, pool: str, replicas: int, key: str = "") -> tuple[list[WorkerId], list[WorkerId]]:
         """Have so many workers in a pool. Those that were drained come back first; those that are not ready leave
         first, then those with the highest numbers. Does not wait for them.
+
+        Args:
+            pool: prefill, decode or colocated.
+            replicas: 1 to 1024.
+            key: of the call; with that of an earlier one, nothing is done, and that one's answer is given.
 
         Returns:
             Those that start, and those that are drained.
@@ -170,6 +185,9 @@ class Scaling:
             RequestError: so many cannot be.
             CapacityError: there is no room for them, or the cluster is still starting.
         """
+        for kept in self._scales:
+            if key and kept.key == key:
+                return kept.started, kept.drained
         self._check_started()
         workers = self._workers_of(pool)
         if not 1 <= replicas <= _MAX_REPLICAS:
@@ -178,12 +196,16 @@ class Scaling:
         self._check_tiers(pool, replicas)
         wanted = [worker for worker in workers if worker.wanted]
         surplus = sorted(wanted, key=lambda worker: worker.phase != "ready")[replicas:]
-        num_missing = max(0, replicas - len(wanted))
-        self._launcher.check_room(pool, num_missing)
-        starting = self._start(pool, num_missing)
+        starting = self._candidates(pool, max(0, replicas - len(wanted)))
+        self._launcher.check_room([(worker.worker, pool) for worker in starting])
+        answer = [worker.worker for worker in starting], [worker.worker for worker in surplus]
+        if key:
+            self._scales.append(KeptScale(key, *answer))
+        for worker in starting:
+            self._controller.take_in(worker)
         for worker in surplus:
             self._controller.take_out(worker, DRAIN_S, restart=False)
-        return [worker.worker for worker in starting], [worker.worker for worker in surplus]
+        return answer
 
     def lacking(self) -> list[str]:
         """Roles of which nobody is ready, so that requests cannot be served."""
@@ -193,10 +215,12 @@ class Scaling:
     def _pool(self, role: str) -> list[Desired]:
         return [worker for worker in self._controller.desired if worker.role == role]
 
-    def _workers_of(self, pool: str) -> list[Desired]:
+    def _workers_of(self, pool: str, *others: str) -> list[Desired]:
+        """Of one of the configuration's pools, or of ``others`` that count as such."""
         workers = self._pool(pool)
-        if pool not in PoolsConfig.model_fields or not workers:
-            pools = ", ".join(sorted({worker.role for worker in self._controller.desired} - {"gateway"}))
+        if pool not in (*PoolsConfig.model_fields, *others) or not workers:
+            roles = {worker.role for worker in self._controller.desired}
+            pools = ", ".join(sorted(roles & {*PoolsConfig.model_fields, *others}))
             raise NotFoundError(f"there is no pool {pool[:100]!r}; there are {pools}", param="pool")
         return workers
 
@@ -220,6 +244,8 @@ class Scaling:
 
     def _check_tiers(self, pool: str, replicas: int) -> None:
         """What workers divide among themselves when they start, they divide by the numbers of the YAML."""
+        if pool == "gateway":
+            return
         shared = [tier.kind for tier in self._config.offload.tiers if tier.kind in ("disk", "s3")]
         configured = getattr(self._config.pools, pool).replicas
         if shared and replicas > configured:
@@ -229,8 +255,3 @@ class Scaling:
                 fix=f"start with a larger pools.{pool}.replicas, and scale down",
                 param="replicas",
             )
-
-
-def _failed(worker: Desired) -> bool:
-    """Whether its newest life was a short one."""
-    return worker.phase.startswith("restarts in")

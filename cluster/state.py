@@ -31,11 +31,70 @@ class KeptEvent(msgspec.Struct, frozen=True):
     text: str
 
 
+class KeptDrain(msgspec.Struct, frozen=True):
+    """Somebody waits for a worker to end, or to be back."""
+
+    key: str
+    """Of his call; he may ask again with it."""
+    worker: WorkerId
+    life: PeerId
+    """That ends."""
+    restart: bool
+
+
+class KeptScale(msgspec.Struct, frozen=True):
+    """What has been answered to a call."""
+
+    key: str
+    started: list[WorkerId]
+    drained: list[WorkerId]
+
+
+class KeptRestart(msgspec.Struct, frozen=True):
+    """See `rolling_restart.RollingRestart`."""
+
+    key: str
+    """Of the call that began it."""
+    grace_s: float
+    to_come: list[WorkerId]
+    """The present one first."""
+    done: list[WorkerId] = []
+    """Those that serve again."""
+    after: PeerId = ""
+    """The life of the present one that was asked to end; "": it was not yet."""
+    spare: WorkerId = ""
+    """Lives meanwhile; "": nobody does."""
+    outcome: str | None = None
+    """None: it goes on; "": all serve again; else why it ended."""
+
+
+class ScalingState(msgspec.Struct, frozen=True):
+    """See `scaling.Scaling`."""
+
+    drains: list[KeptDrain]
+    """The last ones."""
+    scales: list[KeptScale]
+    """The last ones."""
+    restart: KeptRestart | None
+    """The last one."""
+    spares: list[WorkerId]
+    """Workers that live until another of their pool serves."""
+
+
 class KeptGroup(msgspec.Struct, frozen=True):
     """Workers that met to share experts, and where."""
 
     peers: list[PeerId]
     rendezvous: str
+
+
+class KeptLearned(msgspec.Struct, frozen=True):
+    """What a group of workers that share experts has learned."""
+
+    role: str
+    number: int
+    """Of the group."""
+    learned: bytes
 
 
 class ControllerState(msgspec.Struct, frozen=True):
@@ -47,6 +106,7 @@ class ControllerState(msgspec.Struct, frozen=True):
     """The last ones."""
     workers: list[KeptWorker]
     groups: list[KeptGroup]
+    learned: list[KeptLearned]
 
 
 class KeptNode(msgspec.Struct, frozen=True):
@@ -70,6 +130,7 @@ class State(msgspec.Struct, frozen=True):
     keys: ClusterKeys
     control: Credentials | None
     controller: ControllerState
+    scaling: ScalingState
     host_tiers: dict[str, Member]
     """By node, those that other nodes may read."""
     nodes: dict[str, KeptNode]

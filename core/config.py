@@ -165,7 +165,7 @@ class KVConfig(Section):
     on_load_failure: Literal["recompute", "fail"] = "recompute"
     """When KV does not arrive: compute the missing part again, or fail the request."""
     checksums: bool = False
-    """Sum all KV before and after it travels, and treat a difference as KV that did not arrive. On CPUs."""
+    """Sum all KV before and after it travels, and treat a difference as KV that did not arrive."""
     prefix_cache: bool = True
     """Reuse the blocks of equal prefixes."""
     inject_faults: FaultsConfig | None = None
@@ -284,7 +284,7 @@ class OffloadTierConfig(Section):
     bucket: str | None = None
     """Of an s3 tier: where the objects are."""
     prefix: str = "tandem"
-    """Of an s3 tier: what the objects' names begin with; of this cluster alone."""
+    """Of an s3 tier: what the objects' names begin with; of this cluster alone: another that uses it is refused."""
     endpoint: str | None = None
     """Of an s3 tier: its URL, for stores other than Amazon's. Keys come from where the AWS tools look for them."""
     timeout_s: float = Field(default=5, gt=0, le=600)
@@ -404,11 +404,6 @@ class Config(Section):
                 raise ValueError(
                     f"experts.parallel: pools.{role}.replicas: {pool.replicas} is no multiple of {size} workers that "
                     f"share experts: give {size} replicas, or pools.{role}.expert_parallel: 1"
-                )
-            if pool.tensor_parallel > 1 and self.experts.balance.enabled:
-                raise ValueError(
-                    f"experts.balance.enabled: experts of workers with several processes cannot be moved yet, and "
-                    f"pools.{role}.tensor_parallel is {pool.tensor_parallel}: leave out enabled, or give 1"
                 )
         return self
 

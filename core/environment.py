@@ -121,16 +121,22 @@ def prepare_collectives_between_hosts(address: str) -> None:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 
+UNDISTURBED = {"RAY_worker_niceness": "0"}
+"""For `ray start`: else Ray's workers, and with them gateways and engines, give way to everything else on a host."""
+
+
 def prepare_ray() -> None:
-    """Set what Ray reads when it is imported: call this before. No telemetry."""
+    """Set what Ray reads when it is imported: call this before. No telemetry, and no word of Ray's among what a command
+    prints: deaths of processes and nodes are told by Tandem."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 
 def prepare_local_ray() -> None:
     """`prepare_ray`, for a Ray of our own: with a token, as other users of the machine are strangers."""
     prepare_ray()
-    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    os.environ |= UNDISTURBED | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     os.environ.pop("RAY_ADDRESS", None)
 
 
@@ -138,4 +144,4 @@ def separate_ray() -> dict[str, str]:
     """The environment of processes that start, and speak to, a Ray of their own, with a token of its own."""
     here = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     own = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
-    return here | own | {"PYTHONUNBUFFERED": "1"}
+    return here | own | UNDISTURBED | {"PYTHONUNBUFFERED": "1"}

@@ -13,6 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.parser import text_string_to_metric_families
 
 from .tally import Tally
+from .urgency import LEVELS, level_of
 
 if TYPE_CHECKING:
     from prometheus_client import Metric
@@ -232,8 +233,7 @@ class GatewayMetrics:
 
     def queued(self, priority: int, seconds: float) -> None:
         """A worker has begun a request's prompt."""
-        level = "high" if priority < 0 else "low" if priority > 0 else "normal"
-        self.queue_s.labels(level).observe(seconds)
+        self.queue_s.labels(LEVELS[level_of(priority)]).observe(seconds)
 
 
 class SupervisorMetrics:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from ..core.checkpoint import repository_of
 from ..core.config import DEMO_MODEL, Config
+from ..core.environment import UNDISTURBED
 from ..core.errors import ConfigError
 from .nodes import NodeGroup
 
@@ -131,6 +132,7 @@ def _container(name: str, config: Config, options: PodOptions, health: tuple[str
         "image": options.image,
         "env": [
             {"name": "RAY_USAGE_STATS_ENABLED", "value": "0"},
+            *({"name": name, "value": value} for name, value in UNDISTURBED.items()),
             {"name": ADDRESS_VARIABLE, "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}},
             *env,
         ],

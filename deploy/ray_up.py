@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.config import Config
+from ..core.environment import UNDISTURBED
 from ..core.errors import ConfigError
 from .machines import OFFERS, Machine, Provider, gpu_machine
 from .nodes import plan_nodes
@@ -118,10 +119,9 @@ def _install(config: Config, provider: Provider) -> list[str]:
 
 
 def _start(arguments: str) -> list[str]:
-    return [
-        f"{_BIN}/ray stop",
-        f"ulimit -n 65536; RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0 {_BIN}/ray start {arguments}",
-    ]
+    variables = {"RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"} | UNDISTURBED
+    told = " ".join(f"{name}={value}" for name, value in variables.items())
+    return [f"{_BIN}/ray stop", f"ulimit -n 65536; {told} {_BIN}/ray start {arguments}"]
 
 
 def _own(config: Config, site: Site) -> tuple[dict[str, Any], dict[str, Any]]:

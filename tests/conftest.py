@@ -23,6 +23,10 @@ if not torch.cuda.is_available():
 # `support` is imported by its own name: the tests are not part of the package.
 sys.path.insert(0, str(Path(__file__).parent))
 
+from support.interpreter import hasten
+
+hasten()
+
 # Torch's threads wait for each other; with small tensors, and other processes on the cores, that is all they do.
 torch.set_num_threads(1)
 

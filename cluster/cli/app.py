@@ -161,16 +161,19 @@ def drain(
 
 @app.command()
 def restart(
-    pool: Annotated[str, typer.Argument(metavar="[POOL]", help="prefill, decode or colocated; without it, all.")] = "",
+    pool: Annotated[
+        str, typer.Argument(metavar="[POOL]", help="prefill, decode, colocated or gateway; without it, all.")
+    ] = "",
     grace_s: Annotated[
         float, typer.Option(min=0, max=86_400, help="What a worker has not done by then goes on elsewhere.")
     ] = 600.0,
     control: ControlOption = None,
 ) -> None:
-    """Begin another life of every worker, one after the other; no request fails.
+    """Begin another life of every worker and gateway, one after the other; no request fails.
 
     Each is drained, starts again, and serves before the next is drained. A pool of one worker gets a second one
-    meanwhile where there is room for it; else its requests wait. Ctrl-C: no further one is begun.
+    meanwhile where there is room for it; else its requests wait. Ctrl-C: no further one is begun. When the controller
+    dies, the next one goes on with it.
     """
     from .control import restart as run
 

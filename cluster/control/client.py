@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import secrets
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import grpc
 from google.protobuf.message_factory import GetMessageClass
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from ...core.errors import WorkerError
 from . import control_pb2 as pb
@@ -15,7 +19,9 @@ from .credentials import Credentials
 SERVICE = pb.DESCRIPTOR.services_by_name["Control"]
 _ANSWER_TIMEOUT_S = 10.0
 _MARGIN_S = 60.0
-_RESTART_TIMEOUT_S = 15.0
+_RESTART_TIMEOUT_S = 60.0
+"""A controller that died is back by then, pauses included, or is not started again."""
+_RETRY_S = 0.2
 
 
 class ControlClient:
@@ -26,14 +32,9 @@ class ControlClient:
     """
 
     def __init__(self, credentials: Credentials) -> None:
-        options = (("grpc.enable_http_proxy", 0),)
-        self._address = credentials.address
+        self._credentials = credentials
         self._metadata = (("authorization", f"Bearer {credentials.token}"),)
-        if credentials.certificate is None:
-            self._channel = grpc.insecure_channel(credentials.address, options)
-        else:
-            trust = grpc.ssl_channel_credentials(credentials.certificate.encode())
-            self._channel = grpc.secure_channel(credentials.address, trust, options)
+        self._channel = self._connect()
 
     def __enter__(self) -> ControlClient:
         return self
@@ -55,22 +56,29 @@ class ControlClient:
             finish: finish what runs on it there, instead of handing it over.
         """
         timeout_s = None if restart else grace_s + _MARGIN_S
-        request = pb.DrainRequest(worker=worker, grace_s=grace_s, restart=restart, finish=finish)
-        self._call("Drain", request, timeout_s)
+        request = pb.DrainRequest(worker=worker, grace_s=grace_s, restart=restart, finish=finish, key=_new_key())
+        self._insist("Drain", request, timeout_s)
 
     def restart(self, pool: str, grace_s: float) -> Iterator[str]:
         """Begin another life of every worker of a pool, or, for "", of all, one after the other: the name of each when
-        it serves again. Whoever stops to listen stops it."""
-        try:
-            request = pb.RestartRequest(pool=pool, grace_s=grace_s)
-            for answer in self._method("Restart")(request, metadata=self._metadata):
-                yield answer.worker
-        except grpc.RpcError as error:
-            raise self._error(error) from None
+        it serves again. Whoever stops to listen stops it. Goes on when the controller was started again."""
+        request = pb.RestartRequest(pool=pool, grace_s=grace_s, key=_new_key())
+        num_heard = 0
+        self._check_there()
+        while True:
+            try:
+                for number, answer in enumerate(self._method("Restart")(request, metadata=self._metadata), 1):
+                    if number > num_heard:
+                        num_heard = number
+                        yield answer.worker
+                return
+            except grpc.RpcError as error:
+                self._wait_back(error)
 
     def scale(self, pool: str, replicas: int) -> tuple[list[str], list[str]]:
         """Have so many workers in a pool; those that start, and those that are drained."""
-        answer = self._call("Scale", pb.ScaleRequest(pool=pool, replicas=replicas), _ANSWER_TIMEOUT_S)
+        request = pb.ScaleRequest(pool=pool, replicas=replicas, key=_new_key())
+        answer = self._insist("Scale", request, _ANSWER_TIMEOUT_S)
         return list(answer.started), list(answer.drained)
 
     def rebalance(self, pool: str, timeout_s: float) -> list[pb.Rebalanced]:
@@ -97,24 +105,58 @@ class ControlClient:
     def watch(self, after: int = 0) -> Iterator[pb.Event]:
         """Events with a number above ``after``, as they happen, until the cluster ends; goes on when the controller was
         started again."""
-        last, heard = after, False
+        last = after
+        self._check_there()
         while True:
             try:
                 for event in self._method("Watch")(pb.WatchRequest(after=last), metadata=self._metadata):
-                    last, heard = event.number, True
+                    last = event.number
                     yield event
                 return
             except grpc.RpcError as error:
-                if not heard or error.code() != grpc.StatusCode.UNAVAILABLE or not self._comes_back():
-                    raise self._error(error) from None
-                heard = False
+                self._wait_back(error)
 
-    def _comes_back(self) -> bool:
+    def _connect(self) -> grpc.Channel:
+        options = (("grpc.enable_http_proxy", 0),)
+        if self._credentials.certificate is None:
+            return grpc.insecure_channel(self._credentials.address, options)
+        trust = grpc.ssl_channel_credentials(self._credentials.certificate.encode())
+        return grpc.secure_channel(self._credentials.address, trust, options)
+
+    def _greet(self) -> None:
+        """A call that costs nothing. Raises grpc.RpcError."""
+        health = health_pb2_grpc.HealthStub(self._channel)
+        health.Check(health_pb2.HealthCheckRequest(), timeout=_ANSWER_TIMEOUT_S)
+
+    def _check_there(self) -> None:
+        """Raises WorkerError if there is no API: what ends without a word from now on is the controller."""
         try:
-            grpc.channel_ready_future(self._channel).result(_RESTART_TIMEOUT_S)
-        except grpc.FutureTimeoutError:
-            return False
-        return True
+            self._greet()
+        except grpc.RpcError as error:
+            raise self._error(error) from None
+
+    def _wait_back(self, error: Any) -> None:
+        """After a call that failed: wait until the controller was started again, for a minute at most. Raises
+        WorkerError if that is not what it failed from."""
+        until_s = time.monotonic() + _RESTART_TIMEOUT_S
+        while error.code() == grpc.StatusCode.UNAVAILABLE and time.monotonic() < until_s:
+            # Anew, as a channel that has failed tries again less and less often.
+            self._channel.close()
+            self._channel = self._connect()
+            with contextlib.suppress(grpc.RpcError):
+                self._greet()
+                return
+            time.sleep(_RETRY_S)
+        raise self._error(error) from None
+
+    def _insist(self, name: str, request: Any, timeout_s: float | None) -> Any:
+        """As `_call`, of a request with a key: goes on when the controller was started again."""
+        self._check_there()
+        while True:
+            try:
+                return self._method(name)(request, timeout=timeout_s, metadata=self._metadata)
+            except grpc.RpcError as error:
+                self._wait_back(error)
 
     def _call(self, name: str, request: Any, timeout_s: float | None) -> Any:
         try:
@@ -134,5 +176,12 @@ class ControlClient:
     def _error(self, error: Any) -> WorkerError:
         code, details = error.code(), error.details()
         if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
-            return WorkerError(f"the operators' API at {self._address} is gone, or does not answer: {details}")
+            return WorkerError(
+                f"the operators' API at {self._credentials.address} is gone, or does not answer: {details}"
+            )
         return WorkerError(str(details))
+
+
+def _new_key() -> str:
+    """Tells a call from all others, also when it is made again."""
+    return secrets.token_hex(16)

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17tandem/v1/control.proto\x12\ttandem.v1\"\x0f\n\rStatusRequest\"4\n\x0eStatusResponse\x12\"\n\x07workers\x18\x01 \x03(\x0b\x32\x11.tandem.v1.Worker\"\x80\x01\n\x06Worker\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04peer\x18\x02 \x01(\t\x12\x0c\n\x04role\x18\x03 \x01(\t\x12\r\n\x05phase\x18\x04 \x01(\t\x12\x0c\n\x04node\x18\x05 \x01(\t\x12\x10\n\x08restarts\x18\x06 \x01(\r\x12\x1d\n\x04load\x18\x07 \x01(\x0b\x32\x0f.tandem.v1.Load\"\xe4\x02\n\x04Load\x12\x0f\n\x07running\x18\x01 \x01(\x04\x12\x0f\n\x07waiting\x18\x02 \x01(\x04\x12\x15\n\rqueued_tokens\x18\x03 \x01(\x04\x12\x13\n\x0b\x66ree_blocks\x18\x04 \x01(\x04\x12\x12\n\nnum_blocks\x18\x05 \x01(\x04\x12\x0e\n\x06leases\x18\x06 \x01(\x04\x12\x11\n\ttransfers\x18\x07 \x01(\x04\x12\x15\n\routput_tokens\x18\x08 \x01(\x04\x12\x15\n\rprompt_tokens\x18\t \x01(\x04\x12\x16\n\x0ereceived_bytes\x18\n \x01(\x04\x12\r\n\x05peers\x18\x0b \x03(\t\x12-\n\x07refused\x18\x0c \x03(\x0b\x32\x1c.tandem.v1.Load.RefusedEntry\x12#\n\x07\x65xperts\x18\r \x01(\x0b\x32\x12.tandem.v1.Experts\x1a.\n\x0cRefusedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xc9\x03\n\x07\x45xperts\x12\x11\n\tnum_ranks\x18\x01 \x01(\r\x12\x12\n\nnum_layers\x18\x02 \x01(\r\x12\x13\n\x0bnum_experts\x18\x03 \x01(\r\x12\x11\n\tnum_slots\x18\x04 \x01(\r\x12\x14\n\x0cmax_replicas\x18\x05 \x01(\r\x12\r\n\x05state\x18\x06 \x01(\t\x12\x13\n\x0bplaced_at_s\x18\x07 \x01(\x01\x12\x14\n\x0c\x62\x61lancedness\x18\x08 \x01(\x01\x12\x11\n\tpredicted\x18\t \x01(\x01\x12\x14\n\x0cwindow_steps\x18\n \x01(\x04\x12\x0f\n\x07outcome\x18\x0b \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x0c \x01(\t\x12\x12\n\nended_at_s\x18\r \x01(\x01\x12\x0e\n\x06took_s\x18\x0e \x01(\x01\x12\r\n\x05moved\x18\x0f \x01(\x04\x12\x13\n\x0bmoved_bytes\x18\x10 \x01(\x04\x12\x32\n\x08\x61ttempts\x18\x11 \x03(\x0b\x32 .tandem.v1.Experts.AttemptsEntry\x12\x13\n\x0btotal_moved\x18\x12 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x13 \x01(\x04\x1a/\n\rAttemptsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"a\n\x0c\x44rainRequest\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x14\n\x07grace_s\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x0f\n\x07restart\x18\x03 \x01(\x08\x12\x0e\n\x06\x66inish\x18\x04 \x01(\x08\x42\n\n\x08_grace_s\"\x0f\n\rDrainResponse\"@\n\x0eRestartRequest\x12\x0c\n\x04pool\x18\x01 \x01(\t\x12\x14\n\x07grace_s\x18\x02 \x01(\x01H\x00\x88\x01\x01\x42\n\n\x08_grace_s\"!\n\x0fRestartResponse\x12\x0e\n\x06worker\x18\x01 \x01(\t\".\n\x0cScaleRequest\x12\x0c\n\x04pool\x18\x01 \x01(\t\x12\x10\n\x08replicas\x18\x02 \x01(\r\"1\n\rScaleResponse\x12\x0f\n\x07started\x18\x01 \x03(\t\x12\x0f\n\x07\x64rained\x18\x02 \x03(\t\"F\n\x10RebalanceRequest\x12\x0c\n\x04pool\x18\x01 \x01(\t\x12\x16\n\ttimeout_s\x18\x02 \x01(\x01H\x00\x88\x01\x01\x42\x0c\n\n_timeout_s\":\n\x11RebalanceResponse\x12%\n\x06groups\x18\x01 \x03(\x0b\x32\x15.tandem.v1.Rebalanced\"-\n\nRebalanced\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x0f\n\x07outcome\x18\x02 \x01(\t\"2\n\x11\x45xpertLoadRequest\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\r\n\x05\x61\x66ter\x18\x02 \x01(\x04\"\x87\x01\n\x12\x45xpertLoadResponse\x12+\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x1a.tandem.v1.ExpertLoadEntry\x12\x12\n\nnum_layers\x18\x02 \x01(\r\x12\x13\n\x0bnum_experts\x18\x03 \x01(\r\x12\r\n\x05model\x18\x04 \x01(\t\x12\x0c\n\x04last\x18\x05 \x01(\x04\"@\n\x0f\x45xpertLoadEntry\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\r\n\x05steps\x18\x02 \x01(\x04\x12\x0e\n\x06tokens\x18\x03 \x01(\x0c\"\x1d\n\x0cWatchRequest\x12\r\n\x05\x61\x66ter\x18\x01 \x01(\x04\"3\n\x05\x45vent\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x0c\n\x04\x61t_s\x18\x02 \x01(\x01\x12\x0c\n\x04text\x18\x03 \x01(\t2\xcd\x03\n\x07\x43ontrol\x12=\n\x06Status\x12\x18.tandem.v1.StatusRequest\x1a\x19.tandem.v1.StatusResponse\x12:\n\x05\x44rain\x12\x17.tandem.v1.DrainRequest\x1a\x18.tandem.v1.DrainResponse\x12\x42\n\x07Restart\x12\x19.tandem.v1.RestartRequest\x1a\x1a.tandem.v1.RestartResponse0\x01\x12:\n\x05Scale\x12\x17.tandem.v1.ScaleRequest\x1a\x18.tandem.v1.ScaleResponse\x12\x46\n\tRebalance\x12\x1b.tandem.v1.RebalanceRequest\x1a\x1c.tandem.v1.RebalanceResponse\x12I\n\nExpertLoad\x12\x1c.tandem.v1.ExpertLoadRequest\x1a\x1d.tandem.v1.ExpertLoadResponse\x12\x34\n\x05Watch\x12\x17.tandem.v1.WatchRequest\x1a\x10.tandem.v1.Event0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17tandem/v1/control.proto\x12\ttandem.v1\"\x0f\n\rStatusRequest\"4\n\x0eStatusResponse\x12\"\n\x07workers\x18\x01 \x03(\x0b\x32\x11.tandem.v1.Worker\"\x80\x01\n\x06Worker\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04peer\x18\x02 \x01(\t\x12\x0c\n\x04role\x18\x03 \x01(\t\x12\r\n\x05phase\x18\x04 \x01(\t\x12\x0c\n\x04node\x18\x05 \x01(\t\x12\x10\n\x08restarts\x18\x06 \x01(\r\x12\x1d\n\x04load\x18\x07 \x01(\x0b\x32\x0f.tandem.v1.Load\"\xe4\x02\n\x04Load\x12\x0f\n\x07running\x18\x01 \x01(\x04\x12\x0f\n\x07waiting\x18\x02 \x01(\x04\x12\x15\n\rqueued_tokens\x18\x03 \x01(\x04\x12\x13\n\x0b\x66ree_blocks\x18\x04 \x01(\x04\x12\x12\n\nnum_blocks\x18\x05 \x01(\x04\x12\x0e\n\x06leases\x18\x06 \x01(\x04\x12\x11\n\ttransfers\x18\x07 \x01(\x04\x12\x15\n\routput_tokens\x18\x08 \x01(\x04\x12\x15\n\rprompt_tokens\x18\t \x01(\x04\x12\x16\n\x0ereceived_bytes\x18\n \x01(\x04\x12\r\n\x05peers\x18\x0b \x03(\t\x12-\n\x07refused\x18\x0c \x03(\x0b\x32\x1c.tandem.v1.Load.RefusedEntry\x12#\n\x07\x65xperts\x18\r \x01(\x0b\x32\x12.tandem.v1.Experts\x1a.\n\x0cRefusedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xc9\x03\n\x07\x45xperts\x12\x11\n\tnum_ranks\x18\x01 \x01(\r\x12\x12\n\nnum_layers\x18\x02 \x01(\r\x12\x13\n\x0bnum_experts\x18\x03 \x01(\r\x12\x11\n\tnum_slots\x18\x04 \x01(\r\x12\x14\n\x0cmax_replicas\x18\x05 \x01(\r\x12\r\n\x05state\x18\x06 \x01(\t\x12\x13\n\x0bplaced_at_s\x18\x07 \x01(\x01\x12\x14\n\x0c\x62\x61lancedness\x18\x08 \x01(\x01\x12\x11\n\tpredicted\x18\t \x01(\x01\x12\x14\n\x0cwindow_steps\x18\n \x01(\x04\x12\x0f\n\x07outcome\x18\x0b \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x0c \x01(\t\x12\x12\n\nended_at_s\x18\r \x01(\x01\x12\x0e\n\x06took_s\x18\x0e \x01(\x01\x12\r\n\x05moved\x18\x0f \x01(\x04\x12\x13\n\x0bmoved_bytes\x18\x10 \x01(\x04\x12\x32\n\x08\x61ttempts\x18\x11 \x03(\x0b\x32 .tandem.v1.Experts.AttemptsEntry\x12\x13\n\x0btotal_moved\x18\x12 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x13 \x01(\x04\x1a/\n\rAttemptsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"n\n\x0c\x44rainRequest\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x14\n\x07grace_s\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x0f\n\x07restart\x18\x03 \x01(\x08\x12\x0e\n\x06\x66inish\x18\x04 \x01(\x08\x12\x0b\n\x03key\x18\x05 \x01(\tB\n\n\x08_grace_s\"\x0f\n\rDrainResponse\"M\n\x0eRestartRequest\x12\x0c\n\x04pool\x18\x01 \x01(\t\x12\x14\n\x07grace_s\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x0b\n\x03key\x18\x03 \x01(\tB\n\n\x08_grace_s\"!\n\x0fRestartResponse\x12\x0e\n\x06worker\x18\x01 \x01(\t\";\n\x0cScaleRequest\x12\x0c\n\x04pool\x18\x01 \x01(\t\x12\x10\n\x08replicas\x18\x02 \x01(\r\x12\x0b\n\x03key\x18\x03 \x01(\t\"1\n\rScaleResponse\x12\x0f\n\x07started\x18\x01 \x03(\t\x12\x0f\n\x07\x64rained\x18\x02 \x03(\t\"F\n\x10RebalanceRequest\x12\x0c\n\x04pool\x18\x01 \x01(\t\x12\x16\n\ttimeout_s\x18\x02 \x01(\x01H\x00\x88\x01\x01\x42\x0c\n\n_timeout_s\":\n\x11RebalanceResponse\x12%\n\x06groups\x18\x01 \x03(\x0b\x32\x15.tandem.v1.Rebalanced\"-\n\nRebalanced\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x0f\n\x07outcome\x18\x02 \x01(\t\"2\n\x11\x45xpertLoadRequest\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\r\n\x05\x61\x66ter\x18\x02 \x01(\x04\"\x87\x01\n\x12\x45xpertLoadResponse\x12+\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x1a.tandem.v1.ExpertLoadEntry\x12\x12\n\nnum_layers\x18\x02 \x01(\r\x12\x13\n\x0bnum_experts\x18\x03 \x01(\r\x12\r\n\x05model\x18\x04 \x01(\t\x12\x0c\n\x04last\x18\x05 \x01(\x04\"@\n\x0f\x45xpertLoadEntry\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\r\n\x05steps\x18\x02 \x01(\x04\x12\x0e\n\x06tokens\x18\x03 \x01(\x0c\"\x1d\n\x0cWatchRequest\x12\r\n\x05\x61\x66ter\x18\x01 \x01(\x04\"3\n\x05\x45vent\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x0c\n\x04\x61t_s\x18\x02 \x01(\x01\x12\x0c\n\x04text\x18\x03 \x01(\t2\xcd\x03\n\x07\x43ontrol\x12=\n\x06Status\x12\x18.tandem.v1.StatusRequest\x1a\x19.tandem.v1.StatusResponse\x12:\n\x05\x44rain\x12\x17.tandem.v1.DrainRequest\x1a\x18.tandem.v1.DrainResponse\x12\x42\n\x07Restart\x12\x19.tandem.v1.RestartRequest\x1a\x1a.tandem.v1.RestartResponse0\x01\x12:\n\x05Scale\x12\x17.tandem.v1.ScaleRequest\x1a\x18.tandem.v1.ScaleResponse\x12\x46\n\tRebalance\x12\x1b.tandem.v1.RebalanceRequest\x1a\x1c.tandem.v1.RebalanceResponse\x12I\n\nExpertLoad\x12\x1c.tandem.v1.ExpertLoadRequest\x1a\x1d.tandem.v1.ExpertLoadResponse\x12\x34\n\x05Watch\x12\x17.tandem.v1.WatchRequest\x1a\x10.tandem.v1.Event0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -50,33 +50,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_EXPERTS_ATTEMPTSENTRY']._serialized_start=1010
   _globals['_EXPERTS_ATTEMPTSENTRY']._serialized_end=1057
   _globals['_DRAINREQUEST']._serialized_start=1059
-  _globals['_DRAINREQUEST']._serialized_end=1156
-  _globals['_DRAINRESPONSE']._serialized_start=1158
-  _globals['_DRAINRESPONSE']._serialized_end=1173
-  _globals['_RESTARTREQUEST']._serialized_start=1175
-  _globals['_RESTARTREQUEST']._serialized_end=1239
-  _globals['_RESTARTRESPONSE']._serialized_start=1241
-  _globals['_RESTARTRESPONSE']._serialized_end=1274
-  _globals['_SCALEREQUEST']._serialized_start=1276
-  _globals['_SCALEREQUEST']._serialized_end=1322
-  _globals['_SCALERESPONSE']._serialized_start=1324
-  _globals['_SCALERESPONSE']._serialized_end=1373
-  _globals['_REBALANCEREQUEST']._serialized_start=1375
-  _globals['_REBALANCEREQUEST']._serialized_end=1445
-  _globals['_REBALANCERESPONSE']._serialized_start=1447
-  _globals['_REBALANCERESPONSE']._serialized_end=1505
-  _globals['_REBALANCED']._serialized_start=1507
-  _globals['_REBALANCED']._serialized_end=1552
-  _globals['_EXPERTLOADREQUEST']._serialized_start=1554
-  _globals['_EXPERTLOADREQUEST']._serialized_end=1604
-  _globals['_EXPERTLOADRESPONSE']._serialized_start=1607
-  _globals['_EXPERTLOADRESPONSE']._serialized_end=1742
-  _globals['_EXPERTLOADENTRY']._serialized_start=1744
-  _globals['_EXPERTLOADENTRY']._serialized_end=1808
-  _globals['_WATCHREQUEST']._serialized_start=1810
-  _globals['_WATCHREQUEST']._serialized_end=1839
-  _globals['_EVENT']._serialized_start=1841
-  _globals['_EVENT']._serialized_end=1892
-  _globals['_CONTROL']._serialized_start=1895
-  _globals['_CONTROL']._serialized_end=2356
+  _globals['_DRAINREQUEST']._serialized_end=1169
+  _globals['_DRAINRESPONSE']._serialized_start=1171
+  _globals['_DRAINRESPONSE']._serialized_end=1186
+  _globals['_RESTARTREQUEST']._serialized_start=1188
+  _globals['_RESTARTREQUEST']._serialized_end=1265
+  _globals['_RESTARTRESPONSE']._serialized_start=1267
+  _globals['_RESTARTRESPONSE']._serialized_end=1300
+  _globals['_SCALEREQUEST']._serialized_start=1302
+  _globals['_SCALEREQUEST']._serialized_end=1361
+  _globals['_SCALERESPONSE']._serialized_start=1363
+  _globals['_SCALERESPONSE']._serialized_end=1412
+  _globals['_REBALANCEREQUEST']._serialized_start=1414
+  _globals['_REBALANCEREQUEST']._serialized_end=1484
+  _globals['_REBALANCERESPONSE']._serialized_start=1486
+  _globals['_REBALANCERESPONSE']._serialized_end=1544
+  _globals['_REBALANCED']._serialized_start=1546
+  _globals['_REBALANCED']._serialized_end=1591
+  _globals['_EXPERTLOADREQUEST']._serialized_start=1593
+  _globals['_EXPERTLOADREQUEST']._serialized_end=1643
+  _globals['_EXPERTLOADRESPONSE']._serialized_start=1646
+  _globals['_EXPERTLOADRESPONSE']._serialized_end=1781
+  _globals['_EXPERTLOADENTRY']._serialized_start=1783
+  _globals['_EXPERTLOADENTRY']._serialized_end=1847
+  _globals['_WATCHREQUEST']._serialized_start=1849
+  _globals['_WATCHREQUEST']._serialized_end=1878
+  _globals['_EVENT']._serialized_start=1880
+  _globals['_EVENT']._serialized_end=1931
+  _globals['_CONTROL']._serialized_start=1934
+  _globals['_CONTROL']._serialized_end=2395
 # @@protoc_insertion_point(module_scope)

@@ -121,28 +121,32 @@ class Experts(_message.Message):
     def __init__(self, num_ranks: _Optional[int] = ..., num_layers: _Optional[int] = ..., num_experts: _Optional[int] = ..., num_slots: _Optional[int] = ..., max_replicas: _Optional[int] = ..., state: _Optional[str] = ..., placed_at_s: _Optional[float] = ..., balancedness: _Optional[float] = ..., predicted: _Optional[float] = ..., window_steps: _Optional[int] = ..., outcome: _Optional[str] = ..., detail: _Optional[str] = ..., ended_at_s: _Optional[float] = ..., took_s: _Optional[float] = ..., moved: _Optional[int] = ..., moved_bytes: _Optional[int] = ..., attempts: _Optional[_Mapping[str, int]] = ..., total_moved: _Optional[int] = ..., total_bytes: _Optional[int] = ...) -> None: ...
 
 class DrainRequest(_message.Message):
-    __slots__ = ("worker", "grace_s", "restart", "finish")
+    __slots__ = ("worker", "grace_s", "restart", "finish", "key")
     WORKER_FIELD_NUMBER: _ClassVar[int]
     GRACE_S_FIELD_NUMBER: _ClassVar[int]
     RESTART_FIELD_NUMBER: _ClassVar[int]
     FINISH_FIELD_NUMBER: _ClassVar[int]
+    KEY_FIELD_NUMBER: _ClassVar[int]
     worker: str
     grace_s: float
     restart: bool
     finish: bool
-    def __init__(self, worker: _Optional[str] = ..., grace_s: _Optional[float] = ..., restart: _Optional[bool] = ..., finish: _Optional[bool] = ...) -> None: ...
+    key: str
+    def __init__(self, worker: _Optional[str] = ..., grace_s: _Optional[float] = ..., restart: _Optional[bool] = ..., finish: _Optional[bool] = ..., key: _Optional[str] = ...) -> None: ...
 
 class DrainResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class RestartRequest(_message.Message):
-    __slots__ = ("pool", "grace_s")
+    __slots__ = ("pool", "grace_s", "key")
     POOL_FIELD_NUMBER: _ClassVar[int]
     GRACE_S_FIELD_NUMBER: _ClassVar[int]
+    KEY_FIELD_NUMBER: _ClassVar[int]
     pool: str
     grace_s: float
-    def __init__(self, pool: _Optional[str] = ..., grace_s: _Optional[float] = ...) -> None: ...
+    key: str
+    def __init__(self, pool: _Optional[str] = ..., grace_s: _Optional[float] = ..., key: _Optional[str] = ...) -> None: ...
 
 class RestartResponse(_message.Message):
     __slots__ = ("worker",)
@@ -151,12 +155,14 @@ class RestartResponse(_message.Message):
     def __init__(self, worker: _Optional[str] = ...) -> None: ...
 
 class ScaleRequest(_message.Message):
-    __slots__ = ("pool", "replicas")
+    __slots__ = ("pool", "replicas", "key")
     POOL_FIELD_NUMBER: _ClassVar[int]
     REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    KEY_FIELD_NUMBER: _ClassVar[int]
     pool: str
     replicas: int
-    def __init__(self, pool: _Optional[str] = ..., replicas: _Optional[int] = ...) -> None: ...
+    key: str
+    def __init__(self, pool: _Optional[str] = ..., replicas: _Optional[int] = ..., key: _Optional[str] = ...) -> None: ...
 
 class ScaleResponse(_message.Message):
     __slots__ = ("started", "drained")

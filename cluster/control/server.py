@@ -8,7 +8,7 @@ import hmac
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 import grpc.aio
@@ -46,6 +46,7 @@ _CODES = (
     (TandemError, grpc.StatusCode.INTERNAL),
 )
 
+_T = TypeVar("_T")
 Context = Any
 """grpc.aio.ServicerContext, which is generic in stubs only."""
 
@@ -66,7 +67,7 @@ class ControlService:
         self._closing = asyncio.Event()
 
     def close(self) -> None:
-        """Who watches is told that the cluster ends: a connection that breaks does not mean so much."""
+        """Who waits for something is told that the cluster ends."""
         self._closing.set()
 
     async def Status(self, request: pb.StatusRequest, context: Context) -> pb.StatusResponse:
@@ -76,19 +77,20 @@ class ControlService:
     async def Drain(self, request: pb.DrainRequest, context: Context) -> pb.DrainResponse:
         """Answers when the worker has ended, or is back."""
         grace_s = request.grace_s if request.HasField("grace_s") else DRAIN_S
-        await self._scaling.drain(request.worker, grace_s, restart=request.restart, finish=request.finish)
+        options = {"restart": request.restart, "finish": request.finish}
+        await self._unless_closing(self._scaling.drain(request.worker, grace_s, **options, key=request.key))
         return pb.DrainResponse()
 
     async def Restart(self, request: pb.RestartRequest, context: Context) -> AsyncIterator[pb.RestartResponse]:
         """One worker after the other."""
         grace_s = request.grace_s if request.HasField("grace_s") else DRAIN_S
-        async with contextlib.aclosing(self._scaling.restart(request.pool, grace_s)) as restarted:
-            async for worker in restarted:
+        async with contextlib.aclosing(self._scaling.restart(request.pool, grace_s, request.key)) as restarted:
+            while worker := await self._unless_closing(anext(restarted, "")):
                 yield pb.RestartResponse(worker=worker)
 
     async def Scale(self, request: pb.ScaleRequest, context: Context) -> pb.ScaleResponse:
         """Answers at once."""
-        started, drained = await self._scaling.scale(request.pool, request.replicas)
+        started, drained = await self._scaling.scale(request.pool, request.replicas, request.key)
         return pb.ScaleResponse(started=started, drained=drained)
 
     async def Rebalance(self, request: pb.RebalanceRequest, context: Context) -> pb.RebalanceResponse:
@@ -113,20 +115,27 @@ class ControlService:
     async def Watch(self, request: pb.WatchRequest, context: Context) -> AsyncIterator[pb.Event]:
         """Until the caller leaves, or the cluster is stopped."""
         last = request.after
+        while True:
+            for event in await self._unless_closing(self._controller.events(last, _WATCH_S)):
+                last = event.number
+                yield pb.Event(**event._asdict())
+
+    async def _unless_closing(self, work: Awaitable[_T]) -> _T:
+        """What becomes of ``work``. Raises WorkerError as soon as the cluster is stopped: a broken connection does not
+        mean so much."""
+        task = asyncio.ensure_future(work)
         closing = asyncio.create_task(self._closing.wait())
         try:
-            while not closing.done():
-                news = asyncio.create_task(self._controller.events(last, _WATCH_S))
-                try:
-                    await asyncio.wait([news, closing], return_when=asyncio.FIRST_COMPLETED)
-                    for event in news.result() if news.done() else ():
-                        last = event.number
-                        yield pb.Event(**event._asdict())
-                finally:
-                    news.cancel()
-            raise WorkerError("the cluster is stopped")
+            await asyncio.wait([task, closing], return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                raise WorkerError("the cluster is stopped")
+            return task.result()
         finally:
             closing.cancel()
+            if not task.done():
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
 
 
 class ControlServer:

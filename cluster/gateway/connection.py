@@ -8,6 +8,9 @@ from collections.abc import Callable
 from starlette.types import Scope
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+_LINGER_S = 5
+"""For how long a connection without a request is kept by a gateway that leaves."""
+
 
 def _nobody() -> None:
     pass
@@ -24,6 +27,29 @@ class Connection(HttpToolsProtocol):
     """Whether more waits to be sent than a transport should hold: nothing may be written until `on_writable`."""
     on_writable: Callable[[], None] = staticmethod(_nobody)
     """Called when a client is slow no more."""
+    _leaves = False
+
+    def leave(self) -> None:
+        """Let the client go without a request of his lost: the answer to his next one tells him that it is the last
+        here, and one who sends nothing for a while is left alone."""
+        self._leaves = True
+        self.timeout_keep_alive = _LINGER_S
+        if self.cycle is None or self.cycle.response_complete:
+            self._unset_keepalive_if_required()
+            self.timeout_keep_alive_task = self.loop.call_later(_LINGER_S, self.timeout_keep_alive_handler)
+        elif not self.cycle.response_started:
+            self.cycle.keep_alive = False
+
+    def on_headers_complete(self) -> None:
+        """A request is there to be answered."""
+        super().on_headers_complete()
+        if self._leaves and self.cycle is not None:
+            self.cycle.keep_alive = False
+
+    def shutdown(self) -> None:
+        """The server ends: whoever does not `leave` ends as soon as he has what he waits for."""
+        if not self._leaves:
+            super().shutdown()
 
     def on_message_begin(self) -> None:
         """A request begins: it knows its connection."""

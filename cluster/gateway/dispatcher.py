@@ -17,6 +17,7 @@ from ...core.ids import PeerId
 from ...core.log import logger
 from ...core.messages import Abort, ChildUpdate, Generate, Membership, Message, Moved, Refused, Report, Update
 from ...core.metrics import GatewayMetrics
+from ...core.urgency import level_of
 from ..router import Placement, Router
 from .live import Attempt, Held, LiveRequest, Output
 
@@ -213,8 +214,11 @@ class Dispatcher:
         if output is None or output.finished or child.index not in attempt.children:
             return
         if attempt.prompt_tokens:
-            self._router.prompt_done(attempt.placement, attempt.prompt_tokens)
+            self._router.prompt_done(attempt.placement, attempt.prompt_tokens, attempt.level)
             attempt.prompt_tokens = 0
+        if attempt.level:
+            self._router.begun(attempt.placement, len(attempt.children), attempt.level)
+            attempt.level = 0
         if not live.first_token_s:
             live.first_token_s = now_s
             live.timeline.mark("gateway.first_token")
@@ -275,10 +279,11 @@ class Dispatcher:
         fresh = [output for output in open_outputs if not output.tokens]
         groups = [fresh] if fresh else []
         groups += [[output] for output in open_outputs if output.tokens]
+        level = level_of(live.priority)
         for group in groups:
             tokens = live.tokens + group[0].tokens
             held = group[0].held
-            placement = self._router.place(tokens, live.salt, held.readers if held else ())
+            placement = self._router.place(tokens, live.salt, held.readers if held else (), level)
             if placement is None:
                 self._wait(live)
                 return
@@ -286,10 +291,11 @@ class Dispatcher:
             if held is not None and placement.decode in held.readers:
                 placement = Placement(placement.decode, held.peer)
             ticket = next(self._tickets)
-            attempt = Attempt(ticket, placement, [output.child.index for output in group], placement.num_left, held)
+            indices = [output.child.index for output in group]
+            attempt = Attempt(ticket, placement, indices, placement.num_left, held, level)
             live.attempts[ticket] = attempt
             self._by_ticket[ticket] = live
-            self._router.sent(placement, len(group), placement.num_left)
+            self._router.sent(placement, len(group), placement.num_left, level)
             live.timeline.mark("gateway.sent", f"to {placement.decode}, prompt to {placement.prefill or 'the same'}")
             logprobs = -1 if live.prompt_logprobs_known else live.wants_prompt_logprobs
             self._send(
@@ -341,15 +347,15 @@ class Dispatcher:
 
     def _child_done(self, live: LiveRequest, attempt: Attempt, index: int) -> None:
         attempt.children.discard(index)
-        self._router.done(attempt.placement, 1)
+        self._router.done(attempt.placement, 1, attempt.level)
         if not attempt.children:
             self._close(live, attempt)
 
     def _close(self, live: LiveRequest, attempt: Attempt) -> None:
         if attempt.prompt_tokens:
-            self._router.prompt_done(attempt.placement, attempt.prompt_tokens)
+            self._router.prompt_done(attempt.placement, attempt.prompt_tokens, attempt.level)
         if attempt.children:
-            self._router.done(attempt.placement, len(attempt.children))
+            self._router.done(attempt.placement, len(attempt.children), attempt.level)
         live.attempts.pop(attempt.ticket, None)
         self._by_ticket.pop(attempt.ticket, None)
 

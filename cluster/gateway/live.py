@@ -36,16 +36,24 @@ class Output:
 
 class Attempt:
     """One sending of (a part of) a request to a decode worker. ``prompt_tokens`` is 0 once the prompt is computed.
-    ``held`` is where its KV comes from, until it goes on."""
+    ``held`` is where its KV comes from, until it goes on. ``level`` of `core.urgency` is 0 once an output has begun:
+    none goes before it any more."""
 
     def __init__(
-        self, ticket: int, placement: Placement, children: list[int], prompt_tokens: int, held: Held | None = None
+        self,
+        ticket: int,
+        placement: Placement,
+        children: list[int],
+        prompt_tokens: int,
+        held: Held | None = None,
+        level: int = 0,
     ) -> None:
         self.ticket = ticket
         self.placement = placement
         self.children = set(children)
         self.prompt_tokens = prompt_tokens
         self.held = held
+        self.level = level
 
 
 def nobody() -> None:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import uvicorn
 from prometheus_client import CollectorRegistry
@@ -18,6 +17,7 @@ from ...core.checkpoint import model_folder, model_name
 from ...core.clock import SystemClock
 from ...core.config import Config
 from ...core.errors import ConfigError, WorkerError
+from ...core.garbage import settle
 from ...core.health import Vitals
 from ...core.ids import PeerId, worker_of
 from ...core.kv_messages import KVControlled, KVEvents, KVSnapshot
@@ -36,7 +36,7 @@ from .connection import Connection
 from .dispatcher import Dispatcher
 from .gather import Gather
 from .generation import Model
-from .listener import listen
+from .listener import BACKLOG, bind, hold_back
 from .live import LiveRequest
 from .operators import Operators
 from .recorder import TraceRecorder
@@ -48,6 +48,8 @@ _SCRAPE_TIMEOUT_S = 1.0
 _CONTROL_TIMEOUT_S = 10.0
 _RECONNECT_S = 0.5
 _TURN_TIMEOUT_S = 2.0
+_HANDSHAKES_S = 0.3
+"""For connections that begin when their gateway is about to leave: more than a way around the world and back."""
 
 
 def load_model(config: Config) -> Model:
@@ -98,6 +100,7 @@ class GatewayRuntime:
         self._scrapes: Gather[str] = Gather(lambda peer, message: self._mesh.send(peer, message))
         self._controlled: Gather[KVControlled] = Gather(lambda peer, message: self._mesh.send(peer, message))
         self._stopped = threading.Event()
+        self._closing = threading.Lock()
         self._loop = self._new_loop()
         self._thread = threading.Thread(target=self._serve, name="gateway")
         self._server: uvicorn.Server | None = None
@@ -113,7 +116,7 @@ class GatewayRuntime:
         gateway = self._config.gateway
         tls_context(gateway.tls_cert, gateway.tls_key, "gateway")  # or it tells what is wrong with them
         certificate, key = (path and Path(path).expanduser() for path in (gateway.tls_cert, gateway.tls_key))
-        self._socket = listen(gateway.host, gateway.port, shared=gateway.replicas > 1)
+        self._socket = bind(gateway.host, gateway.port)
         if not certificate and gateway.api_keys and not is_loopback(gateway.host):
             logger.warning("the gateway at %s has no TLS: whoever listens on the way learns the API keys", gateway.host)
         self._progress("reading the tokenizer")
@@ -161,6 +164,7 @@ class GatewayRuntime:
                 log_config=None,
                 access_log=False,
                 lifespan="off",
+                backlog=BACKLOG,
                 timeout_keep_alive=75,
                 timeout_graceful_shutdown=5,
                 server_header=False,
@@ -169,11 +173,9 @@ class GatewayRuntime:
                 ssl_keyfile=key or None,
             )
         )
-        # The libraries' hundreds of thousands of objects stay. To look through them for garbage, as Python does now and
-        # then, would stop all streams for a quarter of a second.
-        gc.collect()
-        gc.freeze()
+        settle()
         self._mesh.start()
+        self._socket.listen(BACKLOG)  # not before: others that share the port answer sooner
         self._thread.start()
         self._progress("ready")
         logger.info("listens on %s:%d", self._config.gateway.host, self._config.gateway.port)
@@ -199,18 +201,50 @@ class GatewayRuntime:
             raise WorkerError(f"the event loop of {self.peer} has not turned for {_TURN_TIMEOUT_S:g} s")
         return Vitals(0.0, render(self._metrics.registry) if with_metrics else "")
 
+    @property
+    def is_alone(self) -> bool:
+        """Whether no other gateway shares the port, as far as we know."""
+        members = self._membership.members if self._membership is not None else []
+        return not any(m.role == "gateway" and m.ready and m.peer != self.peer for m in members)
+
     def stop(self, grace_s: float) -> None:
         """Stop listening, finish what is in flight for at most ``grace_s`` seconds, end the threads. Idempotent."""
+        self._end(grace_s, self._exit)
+
+    def leave(self, grace_s: float) -> None:
+        """As `stop`, while other gateways share the port: no connection is refused, and clients learn by the answers to
+        their next requests that they have to connect anew. Idempotent."""
+        self._end(grace_s, self._exit_unnoticed)
+
+    def _end(self, grace_s: float, begin: Callable[[], None]) -> None:
         if self._server is not None and self._thread.is_alive():
             self._server.config.timeout_graceful_shutdown = max(1, round(grace_s))
-            self._server.should_exit = True
+            self._call(begin)
             self._thread.join()
-            if self._tracer is not None:
-                self._tracer.close()
-            self._mesh.close()
-            self._context.close()
+            with self._closing:
+                if self._tracer is not None:
+                    self._tracer.close()
+                self._mesh.close()
+                self._context.close()
 
     # ---- the loop ---------------------------------------------------------------------------------------------------
+
+    def _exit(self) -> None:
+        assert self._server is not None
+        self._server.should_exit = True
+
+    def _exit_unnoticed(self) -> None:
+        hold_back(self._socket)
+        self._loop.call_later(_HANDSHAKES_S, self._take_leave)
+
+    def _take_leave(self) -> None:
+        """Nobody's connection begins any more: have all clients go."""
+        assert self._server is not None
+        for server in self._server.servers:
+            server.close()
+        for connection in list(self._server.server_state.connections):
+            cast(Connection, connection).leave()
+        self._exit()
 
     def _serve(self) -> None:
         assert self._server is not None

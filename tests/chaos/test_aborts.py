@@ -9,6 +9,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from support.load import connecting
 from support.served import Served
 
 pytestmark = pytest.mark.chaos
@@ -39,15 +40,15 @@ def test_a_thousand_clients_leave(tmp_path: Path) -> None:
                 "n": rng.choice([1, 1, 2]),
                 "ignore_eos": True,
             }
-            try:
-                await asyncio.wait_for(client.post("/v1/completions", json=body), rng.random() ** 2 * 1.5)
-                counts["finished"] += 1
-            except TimeoutError:
-                counts["left"] += 1
+            async with connecting(served.url, 120) as leaving:
+                try:
+                    await asyncio.wait_for(leaving.post("/v1/completions", json=body), rng.random() ** 2 * 1.5)
+                    counts["finished"] += 1
+                except TimeoutError:
+                    counts["left"] += 1
 
         async def all_of_them() -> None:
-            limits = httpx.Limits(max_connections=64)
-            async with httpx.AsyncClient(base_url=served.url, timeout=120, limits=limits, trust_env=False) as client:
+            async with connecting(served.url, 120) as client:
                 pending = iter(range(1300))
 
                 async def worker() -> None:

@@ -98,7 +98,8 @@ def test_a_worker_that_is_asked_to_end_hands_over_what_runs(served: Served, want
 
 def test_every_worker_is_restarted_and_no_request_fails(served: Served, wanted: list[Tokens]) -> None:
     """Of the one prefill worker, a second one lives meanwhile."""
-    before = {name: served.worker(name).pid for name in ("prefill-0", "decode-0", "decode-1")}
+    names = ("prefill-0", "decode-0", "decode-1", "gateway-0", "gateway-1")
+    before = {name: served.worker(name).pid for name in names}
     over = threading.Event()
     short = [body(i) for i in range(16)]
     golden = [answer.tokens for answer in ask_all(served.url, short)]

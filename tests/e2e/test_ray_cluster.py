@@ -93,6 +93,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
 
 
 def test_up_status_down(cluster: RayCluster) -> None:
+    """One logical CPU a node, one a worker: prefill and decode live on different nodes."""
     port = free_port()
     assert "no Tandem runs on this Ray cluster" in cluster.tandem("status").stderr
     up = cluster.tandem("up", "--set", f"gateway.port={port}", "--set", "routing.local_prefill=never")
@@ -114,6 +115,13 @@ def test_up_status_down(cluster: RayCluster) -> None:
     assert by_worker["decode-0"]["restarts"] == 0
     assert "output_tokens_per_s" in by_worker["decode-0"]
 
+    parents = set()
+    for process in cluster.processes():
+        files = " ".join(file.path for file in process.open_files())
+        if "/prefill-0#1.log" in files or "/decode-0#1.log" in files:
+            parents.add(process.ppid())
+    assert len(parents) == 2, "each worker's parent is its own node's raylet"
+
     again = cluster.tandem("up", "--set", f"gateway.port={free_port()}")
     assert again.returncode == 1
     assert "Tandem already runs on this Ray cluster" in again.stderr
@@ -125,21 +133,6 @@ def test_up_status_down(cluster: RayCluster) -> None:
         client.get("/livez")
     client.close()
     assert "no Tandem runs" in cluster.tandem("down").stderr
-
-
-def test_workers_are_spread_over_the_nodes(cluster: RayCluster) -> None:
-    """One logical CPU a node, one a worker: prefill and decode live on different nodes."""
-    port = free_port()
-    assert cluster.tandem("up", "--set", f"gateway.port={port}").returncode == 0
-    try:
-        parents = set()
-        for process in cluster.processes():
-            files = " ".join(file.path for file in process.open_files())
-            if "/prefill-0#1.log" in files or "/decode-0#1.log" in files:
-                parents.add(process.ppid())
-        assert len(parents) == 2, "each worker's parent is its own node's raylet"
-    finally:
-        assert cluster.tandem("down").returncode == 0
 
 
 def test_what_does_not_fit_is_refused_and_leaves_nothing(cluster: RayCluster) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from tandem.core.errors import CapacityError, WorkerError
 from tandem.core.expert_messages import LoadEntries, LoadEntry
@@ -52,7 +52,7 @@ class Process:
     async def expert_load(self, after: int) -> LoadEntries:
         return LoadEntries([LoadEntry(after + 1, 5, bytes(16))], 1, 2, "tiny", after + 1)
 
-    async def stop(self, grace_s: float) -> None:
+    async def stop(self, grace_s: float, *, leaves: bool = False) -> None:
         self.grace_s = grace_s
         if self.lingers and grace_s:
             await asyncio.shield(self.death)
@@ -85,9 +85,9 @@ class Launched:
     def adopt(self, peer: PeerId, on_phase: Callable[[str], None]) -> Process | None:
         return self.processes.get(peer)
 
-    def check_room(self, role: str, count: int) -> None:
-        if count > self.room:
-            raise CapacityError(f"{count} more {role} workers find no room")
+    def check_room(self, workers: Sequence[tuple[WorkerId, str]]) -> None:
+        if len(workers) > self.room:
+            raise CapacityError(f"{workers[self.room][0]} finds no room")
 
     def release(self, worker: WorkerId) -> None:
         self.released.append(worker)

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import httpx
 
+from .undisturbed import Undisturbed
+
 Body = dict[str, Any]
 Tokens = dict[int, list[int]]
 """Of each choice, by its index."""
@@ -100,6 +102,13 @@ async def ask(
     return Answer(status[0], tokens, told[0], finished == wanted, request_id[0], seconds)
 
 
+def connecting(url: str, timeout_s: float) -> httpx.AsyncClient:
+    """A client of the gateway. One that may leave in the middle needs its own: a request that is cancelled between getting
+    a connection and using it keeps this connection from all others of its pool for ever."""
+    limits = httpx.Limits(max_connections=None)
+    return httpx.AsyncClient(base_url=url, timeout=timeout_s, limits=limits, trust_env=False, verify=False)
+
+
 def ask_all(
     url: str,
     requests: Iterable[Body],
@@ -121,13 +130,17 @@ def ask_all(
     answers: dict[int, Answer] = {}
 
     async def run() -> None:
-        limits = httpx.Limits(max_connections=at_once)
-        async with httpx.AsyncClient(base_url=url, timeout=timeout_s, limits=limits, trust_env=False) as client:
+        async with connecting(url, timeout_s) as client:
             pending = iter(enumerate(requests))
 
             async def one_client() -> None:
                 for index, request in pending:
-                    answers[index] = await ask(client, request, leave(index), broken=broken)
+                    leave_after_s = leave(index)
+                    if leave_after_s is None:
+                        answers[index] = await ask(client, request, broken=broken)
+                        continue
+                    async with connecting(url, timeout_s) as leaving:
+                        answers[index] = await ask(leaving, request, leave_after_s, broken=broken)
 
             await asyncio.gather(*(one_client() for _ in range(at_once)))
 
@@ -177,9 +190,17 @@ def check(answers: Iterable[Answer], golden: Iterable[Tokens], errors: bool = Fa
         if errors and answer.error:
             assert answer.status == 503 or (answer.status == 200 and not answer.complete), answer
             for choice, tokens in answer.tokens.items():  # what came before it is right all the same
-                assert tokens == want[choice][: len(tokens)], index
+                assert _allowed(want, choice, tokens, whole=False), (index, tokens, want)
             failed += 1
             continue
         assert answer.good, (index, answer)
-        assert answer.tokens == want, index
+        assert answer.tokens.keys() == want.keys(), (index, answer, want)
+        for choice, tokens in answer.tokens.items():
+            assert _allowed(want, choice, tokens), (index, tokens, want)
     return failed
+
+
+def _allowed(want: Tokens, choice: int, tokens: list[int], *, whole: bool = True) -> bool:
+    if isinstance(want, Undisturbed):
+        return want.allows(choice, tokens, whole=whole)
+    return tokens == (want[choice] if whole else want[choice][: len(tokens)])

@@ -6,7 +6,6 @@ Each worker can have a configuration of its own, and a test says who is told of 
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,9 @@ import psutil
 from tandem.core.messages import Member, Membership
 from tandem.core.wire import ClusterKeys, make_cluster_keys
 
+from .forking import forking
 from .gateway import Gateway, free_port, wait_for
 from .worker_main import Who, main
-
-_context = multiprocessing.get_context("forkserver")
-# What takes long to import. Not `worker_main` itself: Python 3.11's fork server does not see the tests' folder.
-_context.set_forkserver_preload(["tandem.cluster.worker_runtime", "tandem.cluster.gateway.runtime", "transformers"])
 
 Sections = Mapping[str, Mapping[str, Any]]
 
@@ -68,9 +64,9 @@ class Process:
         self.peer = f"{worker}#{life}"
         self.log = folder / f"{self.peer}.log"
         self.member: Member | None = None
-        self._pipe, far_end = _context.Pipe()
+        self._pipe, far_end = forking.Pipe()
         who = Who(self.peer, self.role, dict(config), keys, address, self.log, network, host_tier, dict(environment))
-        self._process = _context.Process(target=main, args=(who, far_end), name=self.peer, daemon=True)
+        self._process = forking.Process(target=main, args=(who, far_end), name=self.peer, daemon=True)
         self._process.start()
         far_end.close()
         assert self._process.pid is not None

@@ -9,8 +9,11 @@ import socket
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+import httpx
+import pytest
 import uvicorn
 from prometheus_client import CollectorRegistry
+from tandem.cluster.gateway import connection as connection_module
 from tandem.cluster.gateway.app import Api
 from tandem.cluster.gateway.connection import Connection
 from tandem.cluster.gateway.dispatcher import Dispatcher
@@ -93,6 +96,15 @@ async def serving() -> AsyncIterator[tuple[Served, int]]:
         finally:
             served.server.should_exit = True
             await task
+
+
+async def polled(condition: Callable[[], bool]) -> None:
+    """Until something is so of which nobody tells."""
+    async with asyncio.timeout(_TIMEOUT_S):
+        while True:
+            if condition():
+                return
+            await asyncio.sleep(0.01)
 
 
 async def ask(port: int, **body: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
@@ -213,5 +225,43 @@ def test_prompts_of_one_response_end_together_or_with_an_error() -> None:
             writer.close()
             assert served.dispatcher.num_live == 0
             assert served.sent[-1] == Abort([first])
+
+    asyncio.run(run())
+
+
+def test_a_gateway_that_leaves_answers_once_more_and_breaks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection_module, "_LINGER_S", 1)
+
+    async def run() -> None:
+        async with contextlib.AsyncExitStack() as stack:
+            served, port = await stack.enter_async_context(serving())
+            streaming, asking, silent = [
+                await stack.enter_async_context(
+                    httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=_TIMEOUT_S, trust_env=False)
+                )
+                for _ in range(3)
+            ]
+            for client in (streaming, asking, silent):
+                assert (await client.get("/livez")).headers.get("connection") != "close"
+            body = {"prompt": [1], "max_tokens": 9, "stream": True, "return_token_ids": True}
+            async with streaming.stream("POST", "/v1/completions", json=body) as stream:
+                [ticket] = await served.tickets(1)
+                lines = stream.aiter_lines()
+                served.tokens(ticket, [5])
+                assert '"token_ids":[5]' in await anext(lines)
+                for connection in list(served.server.server_state.connections):
+                    assert isinstance(connection, Connection)
+                    connection.leave()
+                served.server.should_exit = True
+                await polled(lambda: not served.server.servers[0].is_serving())
+                answer = await asking.get("/livez")
+                assert (answer.status_code, answer.headers["connection"]) == (200, "close")
+                served.tokens(ticket, [6], FinishReason.LENGTH)
+                assert [line async for line in lines if line][-1] == "data: [DONE]"
+            answer = await streaming.get("/livez")  # it came by the stream's connection: nobody listens any more
+            assert (answer.status_code, answer.headers["connection"]) == (200, "close")
+            await polled(lambda: not served.server.server_state.connections)
+            with pytest.raises(httpx.ConnectError):
+                await silent.get("/livez")
 
     asyncio.run(run())

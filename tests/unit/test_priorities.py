@@ -27,6 +27,7 @@ from tandem.core.messages import (
     Update,
     Usage,
 )
+from tandem.core.urgency import level_of
 
 BLOCK_BYTES = 3 * 2 * 2 * 8 * 16 * 4
 """Of 8 tokens: layers, keys and values, heads, tokens, dimensions, bytes of a float32."""
@@ -166,6 +167,11 @@ def test_an_urgent_prompt_does_not_wait_for_a_long_one(make: Make, priority: int
     pair.submit(prompt_of(0, 200), max_tokens=2, request_id="long")
     turn_until(pair, lambda: bool(seen.of("Accepted")))
     pair.submit(prompt_of(3, 30), max_tokens=2, priority=priority, request_id="short")
+    turn_until(pair, lambda: pair.prefill.worker.report().waiting + pair.prefill.worker.report().running == 2)
+    report = pair.prefill.worker.report()
+    before = report.before(level_of(priority))[1]
+    assert 0 < before <= 30 if overtakes else before == report.queued_tokens
+    assert (report.before(level_of(0))[1] < report.queued_tokens) is (priority > 0)
     turn_until(pair, lambda: "short" in seen.of("Prefilled"))
     assert (pair.prefill.worker.report().queued_tokens > 100) is overtakes
     assert ("long" not in seen.of("Prefilled")) is overtakes
@@ -177,6 +183,9 @@ def test_nor_where_prompts_are_computed_by_who_decodes(make: Make, priority: int
     long = pair.submit(prompt_of(0, 200), max_tokens=2)
     turn_until(pair, lambda: "decode.prefill" in pair.outputs[long].stages)
     short = pair.submit(prompt_of(3, 30), max_tokens=2, priority=priority)
+    turn_until(pair, lambda: pair.decode.worker.report().waiting == 2)
+    report = pair.decode.worker.report()
+    assert (report.before(level_of(priority))[0] == 1) is overtakes
     turn_until(pair, lambda: bool(pair.outputs[short].finish))
     assert (pair.decode.worker.report().queued_tokens > 100) is overtakes
     assert (not pair.outputs[long].finish) is overtakes

@@ -11,7 +11,9 @@ from tandem.cluster.router import Placement, Router
 from tandem.core.hashing import block_hashes, root_hash
 from tandem.core.kv_messages import KVSnapshot
 from tandem.core.messages import Member, Membership, Report
+from tandem.core.urgency import LEAST, LEVELS
 
+HIGH, NORMAL = LEVELS.index("high"), LEVELS.index("normal")
 DECODES = ["decode-0#1", "decode-1#1"]
 PREFILLS = ["prefill-0#1", "prefill-1#1"]
 
@@ -182,35 +184,78 @@ def test_where_all_are_busy_less_is_computed_twice() -> None:
     assert r.place(PROMPT).decode != peers[2]  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("told", ["by the worker", "by this gateway"])
+def test_of_less_urgent_work_half_counts(told: str) -> None:
+    peers = [f"colocated-{n}#1" for n in range(4)]
+    r = cluster("kv_aware", *peers, held={peers[2]: 60})
+    if told == "by the worker":
+        r.report(peers[2], Report(0, 1, 3000, 10, 10, urgent=[(0, 0), (1, 3000)]))
+    else:
+        r.sent(Placement(peers[2], ""), 1, 3000, NORMAL)
+    for level, goes_there in ((HIGH, True), (NORMAL, False), (LEAST, False)):
+        assert (r.place(PROMPT, level=level).decode == peers[2]) is goes_there  # type: ignore[union-attr]
+    if told == "by this gateway":
+        # What is as urgent counts, from whatever gateway.
+        r.report(peers[2], Report(0, 2, 5000, 10, 10, urgent=[(1, 2000), (2, 5000)]))
+        assert r.place(PROMPT, level=HIGH).decode != peers[2]  # type: ignore[union-attr]
+
+
+def test_an_output_that_has_begun_counts_for_all() -> None:
+    peers = [f"decode-{n}#1" for n in range(2)]
+    r = cluster("kv_aware", *peers, held={})
+    waits, runs = Placement(peers[0], ""), Placement(peers[1], "")
+    for placement in (waits, runs):
+        r.sent(placement, 2, 0, NORMAL)
+    r.begun(runs, 2, NORMAL)
+    assert {r.place(PROMPT, level=HIGH).decode for _ in range(4)} == {peers[0]}  # type: ignore[union-attr]
+    assert {r.place(PROMPT, level=NORMAL).decode for _ in range(4)} == set(peers)  # type: ignore[union-attr]
+    r.done(runs, 2, 0)
+    r.done(waits, 2, NORMAL)
+    assert not any(any(load.values()) for load in r._decode_load)
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_the_cheapest_of_all_is_taken_though_few_are_weighed(seed: int) -> None:
     rng = random.Random(seed)
     peers = [f"colocated-{n:02}#1" for n in range(12)]
     held = {peer: rng.choice((5, 20, 60)) for peer in rng.sample(peers, rng.randrange(5))}
     r = cluster("kv_aware", *peers, held=held)
-    sent: list[tuple[Placement, int]] = []
-    outputs, queued, others = Counter[str](), Counter[str](), Counter[str]()
+    sent: list[tuple[Placement, int, int]] = []
+    others: dict[str, list[int]] = {peer: [0, 0, 0] for peer in peers}
+
+    def before(peer: str, level: int) -> int:
+        """Prompt tokens."""
+        own = sum(tokens for placement, tokens, of in sent if placement.decode == peer and of <= level)
+        return own + sum(others[peer][: level + 1])
+
+    def outputs(peer: str, level: int) -> int:
+        return sum(placement.decode == peer and of <= level for placement, _, of in sent)
+
     for _ in range(60):
-        placement = r.place(PROMPT)
+        level = rng.randrange(3)
+        placement = r.place(PROMPT, level=level)
         assert placement is not None
-        weight = 1 + 6 * sum(queued[p] + others[p] > 0 for p in peers) / len(peers)
-        costs = {p: weight * (1000 - 16 * held.get(p, 0)) + queued[p] + others[p] + 64 * outputs[p] for p in peers}
+        weight = 1 + 6 * sum(before(p, LEAST) > 0 for p in peers) / len(peers)
+        costs = {
+            p: weight * (1000 - 16 * held.get(p, 0))
+            + (before(p, level) + before(p, LEAST)) // 2
+            + 64 * (outputs(p, level) + outputs(p, LEAST)) // 2
+            for p in peers
+        }
         assert costs[placement.decode] == min(costs.values())
         num_tokens = rng.choice((10, 100, 1000))
-        r.sent(placement, 1, num_tokens)
-        sent.append((placement, num_tokens))
-        outputs[placement.decode] += 1
-        queued[placement.decode] += num_tokens
+        r.sent(placement, 1, num_tokens, level)
+        sent.append((placement, num_tokens, level))
         if rng.random() < 0.4:
-            done, num_tokens = sent.pop(rng.randrange(len(sent)))
-            r.prompt_done(done, num_tokens)
-            r.done(done, 1)
-            outputs[done.decode] -= 1
-            queued[done.decode] -= num_tokens
+            done, num_tokens, level = sent.pop(rng.randrange(len(sent)))
+            r.prompt_done(done, num_tokens, level)
+            r.begun(done, 1, level)
+            r.done(done, 1, 0)
         if rng.random() < 0.2:
             peer = rng.choice(peers)
-            others[peer] = rng.choice((0, 300))
-            r.report(peer, Report(outputs[peer], 0, queued[peer] + others[peer], 10, 10))
+            others[peer] = [rng.choice((0, 300)) for _ in range(3)]
+            urgent = [(outputs(peer, level), before(peer, level)) for level in (HIGH, NORMAL)]
+            r.report(peer, Report(0, outputs(peer, LEAST), before(peer, LEAST), 10, 10, urgent=urgent))
 
 
 def test_gateways_of_one_cluster_agree() -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
+import msgspec
 import pytest
 from support.launched import Launched, settle
+from tandem.cluster import rolling_restart
 from tandem.cluster.controller import Controller
 from tandem.cluster.scaling import Scaling
+from tandem.cluster.state import ControllerState, ScalingState
 from tandem.core.clock import ManualClock
 from tandem.core.config import Config
 from tandem.core.errors import CapacityError, NotFoundError, RequestError, TandemError, WorkerError
@@ -146,12 +149,12 @@ def test_who_is_not_ready_leaves_first() -> None:
         (lambda s: s.drain("gateway-0"), RequestError, "a gateway cannot be drained"),
         (lambda s: s.drain("decode-0", float("nan")), RequestError, "grace_s is nan, expected 0 to 86400"),
         (lambda s: s.drain("prefill-0"), CapacityError, "first `tandem scale prefill N`"),
-        (lambda s: anext(s.restart("gateway")), NotFoundError, "no pool 'gateway'"),
+        (lambda s: anext(s.restart("host")), NotFoundError, "no pool 'host'; there are decode, gateway, prefill"),
         (lambda s: anext(s.restart("decode", -1)), RequestError, "grace_s is -1"),
         (lambda s: s.scale("colocated", 2), NotFoundError, "no pool 'colocated'; there are decode, prefill"),
         (lambda s: s.scale("gateway", 2), NotFoundError, "no pool 'gateway'"),
         (lambda s: s.scale("decode", 0), RequestError, "replicas is 0, expected 1 to 1024"),
-        (lambda s: s.scale("decode", 6), CapacityError, "4 more decode workers find no room"),
+        (lambda s: s.scale("decode", 6), CapacityError, "decode-5 finds no room"),
         (lambda s: s.scale("prefill", 2), RequestError, "the s3 tier's capacity is divided among the workers"),
     ],
 )
@@ -196,11 +199,12 @@ def test_a_rolling_restart_takes_one_after_the_other() -> None:
             with pytest.raises(CapacityError, match="another restart"):
                 await anext(scaling.restart())
         await settle()
-        assert seen == ["prefill-0", "decode-0", "decode-1"]
-        assert launched.order[4:] == ["prefill-1#1", "prefill-0#2", "decode-0#2", "decode-1#2"]
+        assert seen == ["prefill-0", "decode-0", "decode-1", "gateway-0"]
+        begun = ["prefill-1#1", "prefill-0#2", "decode-0#2", "decode-1#2", "gateway-1#1", "gateway-0#2"]
+        assert launched.order[4:] == begun
         assert controller.phases()["prefill-1"] == "drained", "it lived for the restart alone"
         assert [worker async for worker in scaling.restart("prefill")] == ["prefill-0"]
-        assert launched.order[8:] == ["prefill-1#2", "prefill-0#3"]
+        assert launched.order[10:] == ["prefill-1#2", "prefill-0#3"]
 
     play(body)
 
@@ -262,6 +266,153 @@ def test_whoever_stops_listening_stops_a_rolling_restart() -> None:
         assert [worker async for worker in scaling.restart("decode")] == ["decode-0", "decode-1"]
 
     play(body)
+
+
+class Reigned:
+    """Lives of a controller, each of which ends without a word when the next begins."""
+
+    def __init__(self, pools: dict[str, Any] = TWO) -> None:
+        self.launched = Launched()
+        self._config = Config.model_validate({"pools": pools})
+        self._state = b""
+
+    async def begin(self) -> tuple[Controller, Scaling]:
+        """Another life."""
+        if self._state:
+            await self._kill()
+        self._controller = Controller(self._config, self.launched, ManualClock(), self._keep)
+        self._scaling = Scaling(self._config, self.launched, self._controller, self._keep)
+        if self._state:
+            controller, scaling = msgspec.msgpack.decode(self._state, type=tuple[ControllerState, ScalingState])
+            await self._controller.take_over(controller, [], "SIGKILL")
+            self._scaling.take_over(scaling)
+        else:
+            await self._controller.start()
+            self._keep()
+        await settle()
+        return self._controller, self._scaling
+
+    def _keep(self) -> None:
+        self._state = msgspec.msgpack.encode((self._controller.state(), self._scaling.state()))
+
+    async def _kill(self) -> None:
+        state = self._state
+        self._controller._stopping = True
+        for task in self._controller._tasks:
+            task.cancel()
+        await asyncio.gather(*self._controller._tasks, return_exceptions=True)
+        self._state = state
+
+
+def reigned(body: Callable[[Reigned], Awaitable[None]], pools: dict[str, Any] = TWO) -> None:
+    async def run() -> None:
+        reigned = Reigned(pools)
+        await body(reigned)
+        await reigned._controller.stop(0)
+
+    asyncio.run(run())
+
+
+async def all_of(workers: AsyncIterator[str]) -> list[str]:
+    return [worker async for worker in workers]
+
+
+@pytest.mark.parametrize("when", ["before its spare serves", "before it ends", "before it is back", "when it is back"])
+def test_a_next_life_goes_on_with_a_rolling_restart(when: str) -> None:
+    async def body(reigned: Reigned) -> None:
+        launched = reigned.launched
+        _, scaling = await reigned.begin()
+        launched.hold = True
+        launched.processes["prefill-0#1"].lingers = True
+        cut_off = asyncio.create_task(all_of(scaling.restart(key="k")))
+        await settle()
+        if when != "before its spare serves":
+            launched.processes["prefill-1#1"].is_ready.set()
+            await settle()
+            assert launched.processes["prefill-0#1"].grace_s == 600
+        if when in ("before it is back", "when it is back"):
+            launched.processes["prefill-0#1"].die("stopped")
+            await settle()
+        if when == "when it is back":
+            launched.processes["prefill-0#2"].is_ready.set()
+            await settle()
+        launched.hold = False
+        controller, scaling = await reigned.begin()
+        cut_off.cancel()
+        with pytest.raises(CapacityError, match="another restart"):
+            await anext(scaling.restart(key="another"))
+        back = asyncio.create_task(all_of(scaling.restart(key="k")))
+        await settle()
+        for process in list(launched.processes.values()):
+            process.is_ready.set()
+        await settle()
+        launched.processes["prefill-0#1"].die("stopped")
+        assert await asyncio.wait_for(back, 5) == ["prefill-0", "decode-0", "decode-1", "gateway-0"]
+        await settle()
+        lives = {worker.peer: worker.phase for worker in controller.desired}
+        assert lives == {
+            "prefill-0#2": "ready", "decode-0#2": "ready", "decode-1#2": "ready", "gateway-0#2": "ready",
+            "prefill-1#1": "drained", "gateway-1#1": "drained",
+        }  # fmt: skip
+        assert await all_of(scaling.restart(key="k")) == ["prefill-0", "decode-0", "decode-1", "gateway-0"]
+        assert len(launched.order) == 10, "who asks once more is told, and nothing is begun"
+        controller, scaling = await reigned.begin()
+        assert len(await all_of(scaling.restart(key="k"))) == 4, "also by a life that has not seen it"
+        assert len(launched.order) == 10
+
+    reigned(body)
+
+
+def test_a_caller_who_does_not_come_back_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rolling_restart, "_RETURN_S", 0.05)
+
+    async def body(reigned: Reigned) -> None:
+        launched = reigned.launched
+        _, scaling = await reigned.begin()
+        launched.hold = True
+        cut_off = asyncio.create_task(all_of(scaling.restart("decode", key="k")))
+        await settle()
+        controller, scaling = await reigned.begin()
+        cut_off.cancel()
+        await asyncio.sleep(0.1)
+        launched.processes["decode-0#2"].is_ready.set()
+        await settle()
+        assert launched.order[4:] == ["decode-0#2"]
+        assert controller.phases()["decode-0"] == "ready"
+        asked_again = scaling.restart("decode", key="k")
+        assert await anext(asked_again) == "decode-0"
+        with pytest.raises(WorkerError, match="has left; to come were decode-1"):
+            await anext(asked_again)
+
+    reigned(body)
+
+
+def test_who_was_cut_off_asks_again_and_nothing_is_done_twice() -> None:
+    async def body(reigned: Reigned) -> None:
+        launched = reigned.launched
+        _, scaling = await reigned.begin()
+        launched.processes["decode-0#1"].lingers = True
+        assert await scaling.scale("decode", 3, "s") == (["decode-2"], [])
+        drains = [
+            asyncio.create_task(scaling.drain("decode-0", 30, restart=True, key="r")),
+            asyncio.create_task(scaling.drain("decode-1", 30, key="d")),
+        ]
+        await settle()
+        _, scaling = await reigned.begin()
+        for drain in drains:
+            drain.cancel()
+        assert await scaling.scale("decode", 3, "s") == (["decode-2"], [])
+        assert await scaling.scale("decode", 2, "t") == ([], [])
+        await asyncio.wait_for(scaling.drain("decode-1", 30, key="d"), 5)
+        back = asyncio.create_task(scaling.drain("decode-0", 30, restart=True, key="r"))
+        await settle()
+        assert not back.done()
+        launched.processes["decode-0#1"].die("stopped")
+        await asyncio.wait_for(back, 5)
+        await asyncio.wait_for(scaling.drain("decode-0", 30, restart=True, key="r"), 5)
+        assert launched.order[4:] == ["decode-2#1", "decode-0#2"]
+
+    reigned(body)
 
 
 def test_nothing_is_scaled_before_the_first_start_is_over() -> None:

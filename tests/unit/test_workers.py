@@ -553,6 +553,42 @@ def test_preemption_leaves_transfers_alone(make: Make, golden: dict[tuple[int, .
     assert pair.outputs[slow].stages.count("decode.handoff") == 1
 
 
+def test_first_tokens_are_told_once(make: Make, golden: dict[tuple[int, ...], list[int]]) -> None:
+    """The KV fails after the first token is out, the prompt is computed here, gives its blocks up to an older one, and
+    comes from a peer after all."""
+    pair = make(
+        pools={"prefill": {}, "decode": {"max_batched_tokens": 16}},
+        model={"max_model_len": 96},
+        kv={"capacity": 14 * 3 * 2 * 2 * 8 * 16 * 4, "poison_freed": True},
+    )
+    pair.run()
+    older = pair.submit(prompt_of(2), max_tokens=20)
+    while len(pair.outputs[older].tokens.get(0, ())) < 2:
+        pair.turn()
+    transport = pair.decode.transport
+    poll, late = transport.poll, list[TransferResult]()
+
+    def poll_late() -> list[TransferResult]:
+        late.extend(poll())
+        if len(pair.outputs[older].tokens[0]) < 14:  # it needs a block soon, and none is left
+            return []
+        failed = [result._replace(error="broken") for result in late]
+        late.clear()
+        return failed
+
+    ticket = pair.submit(prompt_of(34), max_tokens=20)
+    transport.poll = poll_late  # type: ignore[method-assign]
+    while "decode.prefill" not in pair.outputs[ticket].stages:
+        pair.turn()
+    transport.poll = poll  # type: ignore[method-assign]
+    pair.run()
+    stages = pair.outputs[ticket].stages
+    assert stages.count("decode.handoff") == 2
+    assert stages.index("decode.preempted") > stages.index("decode.prefill")
+    assert pair.outputs[older].tokens[0] == golden[tuple(prompt_of(2))]
+    assert pair.outputs[ticket].tokens[0] == golden[tuple(prompt_of(34))]
+
+
 def test_failures_can_fail_the_request_instead(make: Make) -> None:
     pair = make(kv={"on_load_failure": "fail"})
     ticket = pair.submit(PROMPT)
