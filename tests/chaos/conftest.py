@@ -2,34 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import random
 import time
 from collections.abc import Iterator
 
 import pytest
-from support.load import Body, Tokens, ask_all
+from support.golden import Golden
 from support.processes import Processes
-from support.undisturbed import Undisturbed
-
-
-class Golden:
-    """What requests say undisturbed: asked of a colocated worker that nobody harms, once each."""
-
-    def __init__(self, quiet: Processes) -> None:
-        self._quiet = quiet
-        self._known: dict[str, Tokens] = {}
-
-    def __call__(self, requests: list[Body]) -> list[Undisturbed]:
-        keys = [json.dumps(request | {"stream": False, "cache_salt": ""}, sort_keys=True) for request in requests]
-        fresh = {key: request for key, request in zip(keys, requests, strict=True) if key not in self._known}
-        answers = ask_all(self._quiet.url, fresh.values())
-        assert all(answer.good for answer in answers)
-        self._known |= {key: answer.tokens for key, answer in zip(fresh, answers, strict=True)}
-        return [
-            Undisturbed(self._known[key], request, lambda other: self([other])[0])
-            for key, request in zip(keys, requests, strict=True)
-        ]
 
 
 @pytest.fixture(scope="session", autouse=True)

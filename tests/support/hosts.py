@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,12 @@ from ray.util import placement_group_table
 ray.init(address="auto", namespace="tandem", log_to_driver=False, configure_logging=False)
 groups = [g["name"] for g in placement_group_table().values() if g["state"] != "REMOVED"]
 print(json.dumps({"groups": groups, "named": ray.util.list_named_actors()}))
+"""
+_ACTORS = """
+import json, ray
+from ray._private.state import actors
+ray.init(address="auto", namespace="tandem", log_to_driver=False, configure_logging=False)
+print(json.dumps([actor["ActorClassName"] for actor in actors(actor_state_name="ALIVE").values()]))
 """
 
 
@@ -253,12 +260,19 @@ class RayHosts:
 
     def left(self) -> dict[str, list[str]]:
         """Placement groups and named actors that Ray knows."""
+        return dict(self._told(_LEFT))
+
+    def actors(self) -> Counter[str]:
+        """How many live actors Ray knows, by class."""
+        return Counter(self._told(_ACTORS))
+
+    def _told(self, program: str) -> Any:
         done = subprocess.run(
-            [*self.hosts[1].prefix, sys.executable, "-c", _LEFT], capture_output=True, text=True, timeout=120,
+            [*self.hosts[1].prefix, sys.executable, "-c", program], capture_output=True, text=True, timeout=120,
             env=self.environment | {"RAY_ADDRESS": self.address},
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
-        return dict(json.loads(done.stdout.splitlines()[-1]))
+        return json.loads(done.stdout.splitlines()[-1])
 
     def close(self) -> None:
         """End every process of the cluster."""
