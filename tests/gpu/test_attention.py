@@ -145,16 +145,7 @@ def test_one_context_is_split(rng: torch.Generator, window: int, sink: bool, dty
 def test_prefill_attention(
     rng: torch.Generator, shape: tuple[int, ...], window: int, sink: bool, dtype: torch.dtype
 ) -> None:
-    heads, _, head_dim, _ = shape
-    paged = Paged(rng, [(5, 5), (1, 1), (33, 170), (2, 130)], shape, dtype)
-    q, k, _ = projected(rng, 3 + 41, shape, dtype)
-    sinks = random(rng, heads, dtype=dtype, scale=3.0) if sink else None
-    how = 1, paged.spans(3), head_dim**-0.5, window, sinks
-    want = prefill_attention.reference(q, None, None, paged.cache, *how)
-    # Too short for the library: fresh keys are not read.
-    nothing = torch.full_like(k, torch.nan)
-    got = prefill_attention.fused(q, nothing, nothing, paged.poisoned(window), *how)
-    close(got[3:], want[3:])
+    check_prompts(rng, [(5, 5), (1, 1), (33, 170), (2, 130)], shape, dtype, window, sink)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -171,9 +162,21 @@ def test_contexts_of_few_queries_are_split(
 ) -> None:
     """More parts than some contexts have tiles, and rows that see nothing of most parts."""
     monkeypatch.setattr(paged_prefill, "num_splits", lambda *_: splits)
+    check_prompts(rng, [(5, 5), (33, 290), (2, 130)], shape, dtype, window, sink)
+
+
+def check_prompts(
+    rng: torch.Generator,
+    prompts: list[tuple[int, int]],
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    window: int,
+    sink: bool,
+) -> None:
+    """So many new tokens each, of so many in all: too short for the library, so fresh keys are not read."""
     heads, _, head_dim, _ = shape
-    paged = Paged(rng, [(5, 5), (33, 290), (2, 130)], shape, dtype)
-    q, k, _ = projected(rng, 3 + 40, shape, dtype)
+    paged = Paged(rng, prompts, shape, dtype)
+    q, k, _ = projected(rng, 3 + sum(new for new, _ in prompts), shape, dtype)
     sinks = random(rng, heads, dtype=dtype, scale=3.0) if sink else None
     how = 1, paged.spans(3), head_dim**-0.5, window, sinks
     want = prefill_attention.reference(q, None, None, paged.cache, *how)

@@ -7,7 +7,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -35,7 +34,8 @@ from conformance.test_transports import (
     test_what_lies_outside_is_an_error_and_harms_nothing,
 )
 from support import host_as_gpu
-from support.gpu_memory import OwnerProcess, RemoteOwner, SeenBuffer, prepare
+from support.gpu_memory import OwnerProcess, SeenBuffer, prepare
+from support.owners import GPUS, PLACES, ProcessKit, start
 from tandem.core.errors import TransferError
 from tandem.kernels import gather, on_gpu
 from tandem.kv_transfer.layout import Runs
@@ -61,32 +61,10 @@ __all__ = [
 
 pytestmark = pytest.mark.skipif(not on_gpu.AVAILABLE, reason="Triton is not installed")
 
-GPUS = torch.cuda.device_count()
-PLACES = ["one GPU", "two GPUs", "two GPUs, one visible to the owner"]
-
-
-class ProcessKit(Kit):
-    """`Kit` whose owners live in another process."""
-
-    def __init__(self, process: OwnerProcess) -> None:
-        super().__init__("cuda_ipc")
-        self._process = process
-
-    def owner(self, size: int) -> tuple[Any, Any]:
-        owner = RemoteOwner(self._process, size)
-        self._closers.append(owner.forget)
-        return owner, owner
-
-
-def start(place: str) -> OwnerProcess:
-    if place != "one GPU" and GPUS < 2:
-        pytest.skip(f"{GPUS} CUDA devices are here, and this needs two")
-    return OwnerProcess(int(place != "one GPU"), alone="visible" in place)
-
 
 @pytest.fixture(scope="module", params=PLACES)
 def process(request: pytest.FixtureRequest) -> Iterator[OwnerProcess]:
-    process = start(request.param)
+    process = start(request.param, "cuda_ipc")
     yield process
     process.kill()
 
@@ -101,7 +79,7 @@ def kit(process: OwnerProcess) -> Iterator[Kit]:
 @pytest.mark.parametrize("place", PLACES)
 def test_what_a_dead_owner_left_can_still_be_read(place: str) -> None:
     """A mapping outlives its owner: reads in flight, and later ones, end well."""
-    process = start(place)
+    process = start(place, "cuda_ipc")
     kit = ProcessKit(process)
     ends = Ends(kit)
     kit._closers.remove(ends.owner.forget)
@@ -197,7 +175,7 @@ def test_copies_in_flight_hold_what_they_read(monkeypatch: pytest.MonkeyPatch) -
     """A peer's memory stays mapped until the last copy out of it has ended, in whatever order things happen; cancelled
     copies drain; the waiter tells of each end."""
     monkeypatch.setattr(host_as_gpu.CopyQueue, "delay_s", 0.1)
-    process = start("one GPU")
+    process = start("one GPU", "cuda_ipc")
     kit = ProcessKit(process)
     before = len(host_as_gpu.mapped)
     try:

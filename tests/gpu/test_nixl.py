@@ -6,11 +6,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from conformance.test_transports import (
     PEER,
     SIZE,
@@ -33,6 +31,7 @@ from conformance.test_transports import (
     test_what_lies_outside_is_an_error_and_harms_nothing,
 )
 from support.gpu_memory import OwnerProcess, RemoteOwner
+from support.owners import GPUS, PLACES, ProcessKit, start
 from support.transports import missing
 from tandem.core.errors import ConfigError
 from tandem.core.wire import SecureContext, make_cluster_keys
@@ -61,34 +60,13 @@ __all__ = [
 
 pytestmark = pytest.mark.skipif(bool(missing("nixl")) or not on_gpu.AVAILABLE, reason="NIXL or Triton is not installed")
 
-GPUS = torch.cuda.device_count()
-PLACES = ["one GPU", "two GPUs", "two GPUs, one visible to the owner"]
 LEAST_BYTES_PER_S = 20e9
 """Between two GPUs that see each other: far above what UCX reaches through the host's memory."""
 
 
-class ProcessKit(Kit):
-    """`Kit` whose owners live in another process."""
-
-    def __init__(self, process: OwnerProcess) -> None:
-        super().__init__("nixl-cuda")
-        self._process = process
-
-    def owner(self, size: int) -> tuple[Any, Any]:
-        owner = RemoteOwner(self._process, size)
-        self._closers += [owner.close, owner.forget]
-        return owner, owner
-
-
-def start(place: str) -> OwnerProcess:
-    if place != "one GPU" and GPUS < 2:
-        pytest.skip(f"{GPUS} CUDA devices are here, and this needs two")
-    return OwnerProcess(int(place != "one GPU"), alone="visible" in place, transport="nixl")
-
-
 @pytest.fixture(scope="module", params=PLACES)
 def process(request: pytest.FixtureRequest) -> Iterator[OwnerProcess]:
-    process = start(request.param)
+    process = start(request.param, "nixl")
     yield process
     process.kill()
 
@@ -162,7 +140,7 @@ def test_gpus_offer_it_to_who_asks_for_it() -> None:
 @pytest.mark.parametrize("place", PLACES[1:])
 def test_the_link_between_gpus_is_used(place: str) -> None:
     """A gigabyte in blocks of 1 MiB, as a layer group's blocks are: over NVLink or PCIe, not through the host."""
-    process = start(place)
+    process = start(place, "nixl")
     kit = ProcessKit(process)
     try:
         size, block = 1 << 30, 1 << 20

@@ -107,6 +107,7 @@ class OwnerProcess:
     """
 
     def __init__(self, device: int = 0, *, alone: bool = False, transport: str = "cuda_ipc") -> None:
+        self.transport = transport
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_own, args=(theirs, device, alone, transport), daemon=True)
