@@ -82,14 +82,15 @@ class ControlClient:
         return list(answer.started), list(answer.drained)
 
     def rebalance(self, pool: str, timeout_s: float) -> list[pb.Rebalanced]:
-        """Place the experts of a pool's groups anew, or of all ("") if none is named; what became of each.
+        """Place the experts of a pool's groups anew, or of all ("") if none is named; what became of each. When the
+        controller was started again, they are asked again: who has just been placed has nothing to move.
 
         Args:
             pool: prefill, decode or colocated, or "".
             timeout_s: of each group.
         """
         request = pb.RebalanceRequest(pool=pool, timeout_s=timeout_s)
-        return list(self._call("Rebalance", request, timeout_s + _MARGIN_S).groups)
+        return list(self._insist("Rebalance", request, timeout_s + _MARGIN_S).groups)
 
     def expert_load(self, worker: str, after: int) -> pb.ExpertLoadResponse:
         """What the experts of a group computed, behind entry ``after``; some at a time.
@@ -150,7 +151,7 @@ class ControlClient:
         raise self._error(error) from None
 
     def _insist(self, name: str, request: Any, timeout_s: float | None) -> Any:
-        """As `_call`, of a request with a key: goes on when the controller was started again."""
+        """As `_call`, of a request that may be made again: goes on when the controller was started again."""
         self._check_there()
         while True:
             try:

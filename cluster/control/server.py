@@ -98,7 +98,7 @@ class ControlService:
         if not self._rebalancing.possible:
             await context.abort(grpc.StatusCode.UNIMPLEMENTED, "there is no expert group, whose experts could be moved")
         timeout_s = request.timeout_s if request.HasField("timeout_s") else REBALANCE_S
-        groups = await self._rebalancing.rebalance(request.pool, timeout_s)
+        groups = await self._unless_closing(self._rebalancing.rebalance(request.pool, timeout_s))
         return pb.RebalanceResponse(groups=[pb.Rebalanced(**group._asdict()) for group in groups])
 
     async def ExpertLoad(self, request: pb.ExpertLoadRequest, context: Context) -> pb.ExpertLoadResponse:

@@ -15,13 +15,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.golden import Golden
 from support.load import Body, Load, body, check
 from support.served import TANDEM, Served, wait_for
 from tandem.core.config_experts import ExpertsConfig
 from tandem.engine.expert_balancer import first_placement
 from tandem.eplb.load_file import read_load
-
-from .conftest import Golden
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600)]
 
@@ -122,6 +121,25 @@ def test_nobody_notices_and_operators_see(group: Served, golden: Golden, tmp_pat
     assert report["total_moved"] > 0
     assert 0 < report["balancedness"] <= 1
     assert group.metric("tandem_expert_bytes_total") > 0
+
+
+def test_rebalance_goes_on_when_the_controller_dies(group: Served) -> None:
+    """While a worker stands still, so that it cannot be over."""
+    worker, controller = group.worker("decode-0"), group.controller()
+    worker.suspend()
+    try:
+        command = [TANDEM, "rebalance", "decode"]
+        rebalance = subprocess.Popen(
+            command, env=os.environ | {"XDG_CACHE_HOME": str(group.home)}, stdout=subprocess.PIPE, text=True
+        )
+        time.sleep(2)
+        assert rebalance.poll() is None
+        controller.kill()
+    finally:
+        worker.resume()
+    said, _ = rebalance.communicate(timeout=TIMEOUT_S)
+    assert rebalance.returncode == 0, said
+    assert said.startswith(("decode-0: done", "decode-0: declined: nothing would move")), said
 
 
 @pytest.mark.parametrize("after_s", [0.0, 0.05])
