@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import msgspec
+from support.patience import stretched
 from tandem.cluster.doctor.examination import Examination
 from tandem.cluster.doctor.finding import Finding, Verdict
 from tandem.cluster.doctor.probe import LinkReport, Measured
@@ -96,7 +97,7 @@ def test_what_is_left_over_at_the_deadline_is_told() -> None:
 
     start_s = time.monotonic()
     found = examine(Probes(measure=slow), {"decode": {"replicas": 50}}, limit_s=0.5)
-    assert time.monotonic() - start_s < 5
+    assert time.monotonic() - start_s < stretched(5)
     last = found[-1]
     assert last.verdict is Verdict.WARN
     assert "of 50 measured, then the time was over" in last.measured

@@ -20,6 +20,7 @@ import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.patience import slowness, stretched
 from support.tiers import BLOCK_BYTES, Engine, content_of, end, keys_of, ready
 from tandem.core.clock import SystemClock
 from tandem.kv_transfer.offload.base import HostBlocks, LoadJob, Lookup, StoreJob
@@ -72,7 +73,7 @@ def kit(tmp_path: Path) -> Iterator[Kit]:
 
 def until(true: object, timeout_s: float = 10.0) -> None:
     assert callable(true)
-    deadline_s = time.monotonic() + timeout_s
+    deadline_s = time.monotonic() + stretched(timeout_s)
     while not true():
         assert time.monotonic() < deadline_s, "it does not happen"
         time.sleep(0.005)
@@ -267,7 +268,7 @@ def test_a_keeper_that_hangs(kit: Kit) -> None:
     start_s = time.monotonic()
     assert engine.load(keys).good == (True, True), "loads ask nobody"
     assert engine.store(keys_of(3)).good == (False,)
-    assert time.monotonic() - start_s < 3
+    assert time.monotonic() - start_s < stretched(3)
     until(lambda: engine.tier.stats().away)
     assert engine.tier.lookup(keys) == [Lookup.MISS] * 2
     keeper.send_signal(signal.SIGCONT)
@@ -337,7 +338,7 @@ def test_a_thousand_keys_are_looked_up_in_no_time(kit: Kit) -> None:
         assert answers == [Lookup.HIT] * 900 + [Lookup.MISS] * 100
     best, median = min(times) * 1e3, float(np.median(times)) * 1e3
     print(json.dumps({"lookup_keys": 1000, "slots": slots, "best_ms": round(best, 3), "median_ms": round(median, 3)}))
-    assert best < 0.3
+    assert best < 0.3 * slowness()
 
 
 def attach(path: Path) -> tuple[socket.socket, list[int]]:

@@ -150,7 +150,9 @@ def test_prefill_attention(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES if CUDA else SHAPES[:1], ids=str)
-@pytest.mark.parametrize(("window", "sink", "splits"), [(0, True, 2), (17, True, 5), (100, False, 3)])
+@pytest.mark.parametrize(
+    ("window", "sink", "splits"), [(0, True, 2), (17, True, 5), (100, False, 3)] if CUDA else [(17, True, 5)]
+)
 def test_contexts_of_few_queries_are_split(
     rng: torch.Generator,
     monkeypatch: pytest.MonkeyPatch,
@@ -162,7 +164,7 @@ def test_contexts_of_few_queries_are_split(
 ) -> None:
     """More parts than some contexts have tiles, and rows that see nothing of most parts."""
     monkeypatch.setattr(paged_prefill, "num_splits", lambda *_: splits)
-    check_prompts(rng, [(5, 5), (33, 290), (2, 130)], shape, dtype, window, sink)
+    check_prompts(rng, [(5, 5), (33, 290) if CUDA else (17, 150), (2, 130)], shape, dtype, window, sink)
 
 
 def check_prompts(

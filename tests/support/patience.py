@@ -14,11 +14,12 @@ _USUAL_S = 0.003
 def stretched(seconds: float) -> float:
     """A limit, times the processes that have lately wanted to run on each core, where these are more than one, and times
     how much longer than usual this machine takes for the same."""
-    return seconds * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1)) * _slowness()
+    return seconds * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1)) * slowness()
 
 
 @functools.cache
-def _slowness() -> float:
+def slowness() -> float:
+    """How much longer than usual this machine computes; 1 at least."""
     return max(1.0, min(_work() for _ in range(5)) / _USUAL_S)
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from prometheus_client import CollectorRegistry
 from support.expert_threads import CPU, NUM_LAYERS, TENSORS, LocalExchange, fill, make_inproc
+from support.patience import stretched
 from tandem.core.clock import SystemClock
 from tandem.core.config import load_config
 from tandem.core.config_experts import BalanceConfig, ExpertsConfig
@@ -80,7 +81,7 @@ class Group:
                 loads += torch.from_numpy(np.take_along_axis(shares, slots, 1).astype(np.int64))
 
     def until(self, condition: Callable[[], object], load: np.ndarray | None = None) -> None:
-        deadline_s = time.monotonic() + 60
+        deadline_s = time.monotonic() + stretched(60)
         while not condition():
             assert time.monotonic() < deadline_s, self.report()
             self.step(load)

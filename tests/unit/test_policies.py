@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.patience import slowness
 from tandem.core.errors import ConfigError
 from tandem.kv_transfer.offload.policies import POLICIES, Policy, make_policy
 from tandem.kv_transfer.offload.policies.sketch import MAX_COUNT, FrequencySketch
@@ -372,7 +373,7 @@ def test_a_million_operations_take_seconds(name: str) -> None:
             if len(policy) == capacity:
                 policy.evict(key)
             policy.insert(key)
-    assert time.process_time() - start_s < 15
+    assert time.process_time() - start_s < 15 * slowness()
     assert hits > count / 2
     assert len(policy) == capacity
 
