@@ -13,10 +13,14 @@ serve: .venv/.ready
 	@exec $(BIN)/tandem serve $(ARGS)
 
 # Two processes, each with whole files: first for tests that mostly compute, then for those that start whole clusters.
+# What fails is run again, alone: beside another whole cluster, on two cores, a limit of time may say nothing.
+pair = $(BIN)/python -m pytest -q -n 2 --dist loadfile $(1) || \
+    { test $$? = 1 && $(BIN)/python -m pytest -q --last-failed --last-failed-no-failures none $(1); }
+
 test: .venv/.ready-dev
 ifeq ($(ARGS),)
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests/unit tests/conformance tests/parity tests/gpu
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests/chaos tests/e2e
+	$(call pair,tests/unit tests/conformance tests/parity tests/gpu)
+	$(call pair,tests/chaos tests/e2e)
 else
 	$(BIN)/python -m pytest -q $(ARGS)
 endif

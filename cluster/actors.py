@@ -148,6 +148,12 @@ class WorkerActor:
         trial = self._open_trial()
         return [trial.refusal(msgspec.msgpack.decode(offer, type=Offer)) for offer in offers]
 
+    def end_trial(self) -> None:
+        """Nobody tries anything any more."""
+        if self._trial is not None:
+            self._trial.close()
+            self._trial = None
+
     def _open_trial(self) -> TrialEnd:
         from ..kv_transfer.trial import BLOCK_BYTES, TrialEnd
 
@@ -161,9 +167,6 @@ class WorkerActor:
 
     def follow(self, membership: bytes) -> None:
         """The cluster has changed."""
-        if self._trial is not None:
-            self._trial.close()
-            self._trial = None
         # Calls run in threads, and one may overtake another: yesterday's members shall not come back.
         with self._following:
             news = msgspec.msgpack.decode(membership, type=Membership)

@@ -430,6 +430,9 @@ class Controller:
         except (WorkerError, TimeoutError) as error:
             logger.warning("links are checked later: %s", error)  # who died tells why itself
             return
+        finally:
+            # An owner's end stays until the last reader has tried, also where that one starts when the owner serves.
+            await asyncio.gather(*(handle.end_trial() for _, handle in owners + readers))
         for (reader, _), refusals in zip(readers, answers, strict=True):
             for (owner, _), reason in zip(owners, refusals, strict=True):
                 if reason:

@@ -25,6 +25,10 @@ class Handle(Protocol):
         """Why it could not read KV from the ends of these offers, or "" each. Raises WorkerError."""
         ...
 
+    async def end_trial(self) -> None:
+        """What it opened for `link_offer` or `link_refusals` is needed no more. Errors are ignored."""
+        ...
+
     async def gone(self) -> str:
         """Wait until it has ended, and tell how."""
         ...

@@ -61,6 +61,10 @@ class _ActorHandle:
     async def link_refusals(self, offers: list[bytes]) -> list[str]:
         return list(await self._ask((await self._actor()).link_refusals.remote(offers)))
 
+    async def end_trial(self) -> None:
+        if self._creation.done() and self._creation.exception() is None:
+            self._creation.result().end_trial.remote()
+
     async def _ask(self, answer: Any) -> Any:
         try:
             return await answer

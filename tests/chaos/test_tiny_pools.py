@@ -57,29 +57,39 @@ def test_a_reader_that_stalls_past_its_lease(
     for seed in seeds:
         cluster.serve("prefill-0", reader)
         footprint = footprint_of(cluster, "prefill-0", reader)
-        requests = [body(seed * 1000 + i, stream=True) for i in range(8)]
-        wanted = golden(requests)
-        fill = [body(seed * 1000 + 500 + i, max_tokens=2) for i in range(30)]
-        wanted_fill = golden(fill)
-        expired = cluster.metric("tandem_lease_events_total", event="expired")
         failed = cluster.metric("tandem_kv_load_failures_total", worker=reader)
-        granted = cluster.metric("tandem_lease_events_total", event="granted")
-        with Load(cluster.url, requests) as load:
-            cluster.wait_metric("tandem_lease_events_total", granted + 4, event="granted")
-            cluster.all[reader].system.suspend()
-            try:
-                cluster.announce("prefill-0", reader, "decode-2", leaving=(reader,))
-                wait_for(
-                    lambda before=expired: cluster.metric("tandem_lease_events_total", event="expired") > before,
-                    20, "leases to expire",
-                )  # fmt: skip
-                check(ask_all(cluster.url, fill), wanted_fill)
-            finally:
-                cluster.all[reader].system.resume()
-            errors = check(load.answers(), wanted, errors=reader == "decode-1")
+        errors = 0
+        for attempt in range(5):  # on a busy machine all reads may be over before it stands still
+            errors += _stall(cluster, golden, reader, seed * 1000 + 100 * attempt)
+            if cluster.metric("tandem_kv_load_failures_total", worker=reader) > failed:
+                break
         assert cluster.metric("tandem_kv_load_failures_total", worker=reader) > failed
         assert errors > 0 or reader == "decode-0"
         footprint.check()
+
+
+def _stall(cluster: Processes, golden: Golden, reader: str, seed: int) -> int:
+    """Of how many requests the reader tells an error when it goes on."""
+    requests = [body(seed + i, stream=True) for i in range(8)]
+    wanted = golden(requests)
+    fill = [body(seed + 500 + i, max_tokens=2) for i in range(30)]
+    wanted_fill = golden(fill)
+    expired = cluster.metric("tandem_lease_events_total", event="expired")
+    granted = cluster.metric("tandem_lease_events_total", event="granted")
+    with Load(cluster.url, requests) as load:
+        cluster.wait_metric("tandem_lease_events_total", granted + 4, event="granted")
+        cluster.all[reader].system.suspend()
+        try:
+            cluster.announce("prefill-0", reader, "decode-2", leaving=(reader,))
+            wait_for(
+                lambda: cluster.metric("tandem_lease_events_total", event="expired") > expired, 20, "leases to expire"
+            )
+            check(ask_all(cluster.url, fill), wanted_fill)
+        finally:
+            cluster.all[reader].system.resume()
+        errors = check(load.answers(), wanted, errors=reader == "decode-1")
+    cluster.serve("prefill-0", reader)
+    return errors
 
 
 def test_late_writers_write_into_nobody_elses_blocks(cluster: Processes, golden: Golden, seeds: Iterator[int]) -> None:

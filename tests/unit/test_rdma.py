@@ -67,10 +67,10 @@ def test_plain_tcp_is_ruled_out_and_says_why(ports: list[RdmaPort], kept: set[st
 
 
 class Process:
-    """A process that reports what the test says."""
+    """A process that reports what the test says; it and all others tell who has ended his trial."""
 
-    def __init__(self, peer: str, role: str, report: Report, trial: dict[str, str] | None) -> None:
-        self.peer, self.role, self.load, self.trial = peer, role, report, trial
+    def __init__(self, peer: str, role: str, report: Report, trial: dict[str, str] | None, ended: set[bytes]) -> None:
+        self.peer, self.role, self.load, self.trial, self.ended = peer, role, report, trial, ended
         self.serves = asyncio.Event()
         self.death: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
@@ -84,7 +84,11 @@ class Process:
     async def link_refusals(self, offers: list[bytes]) -> list[str]:
         if self.trial is None:
             raise WorkerError("died")
-        return [self.trial.get(offer.decode(), "") for offer in offers]
+        await asyncio.sleep(0.01)  # as one that starts later
+        return ["its end has gone" if offer in self.ended else self.trial.get(offer.decode(), "") for offer in offers]
+
+    async def end_trial(self) -> None:
+        self.ended.add(self.peer.encode())
 
     async def gone(self) -> str:
         return await asyncio.shield(self.death)
@@ -103,13 +107,14 @@ class Process:
 class Launched:
     def __init__(self, decode_report: Report, trial: dict[str, str] | None, loads_for_ever: bool) -> None:
         self.processes: list[Process] = []
+        self.ended: set[bytes] = set()
         self._report = decode_report
         self._trial = trial
         self._loads_for_ever = loads_for_ever
 
     def launch(self, peer: str, role: str, on_phase: object) -> Handle:
         report = self._report if role == "decode" else Report(0, 0, 0, 0, 0)
-        self.processes.append(Process(peer, role, report, self._trial))
+        self.processes.append(Process(peer, role, report, self._trial, self.ended))
         if not self._loads_for_ever:
             self.processes[-1].serves.set()
         return self.processes[-1]
@@ -151,7 +156,7 @@ def test_it_ends_before_the_models_are_read() -> None:
 
 def test_pairs_that_came_to_terms_serve() -> None:
     both = Report(0, 0, 0, 0, 0, peers=["prefill-0#1", "prefill-1#1"])
-    start(both)
+    assert start(both).ended == {b"prefill-0#1", b"prefill-1#1", b"decode-0#1"}, "who serves first waits for the last"
     start(both, None)  # a trial that failed is not the last word
 
 
