@@ -43,8 +43,12 @@ class RayCluster:
             "--disable-usage-stats",
             "--object-store-memory=80000000",
         ]
-        self.start("--head", f"--port={port}", f"--temp-dir={self.folder}", "--include-dashboard=false", *common)
-        self.start(f"--address={self.address}", *common)
+        try:
+            self.start("--head", f"--port={port}", f"--temp-dir={self.folder}", "--include-dashboard=false", *common)
+            self.start(f"--address={self.address}", *common)
+        except BaseException:
+            self.close()
+            raise
 
     def start(self, *arguments: str) -> None:
         environment = {key: value for key, value in self.environment.items() if key != "RAY_ADDRESS"}
