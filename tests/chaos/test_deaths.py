@@ -60,7 +60,7 @@ class Streamed:
             self.error = f"{type(error).__name__}: {error}"
 
     def _stream(self) -> None:
-        with httpx.Client(base_url=self._served.url, timeout=120, trust_env=False) as client:
+        with httpx.Client(base_url=self._served.url, timeout=120, trust_env=False, verify=False) as client:
             with client.stream("POST", "/v1/completions", json=self._body) as stream:
                 self.request_id = stream.headers.get("x-request-id", "")
                 for line in stream.iter_lines():
